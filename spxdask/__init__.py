@@ -1,0 +1,39 @@
+"""Photometry of every catalogue source in every SPHEREx image, on a Dask cluster."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spxdask.config import BatchConfig, PhotometryConfig
+    from spxdask.pipeline import BatchPipeline, run_batch
+    from spxdask.runfolder import load_query_summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchConfig",
+    "BatchPipeline",
+    "PhotometryConfig",
+    "load_query_summary",
+    "run_batch",
+]
+
+# Imported when first asked for: Dask takes a second, which the command line's help and
+# the modules that do without Dask should not cost.
+_HOME = {
+    "BatchConfig": "spxdask.config",
+    "BatchPipeline": "spxdask.pipeline",
+    "PhotometryConfig": "spxdask.config",
+    "load_query_summary": "spxdask.runfolder",
+    "run_batch": "spxdask.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spxdask' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,401 @@
+"""Every option of a run: its default, what is allowed, and what it does, said once.
+
+The dataclasses below are the single source for the Python API, the YAML files, the
+command line's flags and the commented template that ``spxdask config`` writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import yaml
+
+from spxdask.errors import ConfigError
+
+BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
+RELEASES = ("latest", "qr2", "qr3", "all")
+IRSA_TAP_URL = "https://irsa.ipac.caltech.edu/TAP"
+IRSA_ARCHIVE_URL = "https://irsa.ipac.caltech.edu"
+
+Check = Callable[[Any], Any]
+T = TypeVar("T")
+
+
+def _option(default: Any, check: Check, help: str, **more: Any) -> Any:
+    """Declare an option: `check` returns the value in its final type or raises ValueError."""
+    how = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**how, metadata={"check": check, "help": help, **more})
+
+
+def _number(low: float, high: float, *, open_low: bool = False) -> Check:
+    def check(value: Any) -> float:
+        inside = (
+            not isinstance(value, bool)
+            and isinstance(value, int | float)
+            and math.isfinite(value)
+            and low <= value <= high
+            and not (open_low and value == low)
+        )
+        if not inside:
+            least = f"above {low:g}" if open_low else f"from {low:g}"
+            raise ValueError(f"a number {least} to {high:g}" if high < math.inf else f"a number {least}")
+        return float(value)
+
+    return check
+
+
+def _integer(low: int, high: int | None = None) -> Check:
+    def check(value: Any) -> int:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < low
+            or (high is not None and value > high)
+        ):
+            raise ValueError(
+                f"an integer from {low}" + (f" to {high}" if high is not None else " up")
+            )
+        return int(value)
+
+    return check
+
+
+def _choice(*allowed: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError("one of " + ", ".join(allowed))
+        return value
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError("a path")
+    return os.fspath(value)
+
+
+def _url(value: Any) -> str:
+    if not isinstance(value, str) or urlsplit(value).scheme not in ("http", "https"):
+        raise ValueError("an http or https URL")
+    return value.rstrip("/")
+
+
+def _bands(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not _items(value) or not set(value) <= set(BANDS):
+        raise ValueError("a list of some of " + ", ".join(BANDS) + ", or null for all")
+    return sorted(set(value))
+
+
+def _mjd_range(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    day = _number(0, 1e6)
+    try:
+        first, last = (day(v) for v in _items(value))
+    except ValueError:
+        first, last = 1.0, 0.0
+    if first > last:
+        raise ValueError("two MJDs, the earlier first, or null for all")
+    return first, last
+
+
+def _window_size(value: Any) -> int | tuple[int, int]:
+    pixels = _integer(3, 500)
+    try:
+        if not _items(value):
+            return pixels(value)
+        height, width = (pixels(v) for v in _items(value))
+    except ValueError:
+        raise ValueError("an integer from 3 to 500 (pixels), or a pair: height, width") from None
+    return height, width
+
+
+def _bad_flags(value: Any) -> list[int]:
+    bit = _integer(0, 31)
+    try:
+        if not isinstance(value, list | tuple | set | frozenset):
+            raise ValueError
+        return sorted({bit(v) for v in value})
+    except ValueError:
+        raise ValueError("a list of flag bits, integers from 0 to 31") from None
+
+
+def _items(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple | set | frozenset) else []
+
+
+class _Options:
+    """What the two configurations have in common: checks, dictionaries, YAML."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            try:
+                checked = option.metadata["check"](value)
+            except ConfigError as error:
+                raise ConfigError(f"{option.name}: {error}") from None
+            except ValueError as error:
+                raise ConfigError(f"{option.name} is {value!r}; allowed is {error}") from None
+            object.__setattr__(self, option.name, checked)
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Make a configuration from a mapping, such as a parsed YAML file.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown, a required one is missing, or a value is not allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} needs a mapping of options, got {values!r}")
+        known = {option.name: option for option in fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+                raise ConfigError(f"unknown option {key!r}{hint}")
+        missing = [name for name, o in known.items() if _required(o) and name not in values]
+        if missing:
+            raise ConfigError(f"missing option: {', '.join(missing)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, texts, lists and mappings, as YAML holds them."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_yaml(cls: type[T], path: str | os.PathLike) -> T:
+        """Read a configuration from a YAML file; raise ConfigError naming the file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            return cls.from_dict(yaml.safe_load(text) or {})
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{path}: {reason}") from error
+
+    def to_yaml(self, path: str | os.PathLike | None = None) -> str:
+        """Return the configuration as YAML; also write it to `path` if one is given."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def _required(option: Field) -> bool:
+    return option.default is MISSING and option.default_factory is MISSING
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotometryConfig(_Options):
+    """How a source is measured. Pixels are 6.15 arcsec.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed; the message names the option, the value and the rule.
+    """
+
+    aperture_method: str = _option(
+        "fwhm",
+        _choice("fwhm", "fixed"),
+        "'fwhm' scales the aperture with each frame's PSF, 'fixed' keeps it",
+    )
+    aperture_diameter: float = _option(
+        3.0, _number(0, 200, open_low=True), "diameter of the fixed aperture", unit="pixels"
+    )
+    fwhm_multiplier: float = _option(
+        2.5, _number(0, 50, open_low=True), "diameter of the fwhm aperture", unit="PSF FWHM"
+    )
+    background_method: str = _option(
+        "window", _choice("window", "annulus"), "where the local background is taken"
+    )
+    window_size: int | tuple[int, int] = _option(
+        50, _window_size, "size of the background window; one number, or height and width", unit="pixels"
+    )
+    subtract_zodi: bool = _option(True, _flag, "fit and subtract the zodiacal light model")
+    zodi_scale_min: float = _option(
+        0.0, _number(-1e6, 1e6), "a fitted zodiacal scale must be above this, or 1 is used"
+    )
+    zodi_scale_max: float = _option(
+        10.0, _number(-1e6, 1e6), "a fitted zodiacal scale must not be above this, or 1 is used"
+    )
+    min_usable_pixels: int = _option(
+        10, _integer(1), "pixels that a background needs before SOURCE pixels are let in"
+    )
+    bg_sigma_clip_sigma: float = _option(
+        3.0, _number(0, 1000, open_low=True), "background clipping limit", unit="standard deviations"
+    )
+    bg_sigma_clip_maxiters: int = _option(3, _integer(0, 1000), "background clipping rounds, at most")
+    annulus_inner_offset: float = _option(
+        1.414, _number(0, 200), "gap between aperture and annulus", unit="pixels"
+    )
+    min_annulus_area: float = _option(
+        10.0, _number(0, 1e6, open_low=True), "area of the first annulus", unit="pixels"
+    )
+    max_outer_radius: float = _option(
+        5.0, _number(0, 500, open_low=True), "the annulus grows no farther than this", unit="pixels"
+    )
+    max_annulus_attempts: int = _option(
+        5, _integer(0, 1000), "times the annulus is grown before SOURCE pixels are let in"
+    )
+    annulus_expansion_step: float = _option(
+        0.5, _number(0, 100, open_low=True), "growth of the outer radius each time", unit="pixels"
+    )
+    pixel_scale_fallback: float = _option(
+        6.2,
+        _number(0, 1000, open_low=True),
+        "used, with a warning, when a header has no usable scale",
+        unit="arcsec",
+    )
+    bad_flags: list[int] = _option(
+        lambda: [0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19],
+        _bad_flags,
+        "flag bits that make a pixel unusable for background and zodiacal fit",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.zodi_scale_min < self.zodi_scale_max:
+            raise ConfigError(
+                f"zodi_scale_max is {self.zodi_scale_max!r}; allowed is a number above "
+                f"zodi_scale_min, which is {self.zodi_scale_min!r}"
+            )
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Height and width of the background window, pixels."""
+        size = self.window_size
+        return size if isinstance(size, tuple) else (size, size)
+
+
+def _photometry(value: Any) -> PhotometryConfig:
+    if isinstance(value, PhotometryConfig):
+        return value
+    if isinstance(value, Mapping):
+        return PhotometryConfig.from_dict(value)
+    raise ValueError("a PhotometryConfig or a mapping of its options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(_Options):
+    """A run: where on the sky, which catalogue, which frames, how.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed; the message names the option, the value and the rule.
+    """
+
+    center_ra: float = field(
+        metadata={"check": _number(0, 360), "help": "centre of the field, ICRS", "unit": "deg"}
+    )
+    center_dec: float = field(
+        metadata={"check": _number(-90, 90), "help": "centre of the field, ICRS", "unit": "deg"}
+    )
+    radius: float = field(
+        metadata={
+            "check": _number(0, 90, open_low=True),
+            "help": "radius of the field",
+            "unit": "deg",
+        }
+    )
+    catalog_path: str = field(
+        metadata={"check": _path, "help": "CSV file with the columns targetid, ra, dec"}
+    )
+    coverage_mode: str = _option(
+        "any",
+        _choice("any", "full"),
+        "'any' takes frames that touch the field, 'full' those that hold all of it",
+    )
+    bands: list[str] | None = _option(None, _bands, "detectors to use, such as [D3, D4]; null for all")
+    mjd_range: tuple[float, float] | None = _option(
+        None, _mjd_range, "first and last mid-exposure time, both included; null for all", unit="MJD"
+    )
+    release: str = _option(
+        "latest",
+        _choice(*RELEASES),
+        "'latest' keeps the newest version of each exposure; 'qr2' or 'qr3' looks at one "
+        "release only; 'all' keeps every version",
+    )
+    max_images: int = _option(500, _integer(1), "more frames than this is an error, before any download")
+    output_dir: str = _option("batch_output", _path, "folder of everything the run writes")
+    max_download_workers: int = _option(
+        4, _integer(1, 1000), "connections to the archive at once, for the whole cluster"
+    )
+    max_extract_workers: int = _option(
+        12, _integer(1, 10000), "worker processes of the embedded cluster, at most one a core"
+    )
+    num_buckets: int = _option(64, _integer(1, 100000), "output partitions of the shuffle")
+    keep_bucket_files: bool = _option(
+        False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
+    )
+    max_retries: int = _option(5, _integer(0, 100), "times a failed request to the archive is repeated")
+    stall_timeout: float = _option(
+        30.0, _number(0, 3600, open_low=True), "a transfer without a byte for this long is given up", unit="s"
+    )
+    tap_url: str = _option(
+        lambda: os.environ.get("SPXDASK_TAP_URL", IRSA_TAP_URL),
+        _url,
+        "the archive's TAP service; the default is SPXDASK_TAP_URL from the environment, or IRSA's",
+    )
+    archive_url: str = _option(
+        lambda: os.environ.get("SPXDASK_ARCHIVE_URL", IRSA_ARCHIVE_URL),
+        _url,
+        "a frame is at this URL + '/' + its URI; the default is SPXDASK_ARCHIVE_URL from "
+        "the environment, or IRSA's",
+    )
+    photometry: PhotometryConfig = _option(
+        PhotometryConfig, _photometry, "how a source is measured: the options below"
+    )
+
+
+def template() -> str:
+    """Return a YAML file of every option with its default, each with a comment."""
+    head = "A spxdask run. The four options without a value have to be given."
+    return "\n".join([f"# {head}", *_lines(BatchConfig, ""), ""])
+
+
+def _lines(options: type, indent: str) -> Iterator[str]:
+    for option in fields(options):
+        unit = f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
+        text = option.metadata["help"] + unit
+        yield ""
+        yield from textwrap.wrap(text, 88, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if _required(option):
+            yield f"{indent}{option.name}:"
+        elif option.name == "photometry":
+            yield f"{indent}{option.name}:"
+            yield from _lines(PhotometryConfig, indent + "  ")
+        else:
+            value = default_of(option)
+            listed = yaml.safe_dump([_plain(value)], default_flow_style=True, width=1000)
+            yield f"{indent}{option.name}: {listed.strip()[1:-1]}"
+
+
+def default_of(option: Field) -> Any:
+    """Return the default of an option that has one."""
+    return option.default if option.default_factory is MISSING else option.default_factory()

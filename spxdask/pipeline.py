@@ -1,0 +1,510 @@
+"""The run: four stages in a row on a Dask cluster."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.bag as db
+import pandas as pd
+from dask.delayed import Delayed
+from distributed import Client, as_completed
+
+from spxdask.cluster import connect, embedded_client, run_one, run_window
+from spxdask.config import BatchConfig
+from spxdask.errors import ConfigError, RunFolderError, SpxdaskError
+from spxdask.ledger import Outcome
+from spxdask.observation import Observation
+from spxdask.progress import Bars, Progress, Silent
+from spxdask.report import RunSummary, StageReport
+from spxdask.runfolder import RunFolder
+from spxdask.science.catalogue import Catalogue
+from spxdask.stages import aggregate, download, extract, query
+
+# Observations a partition of the bag, and partitions at the most: few enough that walking
+# over them costs nothing, many enough to spread.
+PARTITION = 100
+MAX_PARTITIONS = 1000
+
+
+class BatchPipeline:
+    """Query, download, extract, aggregate: a run in an output folder.
+
+    Each stage leaves its result in the folder and takes that of the stage before from
+    there, so stages can run on different days and in different processes, and a stage
+    run again does only what is not done.
+
+    Parameters
+    ----------
+    config : BatchConfig
+    client : distributed.Client, optional
+        Cluster to use; it stays open.
+    scheduler : str, optional
+        Address of a scheduler to connect to instead. With neither, each stage starts a
+        cluster of this machine's size and closes it at its end; in ``with pipeline:`` and
+        in `run_all`, one serves all stages.
+    progress : bool or Progress, optional
+        True draws a bar a stage; an object gets told what it asks for.
+
+    Attributes
+    ----------
+    summary : RunSummary or None
+        The account of the last `run_all`.
+    reports : dict of str to StageReport
+        The account of each stage that ran, by name.
+    dashboard_link : str or None
+        The Dask dashboard, while there is a cluster.
+
+    Examples
+    --------
+    >>> from spxdask import BatchConfig, BatchPipeline
+    >>> config = BatchConfig(
+    ...     catalog_path="sources.csv", center_ra=270.0, center_dec=66.56, radius=1.0
+    ... )
+    >>> pipeline = BatchPipeline(config)
+    >>> summary = pipeline.run_all()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: BatchConfig,
+        *,
+        client: Client | None = None,
+        scheduler: str | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        if not isinstance(config, BatchConfig):
+            raise ConfigError(f"config is {config!r}; allowed is a BatchConfig")
+        if client is not None and scheduler is not None:
+            raise ConfigError("give a client or a scheduler's address, not both")
+        self.config = config
+        self.folder = RunFolder(config.output_dir)
+        self.reports: dict[str, StageReport] = {}
+        self.summary: RunSummary | None = None
+        self._given_client = client
+        self._scheduler = scheduler
+        self._client: Client | None = None
+        self._open = ExitStack()
+        self._progress: Progress = (
+            progress if not isinstance(progress, bool) else Bars() if progress else Silent()
+        )
+
+    def __enter__(self) -> BatchPipeline:
+        self._open.enter_context(self._cluster())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    @property
+    def dashboard_link(self) -> str | None:
+        client = self._client or self._given_client
+        return client.dashboard_link if client is not None else None
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The catalogue, read and checked."""
+        return Catalogue.from_csv(self.config.catalog_path)
+
+    @property
+    def observations(self) -> db.Bag:
+        """The frames of the last query, a bag of Observation.
+
+        Raises
+        ------
+        RunFolderError
+            Before the first query.
+        """
+        return _bag(self._observations())
+
+    @property
+    def images(self) -> db.Bag:
+        """The observations whose frames are on disk, a bag of Observation."""
+        return self.observations.filter(
+            lambda o, images=str(self.folder.images): download.is_complete(o, images)
+        )
+
+    def run_query(self) -> list[Observation]:
+        """Ask the archive which frames cover the field.
+
+        Returns
+        -------
+        list of Observation
+            Sorted by time; also in query_summary.yaml.
+
+        Raises
+        ------
+        CatalogueError
+            If the catalogue cannot be used.
+        ArchiveError
+            If the archive does not answer in full.
+        InputError
+            If there are more frames than ``max_images``.
+        """
+        # First, so that a mistake in it costs no query.
+        self.catalogue
+        with self._stage("query", 1, "query") as (report, client):
+            task = dask.delayed(query.find_observations)(
+                self.config, dask_key_name=("query", uuid.uuid4().hex)
+            )
+            found = run_one(client, task)
+            self.folder.save_query(found, self.config)
+            report.total = report.done = len(found)
+            report.bytes = sum(o.size_bytes or 0 for o in found)
+            self._progress.advance()
+        return found
+
+    def run_download(self) -> StageReport:
+        """Fetch the frames of the query that are not yet in images/.
+
+        Returns
+        -------
+        StageReport
+            Failed frames are in it with their reasons.
+        """
+        observations = self._observations()
+        images = str(self.folder.images)
+        options = download.FetchOptions(
+            max_retries=self.config.max_retries, stall_timeout=self.config.stall_timeout
+        )
+        missing = [o for o in observations if not download.is_complete(o, images)]
+        with self._stage("download", len(missing), "frames") as (report, client):
+            report.total = len(observations)
+            report.reused = len(observations) - len(missing)
+            tasks = (
+                (o.filename, _task("download", download.download, o.filename, o, images, options))
+                for o in _walk(_bag(missing))
+            )
+            self._collect(client, report, tasks, self.config.max_download_workers)
+        return report
+
+    def run_extract(self, skip_existing: bool = True) -> StageReport:
+        """Measure the catalogue in every frame that is in images/.
+
+        Parameters
+        ----------
+        skip_existing : bool
+            Leave frames that were measured with the same catalogue and options as they
+            are. False measures all again.
+
+        Returns
+        -------
+        StageReport
+            Failed frames, and those not on disk, are in it with their reasons.
+        """
+        observations = self._observations()
+        options = extract.ExtractOptions(
+            catalogue=str(self.folder.save_catalogue(self.catalogue)),
+            photometry=self.config.photometry,
+            fingerprint=self._fingerprint,
+            serial=self._embedded,
+        )
+        todo, reused, absent = [], [], {}
+        for observation in observations:
+            outcome = self._measured(observation) if skip_existing else None
+            if outcome is not None:
+                reused.append(outcome)
+            elif download.is_complete(observation, str(self.folder.images)):
+                todo.append(observation)
+            else:
+                absent[observation.filename] = self._why_absent(observation)
+        with self._stage("extract", len(todo), "frames") as (report, client):
+            report.total = len(observations)
+            report.failed |= absent
+            for outcome in reused:
+                report.reused += 1
+                _account(report, outcome)
+            tasks = (
+                (
+                    o.filename,
+                    _task(
+                        "extract",
+                        extract.extract,
+                        o.filename,
+                        str(self.folder.images / o.filename),
+                        str(self.folder.per_image),
+                        options,
+                    ),
+                )
+                for o in _walk(_bag(todo))
+            )
+            self._collect(client, report, tasks, _extract_window(client))
+        return report
+
+    def run_aggregate(self) -> StageReport:
+        """Turn the per-image tables into one light curve a source.
+
+        The tables of the last query's frames are taken; all in per_image/ when no query
+        was made in this folder.
+
+        Returns
+        -------
+        StageReport
+            ``total`` is the number of light curves.
+
+        Raises
+        ------
+        RunFolderError
+            If tables were made with another catalogue or other options, or lost rows.
+        """
+        found = self._tables()
+        folder, buckets = self.folder.lightcurves, self.folder.buckets
+        keep = self.config.keep_bucket_files
+        if keep:
+            buckets.mkdir(parents=True, exist_ok=True)
+        with self._stage("aggregate", self.config.num_buckets, "buckets") as (report, client):
+            groups = aggregate.group(found)
+            written = pd.DataFrame({"target_id": [], "rows": []})
+            if groups:
+                frame = aggregate.light_curves(
+                    groups, str(folder), str(buckets) if keep else None, self.config.num_buckets
+                )
+                written = self._write(client, frame)
+            report.rows = int(written["rows"].sum())
+            report.total = report.done = len(written)
+            expected = [table.rows for table in found]
+            if None not in expected and report.rows != sum(expected):
+                raise SpxdaskError(
+                    f"{sum(expected):,} rows went into the shuffle and {report.rows:,} came out; "
+                    "the light curves are not to be trusted, run aggregate again"
+                )
+            aggregate.remove_others(
+                str(folder), {aggregate.light_curve_name(t) for t in written["target_id"]}
+            )
+            if buckets.exists():
+                names = {aggregate.bucket_name(n) for n in range(self.config.num_buckets)}
+                aggregate.remove_others(str(buckets), names if keep and groups else set())
+        return report
+
+    def run_all(self) -> RunSummary:
+        """Run the four stages.
+
+        Returns
+        -------
+        RunSummary
+            Its text is what the command line prints.
+        """
+        with self:
+            self.run_query()
+            self.run_download()
+            self.run_extract()
+            aggregated = self.run_aggregate()
+        self.summary = RunSummary(
+            stages=dict(self.reports),
+            n_sources=len(self.catalogue),
+            n_measured=aggregated.total,
+            output=str(self.folder.path),
+        )
+        return self.summary
+
+    @property
+    def _embedded(self) -> bool:
+        return self._given_client is None and self._scheduler is None
+
+    @contextmanager
+    def _cluster(self) -> Iterator[Client]:
+        """The client in use, or a new one for as long as the block lasts."""
+        if self._client is not None or self._given_client is not None:
+            yield self._client or self._given_client
+            return
+        made = connect(self._scheduler) if self._scheduler else embedded_client(self.config)
+        with made as client:
+            self._client = client
+            try:
+                yield client
+            finally:
+                self._client = None
+
+    @contextmanager
+    def _stage(self, name: str, total: int, unit: str) -> Iterator[tuple[StageReport, Client]]:
+        """Time a stage and keep its report."""
+        self.folder.prepare(self.config)
+        report = StageReport(stage=name)
+        started = time.monotonic()
+        with self._cluster() as client:
+            self._progress.start(name, total, unit)
+            try:
+                yield report, client
+            finally:
+                self._progress.finish()
+        report.seconds = time.monotonic() - started
+        self.reports[name] = report
+
+    def _collect(
+        self,
+        client: Client,
+        report: StageReport,
+        tasks: Iterator[tuple[str, Delayed]],
+        window: int,
+    ) -> None:
+        """Run the tasks of a stage, and put what became of each in ledger and report."""
+        for filename, outcome in run_window(client, tasks, window):
+            if isinstance(outcome, BaseException):
+                # The task itself reports what it can; this is a worker that died of it.
+                outcome = Outcome(
+                    stage=report.stage,
+                    filename=filename,
+                    status="failed",
+                    reason=f"{type(outcome).__name__}: {outcome}",
+                )
+            self.folder.ledger.add(outcome)
+            _account(report, outcome)
+            report.done += outcome.status == "done"
+            self._progress.advance(failed=outcome.status == "failed")
+
+    def _write(self, client: Client, frame) -> pd.DataFrame:
+        """Compute the light curves, partition by partition as they end."""
+        futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
+        written = []
+        try:
+            for _, result in as_completed(futures, with_results=True):
+                written.append(result)
+                self._progress.advance()
+        finally:
+            client.cancel(futures)
+        return pd.concat(written, ignore_index=True)
+
+    def _observations(self) -> list[Observation]:
+        observations = self.folder.load_observations()
+        if observations is None:
+            raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
+        return observations
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return extract.fingerprint(self.catalogue, self.config.photometry)
+
+    def _measured(self, observation: Observation) -> Outcome | None:
+        """Return the outcome of a frame whose table is there and up to date."""
+        outcome = self.folder.ledger.get("extract", observation.filename)
+        table = self.folder.per_image / extract.table_name(observation.filename)
+        if (
+            outcome is not None
+            and outcome.status == "done"
+            and outcome.fingerprint == self._fingerprint
+            and table.exists()
+        ):
+            return outcome
+        return None
+
+    def _why_absent(self, observation: Observation) -> str:
+        outcome = self.folder.ledger.get("download", observation.filename)
+        if outcome is not None and outcome.status == "failed":
+            return f"not downloaded: {outcome.reason}"
+        return "not downloaded: run download first"
+
+    def _tables(self) -> list[aggregate.Table]:
+        """The per-image tables to aggregate, and how many rows each must have."""
+        observations = self.folder.load_observations()
+        if observations is None:
+            paths = sorted(self.folder.per_image.glob("*_photometry.csv"))
+            if not paths:
+                raise RunFolderError(f"no per-image tables in {self.folder.per_image}: run extract")
+            return [aggregate.Table(path=str(path), rows=None) for path in paths]
+        found, stale = [], []
+        for observation in observations:
+            path = self.folder.per_image / extract.table_name(observation.filename)
+            outcome = self._measured(observation)
+            if outcome is not None:
+                found.append(aggregate.Table(path=str(path), rows=outcome.rows))
+            elif path.exists():
+                stale.append(path.name)
+        if stale:
+            raise RunFolderError(
+                f"{len(stale)} of {len(observations)} per-image tables were made with another "
+                f"catalogue or other options, {stale[0]} for one: run extract first"
+            )
+        return found
+
+
+def run_batch(
+    config: BatchConfig | None = None,
+    *,
+    catalog: str | os.PathLike | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> BatchPipeline:
+    """Run the four stages in one call.
+
+    Parameters
+    ----------
+    config : BatchConfig, optional
+        The run; or give its options by name.
+    catalog : path, optional
+        Short for the option ``catalog_path``.
+    client, scheduler, progress
+        As in `BatchPipeline`.
+    **options
+        Options of `BatchConfig`, such as ``center_ra``, ``radius`` or ``bands``.
+
+    Returns
+    -------
+    BatchPipeline
+        Finished; its `summary` says what happened.
+
+    Raises
+    ------
+    ConfigError
+        If an option is unknown, missing or not allowed.
+
+    Examples
+    --------
+    >>> from spxdask import run_batch
+    >>> pipeline = run_batch(
+    ...     catalog="sources.csv", center_ra=270.0, center_dec=66.56, radius=1.0, bands=["D3"]
+    ... )  # doctest: +SKIP
+    """
+    if catalog is not None:
+        options["catalog_path"] = catalog
+    if config is None:
+        config = BatchConfig.from_dict(options)
+    elif options:
+        raise ConfigError(f"give a config or options, not both: {', '.join(options)}")
+    pipeline = BatchPipeline(config, client=client, scheduler=scheduler, progress=progress)
+    pipeline.run_all()
+    return pipeline
+
+
+def _bag(observations: list[Observation]) -> db.Bag:
+    size = max(PARTITION, math.ceil(len(observations) / MAX_PARTITIONS))
+    return db.from_sequence(observations, partition_size=size)
+
+
+def _walk(bag: db.Bag) -> Iterable[Observation]:
+    """Yield the items of a bag partition by partition, so that few are in memory."""
+    for partition in bag.to_delayed():
+        yield from partition.compute(scheduler="sync")
+
+
+def _task(stage: str, function, filename: str, *arguments: Any) -> Delayed:
+    """A delayed call that the dashboard shows under the stage's name.
+
+    The key is new each time: one still known to the scheduler would not run again.
+    """
+    key = (stage, f"{Path(filename).stem}-{uuid.uuid4().hex[:8]}")
+    return dask.delayed(function, pure=False)(*arguments, dask_key_name=key)
+
+
+def _extract_window(client: Client) -> int:
+    """Frames in flight while extracting: every thread busy, and the next frame at hand."""
+    return 2 * max(1, sum(client.nthreads().values()))
+
+
+def _account(report: StageReport, outcome: Outcome) -> None:
+    report.rows += outcome.rows
+    report.bytes += outcome.bytes
+    report.skipped.update(outcome.skipped)
+    if outcome.warnings:
+        report.warnings[outcome.filename] = outcome.warnings
+    if outcome.status == "failed":
+        report.failed[outcome.filename] = outcome.reason

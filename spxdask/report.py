@@ -1,0 +1,127 @@
+"""What a stage did and what a run came to, for people and for scripts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class StageReport:
+    """The account of one stage.
+
+    Attributes
+    ----------
+    stage : str
+        query, download, extract or aggregate.
+    total : int
+        Frames the stage had to see to; light curves for aggregate.
+    done : int
+        Made in this run.
+    reused : int
+        Found finished from an earlier one.
+    failed : dict of str to str
+        Reason by file name.
+    rows : int
+        Rows in all tables, reused ones included.
+    skipped : Counter
+        Sources on a frame without a row, by reason.
+    warnings : dict of str to tuple of str
+        By file name.
+    bytes : int
+        Bytes fetched, or that the query found.
+    seconds : float
+        Wall time.
+    """
+
+    stage: str
+    total: int = 0
+    done: int = 0
+    reused: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class RunSummary:
+    """The account of a run.
+
+    Attributes
+    ----------
+    stages : dict of str to StageReport
+        Those that ran, by name.
+    n_sources, n_measured : int
+        Sources in the catalogue, and those with a light curve.
+    output : str
+        The output folder.
+    """
+
+    stages: dict[str, StageReport]
+    n_sources: int
+    n_measured: int
+    output: str
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Reason by file name of every frame that did not make it."""
+        failed: dict[str, str] = {}
+        for report in self.stages.values():
+            for filename, reason in report.failed.items():
+                failed.setdefault(filename, f"{report.stage}: {reason}")
+        return failed
+
+    def __str__(self) -> str:
+        lines = [describe(report) for report in self.stages.values()]
+        if "aggregate" in self.stages:
+            lines.append(
+                _line(
+                    "sources",
+                    f"{self.n_measured:,} with a measurement, "
+                    f"{self.n_sources - self.n_measured:,} without",
+                )
+            )
+        if self.failed:
+            lines.append(_line("failed", f"{len(self.failed):,} frames"))
+            reasons = list(self.failed.items())
+            lines += [f"            {filename}: {reason}" for filename, reason in reasons[:10]]
+            if len(reasons) > 10:
+                lines.append(f"            and {len(reasons) - 10:,} more, see the ledger")
+        else:
+            lines.append(_line("failed", "none"))
+        lines.append(_line("output", self.output))
+        return "\n".join(lines)
+
+
+def describe(report: StageReport) -> str:
+    """Return a stage's line of the summary, and lines for what it left out."""
+    rate = max(report.seconds, 1e-9)
+    kept = f" ({report.reused:,} already there)" if report.reused else ""
+    if report.stage == "query":
+        text = f"{report.total:,} frames found, {report.bytes / 1e9:.2f} GB"
+        speed = ""
+    elif report.stage == "download":
+        text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"
+        speed = f"{report.bytes / 1e9:.2f} GB, {report.bytes / 1e6 / rate:.0f} MB/s"
+    elif report.stage == "extract":
+        text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}, {report.rows:,} rows"
+        speed = f"{report.done / rate:.1f} frames/s"
+    else:
+        text = f"{report.total:,} light curves, {report.rows:,} rows"
+        speed = f"{report.rows / rate:,.0f} rows/s"
+    lines = [_line(report.stage, f"{text:<52} {report.seconds:8.1f} s   {speed}".rstrip())]
+    for reason, count in sorted(report.skipped.items()):
+        lines.append(_line("", f"{count:,} measurements left out: {reason}"))
+    if report.warnings:
+        said = Counter(w for warnings in report.warnings.values() for w in warnings)
+        lines += [_line("", f"{n:,} frames: {text}") for text, n in said.most_common(3)]
+        if len(said) > 3:
+            lines.append(_line("", f"and {len(said) - 3:,} other warnings, see the ledger"))
+    return "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<11} {text}"

@@ -1,0 +1,1 @@
+"""Frames, photometry and the catalogue: arrays in, arrays out, and nothing of Dask."""

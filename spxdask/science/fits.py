@@ -1,0 +1,161 @@
+"""Where things are in a FITS file: headers as cards, data as byte ranges.
+
+A frame is opened millions of times, so its headers are scanned once and its planes are
+mapped where they lie; everything that is not on that path is left to `astropy.io.fits`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spxdask.errors import FrameError
+
+BLOCK = 2880
+CARD = 80
+# Level 2 headers have some hundred cards; one without an END within this many is no header.
+MAX_HEADER_BLOCKS = 4096
+
+_NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([EeDd][+-]?\d+)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Hdu:
+    """One header-data unit: its header and where its data lie in the file."""
+
+    name: str
+    header: Header
+    data_start: int
+    data_size: int
+
+
+class Header(Mapping[str, Any]):
+    """The cards of one header by keyword; values are parsed when they are asked for."""
+
+    __slots__ = ("_cards",)
+
+    def __init__(self, cards: dict[str, bytes]) -> None:
+        self._cards = cards
+
+    def __getitem__(self, keyword: str) -> Any:
+        return _value(self._cards[keyword])
+
+    def __iter__(self):
+        return iter(self._cards)
+
+    def __len__(self) -> int:
+        return len(self._cards)
+
+    def integer(self, keyword: str, default: int | None = None) -> int:
+        """Return an integer; raise FrameError when it is missing or another thing."""
+        value = self.get(keyword, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FrameError(f"header keyword {keyword} is {value!r}, an integer is needed")
+        return value
+
+    def number(self, keyword: str, default: float | None = None) -> float:
+        """Return a float; raise FrameError when it is missing or not a number."""
+        value = self.get(keyword, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FrameError(f"header keyword {keyword} is {value!r}, a number is needed")
+        return float(value)
+
+
+def scan(buffer) -> list[Hdu]:
+    """Find every header-data unit of a FITS file.
+
+    Parameters
+    ----------
+    buffer : bytes-like
+        The whole file, usually mapped.
+
+    Returns
+    -------
+    list of Hdu
+        In file order, the primary first (name ``"PRIMARY"`` unless it says otherwise).
+
+    Raises
+    ------
+    FrameError
+        If the bytes are not a FITS file or end before the data do.
+    """
+    size = len(buffer)
+    if bytes(buffer[:9]) != b"SIMPLE  =":
+        raise FrameError("not a FITS file")
+    hdus: list[Hdu] = []
+    start = 0
+    # What follows the last unit may be padding; FITS says a unit starts with XTENSION.
+    while start < size and (not hdus or bytes(buffer[start : start + 8]) == b"XTENSION"):
+        header, data_start = _read_header(buffer, start)
+        data_size = _data_size(header)
+        if data_start + data_size > size:
+            raise FrameError(
+                f"file is cut short: {size} bytes, extension {len(hdus)} needs "
+                f"{data_start + data_size}"
+            )
+        name = header.get("EXTNAME", "PRIMARY" if not hdus else "")
+        hdus.append(Hdu(str(name).strip().upper(), header, data_start, data_size))
+        start = data_start + -(-data_size // BLOCK) * BLOCK
+    return hdus
+
+
+def _read_header(buffer, start: int) -> tuple[Header, int]:
+    cards: dict[str, bytes] = {}
+    for block_number in range(MAX_HEADER_BLOCKS):
+        offset = start + block_number * BLOCK
+        block = bytes(buffer[offset : offset + BLOCK])
+        if len(block) < BLOCK:
+            break
+        for i in range(0, BLOCK, CARD):
+            keyword = block[i : i + 8]
+            if block[i + 8 : i + 10] == b"= ":
+                cards.setdefault(keyword.decode("latin-1").rstrip(), block[i + 10 : i + CARD])
+            elif keyword == b"HIERARCH":
+                name, _, value = block[i + 9 : i + CARD].partition(b"=")
+                cards.setdefault(name.decode("latin-1").strip(), value)
+            elif keyword == b"END     ":
+                return Header(cards), offset + BLOCK
+    raise FrameError(f"the header at byte {start} has no END card")
+
+
+def _data_size(header: Header) -> int:
+    axes = header.integer("NAXIS")
+    if not 0 <= axes <= 999:
+        raise FrameError(f"header keyword NAXIS is {axes}")
+    if axes == 0:
+        return 0
+    elements = 1
+    for axis in range(1, axes + 1):
+        length = header.integer(f"NAXIS{axis}")
+        if length < 0:
+            raise FrameError(f"header keyword NAXIS{axis} is {length}")
+        elements *= length
+    parameters, groups = header.integer("PCOUNT", 0), header.integer("GCOUNT", 1)
+    if parameters < 0 or groups < 0:
+        raise FrameError(f"header keywords PCOUNT and GCOUNT are {parameters} and {groups}")
+    return abs(header.integer("BITPIX")) // 8 * groups * (parameters + elements)
+
+
+def _value(raw: bytes) -> Any:
+    """Parse the value field of a card (FITS 4.0, section 4.2); None when undefined."""
+    field = raw.lstrip()
+    if field.startswith(b"'"):
+        text = bytearray()
+        i = 1
+        while i < len(field):
+            if field[i : i + 1] == b"'":
+                if field[i + 1 : i + 2] != b"'":
+                    break
+                i += 1
+            text.append(field[i])
+            i += 1
+        return text.decode("latin-1").rstrip()
+    field = field.partition(b"/")[0].strip()
+    if field in (b"T", b"F"):
+        return field == b"T"
+    if _NUMBER.match(field):
+        text = field.decode("ascii")
+        return int(text) if text.lstrip("+-").isdigit() else float(text.upper().replace("D", "E"))
+    return field.decode("latin-1") or None

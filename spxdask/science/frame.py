@@ -1,0 +1,323 @@
+"""Reading a SPHEREx Level 2 file: four planes, the projection, the wavelength table."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from spxdask.errors import FrameError
+from spxdask.science.fits import Hdu, Header, scan
+from spxdask.science.wcs import TanSip
+
+# Flag bits by name, for files whose headers do not list them (pipelines 6 and 7).
+FLAG_BITS = {
+    "TRANSIENT": 0,
+    "OVERFLOW": 1,
+    "SUR_ERROR": 2,
+    "PHANTOM": 4,
+    "REFERENCE": 5,
+    "NONFUNC": 6,
+    "DICHROIC": 7,
+    "MISSING_DATA": 9,
+    "HOT": 10,
+    "COLD": 11,
+    "FULLSAMPLE": 12,
+    "PHANMISS": 14,
+    "NONLINEAR": 15,
+    "PERSIST": 17,
+    "OUTLIER": 19,
+    "CROSSTALK": 20,
+    "SOURCE": 21,
+    "GHOST": 22,
+    "GHOST_FPA": 23,
+    "GHOST_EXT": 24,
+    "STREAK": 25,
+    "BLOOM": 26,
+    "SNOWBALL": 27,
+    "HALO": 28,
+    "SATELLITE_HALO": 29,
+}
+
+NEEDED = ("IMAGE", "FLAGS", "VARIANCE", "ZODI", "WCS-WAVE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WavelengthTable:
+    """The WCS-WAVE lattice of a frame.
+
+    Attributes
+    ----------
+    x : (nx,) float array
+        Control points, 1-based pixels of the full frame, increasing.
+    y : (ny,) float array
+        The same along y.
+    values : (ny, nx, 2) float array
+        Wavelength and bandwidth, um.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    values: np.ndarray
+
+    def at(self, x, y) -> tuple[np.ndarray, np.ndarray]:
+        """Return wavelength and bandwidth (um) at 1-based full-frame pixels, bilinear.
+
+        This is what the WAVE-TAB alternate WCS says (FITS Paper III, section 6) with the
+        SIP terms, which do not belong to it, left out.
+        """
+        i, fx = _cell(self.x, x)
+        j, fy = _cell(self.y, y)
+        fx, fy = fx[:, None], fy[:, None]
+        below = (1 - fx) * self.values[j, i] + fx * self.values[j, i + 1]
+        above = (1 - fx) * self.values[j + 1, i] + fx * self.values[j + 1, i + 1]
+        wavelength, bandwidth = ((1 - fy) * below + fy * above).T
+        return wavelength, bandwidth
+
+
+def _cell(points: np.ndarray, position) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the lattice cell of each position and the fraction of the way through it."""
+    index = np.clip(np.searchsorted(points, position, side="right") - 1, 0, len(points) - 2)
+    return index, (position - points[index]) / (points[index + 1] - points[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One Level 2 file, its planes mapped from disk and still big-endian.
+
+    Attributes
+    ----------
+    filename : str
+        The archive's own file name.
+    obs_id, band : str
+        Such as ``2025W51_1A_0684_2`` and ``D3``.
+    mjd : float
+        Middle of the exposure, days: (MJD-BEG + MJD-END) / 2.
+    image, variance, zodi : (ny, nx) big-endian float32 array
+        MJy/sr, (MJy/sr)^2, MJy/sr.
+    flags : (ny, nx) big-endian int32 array
+        Flag bits.
+    wcs : TanSip
+        Celestial projection.
+    wavelengths : WavelengthTable
+        Wavelength over the full frame.
+    origin : (float, float)
+        Full-frame 0-based pixel of this file's pixel (0, 0); zero but for cut-outs.
+    psf_fwhm : float or None
+        Median PSF FWHM, arcsec.
+    flag_bits : dict of str to int
+        Bit of each flag, by the header's own names.
+    warnings : tuple of str
+        What a user should know of the file although it can be measured.
+    """
+
+    filename: str
+    obs_id: str
+    band: str
+    mjd: float
+    image: np.ndarray
+    variance: np.ndarray
+    zodi: np.ndarray
+    flags: np.ndarray
+    wcs: TanSip
+    wavelengths: WavelengthTable
+    origin: tuple[float, float] = (0.0, 0.0)
+    psf_fwhm: float | None = None
+    flag_bits: dict[str, int] = field(default_factory=lambda: dict(FLAG_BITS))
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, (ny, nx)."""
+        return self.image.shape
+
+    def wavelength_at(self, x, y) -> tuple[np.ndarray, np.ndarray]:
+        """Return wavelength and bandwidth (um) at 0-based pixels of this file."""
+        return self.wavelengths.at(x + self.origin[0] + 1.0, y + self.origin[1] + 1.0)
+
+    @cached_property
+    def cap(self) -> tuple[float, float, float]:
+        """Centre (ra, dec) and radius of the smallest circle about it that holds the frame, deg."""
+        ny, nx = self.shape
+        left, right, low, high = -0.5, nx - 0.5, -0.5, ny - 0.5
+        x = np.array([(nx - 1) / 2, left, right, left, right, left, right, (nx - 1) / 2, (nx - 1) / 2])
+        y = np.array([(ny - 1) / 2, low, low, high, high, (ny - 1) / 2, (ny - 1) / 2, low, high])
+        ra, dec = self.wcs.pixel_to_sky(x, y)
+        farthest = angular_distance(ra[0], dec[0], ra[1:], dec[1:]).max()
+        # The edges bulge by far less than this beyond the corners.
+        return float(ra[0]), float(dec[0]), float(farthest) * 1.001
+
+
+def angular_distance(ra1, dec1, ra2, dec2) -> np.ndarray:
+    """Great-circle distance in deg of positions in deg, by the haversine formula."""
+    ra1, dec1, ra2, dec2 = (np.deg2rad(a) for a in (ra1, dec1, ra2, dec2))
+    chord = (
+        np.sin((dec2 - dec1) / 2) ** 2
+        + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
+    )
+    return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
+
+
+def open_frame(path: str | os.PathLike) -> Frame:
+    """Open a Level 2 file of any release.
+
+    Parameters
+    ----------
+    path : path
+        A local file in the QR2 layout (flags as plain integers) or the QR3 layout (flags
+        compressed). Extensions are found by name.
+
+    Returns
+    -------
+    Frame
+        Its planes are mapped: nothing is read before it is used.
+
+    Raises
+    ------
+    FrameError
+        If the file is not a readable Level 2 frame; the message says what is wrong.
+    OSError
+        If the file cannot be opened.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise FrameError("the file is empty")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    hdus: dict[str, Hdu] = {}
+    for hdu in scan(mapped):
+        hdus.setdefault(hdu.name, hdu)
+    missing = [name for name in NEEDED if name not in hdus]
+    if missing:
+        raise FrameError(f"no extension named {', '.join(missing)}")
+
+    header = hdus["IMAGE"].header
+    unit = str(header.get("BUNIT", "")).replace(" ", "")
+    if unit != "MJy/sr":
+        raise FrameError(f"BUNIT of IMAGE is {header.get('BUNIT')!r}, 'MJy / sr' is needed")
+    detector = header.integer("DETECTOR")
+    if not 1 <= detector <= 6:
+        raise FrameError(f"DETECTOR is {detector}, 1 to 6 is allowed")
+    obs_id = header.get("OBSID")
+    if not isinstance(obs_id, str) or not obs_id:
+        raise FrameError(f"OBSID is {obs_id!r}, a name is needed")
+    warnings = []
+    fwhm = header.get("PSF_FWHM")
+    if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not 0 < fwhm < np.inf:
+        fwhm = None
+    if header.get("FINAST", 0) != 0:
+        warnings.append(f"astrometric solution not good: FINAST is {header['FINAST']}")
+    if header.get("L2DQAFLG", "Pass") != "Pass":
+        warnings.append(f"archive's quality check: L2DQAFLG is {header['L2DQAFLG']!r}")
+
+    image = _plane(mapped, hdus["IMAGE"], -32, ">f4")
+    flags_hdu = hdus["FLAGS"]
+    if flags_hdu.header.get("ZIMAGE") is True:
+        flags = _compressed_flags(path)
+    else:
+        flags = _plane(mapped, flags_hdu, 32, ">i4")
+    planes = {
+        "FLAGS": flags,
+        "VARIANCE": _plane(mapped, hdus["VARIANCE"], -32, ">f4"),
+        "ZODI": _plane(mapped, hdus["ZODI"], -32, ">f4"),
+    }
+    for name, plane in planes.items():
+        if plane.shape != image.shape:
+            raise FrameError(f"{name} is {plane.shape} pixels, IMAGE is {image.shape}")
+
+    return Frame(
+        filename=path.name,
+        obs_id=obs_id,
+        band=f"D{detector}",
+        mjd=(header.number("MJD-BEG") + header.number("MJD-END")) / 2,
+        image=image,
+        variance=planes["VARIANCE"],
+        zodi=planes["ZODI"],
+        flags=flags,
+        wcs=TanSip.from_header(header),
+        wavelengths=_wavelength_table(mapped, hdus["WCS-WAVE"]),
+        origin=(1.0 - header.number("CRPIX1A", 1.0), 1.0 - header.number("CRPIX2A", 1.0)),
+        psf_fwhm=None if fwhm is None else float(fwhm),
+        flag_bits=_flag_bits(flags_hdu.header),
+        warnings=tuple(warnings),
+    )
+
+
+def _plane(mapped: mmap.mmap, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
+    """Map a two-dimensional image where it lies in the file."""
+    header = hdu.header
+    if header.get("NAXIS") != 2 or header.get("BITPIX") != bitpix:
+        raise FrameError(
+            f"{hdu.name} has NAXIS {header.get('NAXIS')} and BITPIX {header.get('BITPIX')}, "
+            f"2 and {bitpix} are needed"
+        )
+    if header.number("BZERO", 0.0) != 0 or header.number("BSCALE", 1.0) != 1:
+        raise FrameError(f"{hdu.name} is scaled by BZERO and BSCALE, which Level 2 files do not do")
+    shape = header.integer("NAXIS2"), header.integer("NAXIS1")
+    if min(shape) < 2:
+        raise FrameError(f"{hdu.name} is only {shape} pixels")
+    return np.frombuffer(mapped, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
+
+
+def _compressed_flags(path: Path) -> np.ndarray:
+    """Read tile-compressed flags, as QR3 and later have them."""
+    from astropy.io import fits  # slow to import, and QR2 frames do without
+
+    try:
+        with fits.open(path) as hdus:
+            flags = hdus["FLAGS"].data
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+        raise FrameError(f"FLAGS cannot be decompressed: {error}") from error
+    if flags is None or flags.ndim != 2 or flags.dtype.kind != "i":
+        raise FrameError("FLAGS cannot be decompressed: not a two-dimensional integer image")
+    return flags.astype(">i4")
+
+
+def _wavelength_table(mapped: mmap.mmap, hdu: Hdu) -> WavelengthTable:
+    """Read the one row of WCS-WAVE: control points X and Y, VALUES (2, nx, ny)."""
+    header = hdu.header
+    types = {"J": ">i4", "I": ">i2", "K": ">i8", "E": ">f4", "D": ">f8"}
+    columns: dict[str, np.ndarray] = {}
+    offset = hdu.data_start
+    if header.get("NAXIS2") != 1:
+        raise FrameError(f"WCS-WAVE has {header.get('NAXIS2')} rows, one is needed")
+    for number in range(1, header.integer("TFIELDS") + 1):
+        form = str(header.get(f"TFORM{number}", "")).strip()
+        if form[-1:] not in types or not (form[:-1] or "1").isdigit():
+            raise FrameError(f"WCS-WAVE column {number} has the unreadable form {form!r}")
+        count, dtype = int(form[:-1] or 1), np.dtype(types[form[-1]])
+        if offset + count * dtype.itemsize > hdu.data_start + hdu.data_size:
+            raise FrameError(f"WCS-WAVE column {number} reaches beyond its row")
+        name = str(header.get(f"TTYPE{number}", "")).strip().upper()
+        columns[name] = np.frombuffer(mapped, dtype, count, offset).astype(float)
+        offset += count * dtype.itemsize
+    missing = [name for name in ("X", "Y", "VALUES") if name not in columns]
+    if missing:
+        raise FrameError(f"WCS-WAVE has no column {', '.join(missing)}")
+    x, y, values = columns["X"], columns["Y"], columns["VALUES"]
+    if len(x) < 2 or len(y) < 2 or len(values) != 2 * len(x) * len(y):
+        raise FrameError(
+            f"WCS-WAVE has {len(x)} x {len(y)} control points and {len(values)} values"
+        )
+    values = values.reshape(len(y), len(x), 2)
+    if not (np.diff(x) > 0).all() or not (np.diff(y) > 0).all() or not np.isfinite(values).all():
+        raise FrameError("WCS-WAVE has control points out of order or values that are not finite")
+    return WavelengthTable(x=x, y=y, values=values)
+
+
+def _flag_bits(header: Header) -> dict[str, int]:
+    """Bit of each flag: `MP_<NAME> = bit` in QR2, `MSKN<bit> = '<NAME>'` in QR3."""
+    bits = {}
+    for keyword in header:
+        if keyword.startswith("MP_"):
+            bits[keyword[3:]] = header.integer(keyword)
+        elif keyword.startswith("MSKN") and keyword[4:].isdigit():
+            bits[str(header[keyword])] = int(keyword[4:])
+    wrong = {name: bit for name, bit in bits.items() if not 0 <= bit <= 31}
+    if wrong:
+        raise FrameError(f"FLAGS header gives bits outside 0 to 31: {wrong}")
+    return FLAG_BITS | bits

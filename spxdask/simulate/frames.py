@@ -1,0 +1,746 @@
+"""SPHEREx Level 2 frames with known truth, under the header cards of a real one.
+
+The cards come from `2025W51_1A_0684_2`, detector 3; pointing, times and identity are replaced.
+Pixel coordinates are 0-based; a window ``(x0, y0, nx, ny)`` is a cut-out of the full frame, and
+positions on it count from its own first pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from astropy import units as u
+from astropy.coordinates import angular_separation
+from astropy.io import fits
+from astropy.table import Table
+from astropy.time import Time
+from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_area
+from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import RegularGridInterpolator
+from scipy.spatial import cKDTree
+
+from spxdask.simulate.scene import (
+    Sky,
+    disc_mask,
+    make_sky,
+    pixel_integrated_psf,
+    pixel_response,
+    psf_half_size,
+    reaches,
+    render_sources,
+)
+
+__all__ = [
+    "BAND_LIMITS_UM",
+    "FRAME_SIZE",
+    "Exposure",
+    "Planes",
+    "SceneOptions",
+    "Sky",
+    "make_planes",
+    "make_sky",
+    "pixel_integrated_psf",
+    "write_frame",
+]
+
+FRAME_SIZE = 2040
+BAND_LIMITS_UM = {
+    1: (0.75, 1.09),
+    2: (1.10, 1.62),
+    3: (1.63, 2.41),
+    4: (2.42, 3.82),
+    5: (3.83, 4.41),
+    6: (4.42, 5.00),
+}
+RESOLVING_POWER = {1: 39, 2: 41, 3: 41, 4: 35, 5: 112, 6: 128}
+
+# Above 6.5.5, or with this tag, the zone centres in the PSF header are in the order of the planes.
+_PIPELINE_VERSION = {"qr2": "6.5.5+psffix1", "qr3": "7.1.0"}
+_ISO_LINE_CURVATURE = 0.05
+_PSF_ZONES, _PSF_SIZE, _PSF_OVERSAMPLING = 11, 101, 10
+_EPSF_SIZE, _EPSF_OVERSAMPLING = 33, 5
+# The beam splitter's edge at 2.42 um is the last rows of detector 3 and the first of detector 4.
+_DICHROIC_ROWS = {3: range(FRAME_SIZE - 12, FRAME_SIZE), 4: range(12)}
+_STREAK_PIXELS = 16
+_CLEAN_RADIUS = 4.5
+_NAN_VARIANCE_SHARE = 0.25
+
+_MJY_SR_PER_UJY_ARCSEC2 = (1.0 * u.uJy / u.arcsec**2).to_value(u.MJy / u.sr)
+
+_OBS_ID = re.compile(r"(\d{4}W\d{2}_\d)([A-Z])(_\d{4}_\d)")
+
+Window = tuple[int, int, int, int]
+
+
+@cache
+def _cards(name: str) -> fits.Header:
+    """The real cards of one extension; callers copy them before changing anything."""
+    text = resources.files("spxdask.simulate").joinpath("cards", f"{name}.txt").read_text("ascii")
+    return fits.Header.fromstring(text, sep="\n")
+
+
+@cache
+def _bits() -> dict[str, int]:
+    """Flag bit numbers by name."""
+    return {key[3:]: bit for key, bit in _cards("flags").items() if key.startswith("MP_")}
+
+
+def _mask(name: str) -> np.int32:
+    """The flag value with only the named bit set."""
+    return np.int32(1 << _bits()[name])
+
+
+def _checked_window(window: Window | None) -> Window:
+    """The window, or the full frame for None; ValueError if it is not within the frame."""
+    if window is None:
+        return (0, 0, FRAME_SIZE, FRAME_SIZE)
+    x0, y0, nx, ny = window
+    if min(x0, y0) < 0 or min(nx, ny) < 1 or max(x0 + nx, y0 + ny) > FRAME_SIZE:
+        raise ValueError(f"window {window} is not within {FRAME_SIZE} x {FRAME_SIZE} pixels")
+    return window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure:
+    """One detector of one pointing, as the archive names it.
+
+    Attributes
+    ----------
+    obs_id : str
+        Planning period, large and small slew, such as ``2025W51_1A_0684_2``.
+    detector : int
+        1 to 6.
+    ra, dec : float
+        ICRS position in degrees of the reference pixel (CRVAL).
+    roll_deg : float
+        Rotation of the sky coordinates relative to the real header's PC matrix.
+    mjd_begin : float
+        Start of the exposure, UTC.
+    release : str
+        ``qr2``, or a later one: it decides the file layout and the pipeline version.
+    version, year, day : int
+        Of the processing, as they stand in the file name.
+
+    Raises
+    ------
+    ValueError
+        If `obs_id` or `detector` is not of that form.
+    """
+
+    obs_id: str
+    detector: int
+    ra: float
+    dec: float
+    roll_deg: float
+    mjd_begin: float
+    release: str = "qr2"
+    version: int = 21
+    year: int = 2025
+    day: int = 354
+
+    def __post_init__(self) -> None:
+        if not _OBS_ID.fullmatch(self.obs_id):
+            raise ValueError(f"not a SPHEREx obs_id: {self.obs_id!r}")
+        if self.detector not in BAND_LIMITS_UM:
+            raise ValueError(f"detector must be 1 to 6, got {self.detector}")
+
+    @property
+    def band(self) -> str:
+        """Name of the band, D1 to D6."""
+        return f"D{self.detector}"
+
+    @property
+    def layout(self) -> str:
+        """File layout of the release: ``qr2``, or ``qr3`` for that and anything later."""
+        return "qr2" if self.release == "qr2" else "qr3"
+
+    @property
+    def collection(self) -> str:
+        """Name of the archive's collection."""
+        return f"spherex_{self.release}"
+
+    @property
+    def filename(self) -> str:
+        """Name of the archive file."""
+        return f"level2_{self.obs_id}{self.band}_spx_{self._processing}.fits"
+
+    @property
+    def uri(self) -> str:
+        """Path of the file below the archive's base URL."""
+        planning_period = self.obs_id.rsplit("_", 2)[0]
+        return (
+            f"ibe/data/spherex/{self.release}/level2/{planning_period}/{self._processing}/"
+            f"{self.detector}/{self.filename}"
+        )
+
+    @property
+    def _processing(self) -> str:
+        return f"l2b-v{self.version}-{self.year}-{self.day:03d}"
+
+    @property
+    def mjd_end(self) -> float:
+        """End of the exposure, UTC."""
+        return self.mjd_begin + _cards("image")["TELAPSE"] / 86400.0
+
+    @property
+    def wavelength_limits_um(self) -> tuple[float, float]:
+        """Range of wavelengths over the whole detector, in um."""
+        return BAND_LIMITS_UM[self.detector]
+
+    @property
+    def pixel_area_arcsec2(self) -> float:
+        """Area of the reference pixel."""
+        return proj_plane_pixel_area(self.wcs()) * 3600.0**2
+
+    @property
+    def fwhm_pixels(self) -> float:
+        """Full width at half maximum of the Gaussian PSF, in pixels."""
+        return _cards("image")["PSF_FWHM"] / np.sqrt(self.pixel_area_arcsec2)
+
+    def image_header(self, window: Window | None = None) -> fits.Header:
+        """Cards of the IMAGE extension, without those of the array itself.
+
+        Parameters
+        ----------
+        window : (x0, y0, nx, ny), optional
+            Cut-out of the frame; the full frame by default.
+
+        Returns
+        -------
+        astropy.io.fits.Header
+        """
+        x0, y0, _, _ = _checked_window(window)
+        header = _cards("image").copy()
+        header["OBSID"] = self.obs_id
+        header["DETECTOR"] = self.detector
+        plan, part, slews = _OBS_ID.fullmatch(self.obs_id).groups()
+        digits = re.sub(r"\D", "", f"{plan}{ord(part) - ord('A') + 1:02d}{slews}{self.detector}")
+        header["EXPIDN"] = int(digits)
+
+        header["CRVAL1"], header["CRVAL2"], header["LATPOLE"] = self.ra, self.dec, self.dec
+        roll = np.radians(self.roll_deg)
+        rotation = np.array([[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]])
+        pc = np.array([[header[f"PC{i}_{j}"] for j in (1, 2)] for i in (1, 2)])
+        for (i, j), value in np.ndenumerate(rotation @ pc):
+            header[f"PC{i + 1}_{j + 1}"] = float(value)
+        for axis, first in ((1, x0), (2, y0)):
+            for alternate in ("", "A", "W"):
+                header[f"CRPIX{axis}{alternate}"] -= first
+
+        middle = 0.5 * (self.mjd_begin + self.mjd_end)
+        moments = {"OBS": self.mjd_begin, "BEG": self.mjd_begin, "AVG": middle, "END": self.mjd_end}
+        for name, mjd in moments.items():
+            header[f"MJD-{name}"] = mjd
+            header[f"DATE-{name}"] = Time(mjd, format="mjd", scale="utc", precision=3).isot
+        return header
+
+    def wcs(self, window: Window | None = None) -> WCS:
+        """Celestial WCS of the frame or of a cut-out, SIP distortions included."""
+        return WCS(self.image_header(window))
+
+    def footprint(self, window: Window | None = None) -> tuple[tuple[float, float], ...]:
+        """ICRS positions (ra, dec) in degrees of the outer corners of the four corner pixels."""
+        _, _, nx, ny = _checked_window(window)
+        x = np.array([0, nx, nx, 0]) - 0.5
+        y = np.array([0, 0, ny, ny]) - 0.5
+        ra, dec = self.wcs(window).all_pix2world(x, y, 0)
+        return tuple(zip(ra.tolist(), dec.tolist(), strict=True))
+
+    def wave_table(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
+        """Control points and values of the WCS-WAVE extension.
+
+        Returns
+        -------
+        x : (nx,) int array
+            Control points in 1-based pixels of the full frame.
+        y : (ny,) int array
+            The same along y.
+        values : (ny, nx, 2) float array
+            Central wavelength and bandwidth in um.
+        """
+        if self.layout == "qr3":
+            nx, ny = 9, 9
+        elif self.detector <= 4:
+            nx, ny = 11, 11
+        else:
+            nx, ny = 9, 14
+        x, y = (np.rint(np.linspace(1, FRAME_SIZE, n)).astype(np.int32) for n in (nx, ny))
+        across = (2.0 * x - FRAME_SIZE - 1) / (FRAME_SIZE - 1)
+        along = (y[:, np.newaxis] - 1.0) / (FRAME_SIZE - 1)
+        step = (along + _ISO_LINE_CURVATURE * across**2) / (1.0 + _ISO_LINE_CURVATURE)
+        shortest, longest = self.wavelength_limits_um
+        wavelength = shortest * (longest / shortest) ** step
+        bandwidth = wavelength / RESOLVING_POWER[self.detector]
+        return x, y, np.stack([wavelength, bandwidth], axis=-1)
+
+    def wavelength(
+        self, x: ArrayLike, y: ArrayLike, *, window: Window | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Central wavelength and bandwidth in um at 0-based positions on the frame or cut-out."""
+        x0, y0, _, _ = _checked_window(window)
+        columns, rows, values = self.wave_table()
+        # Continued past the last control points: the outer half pixels, and sources just outside.
+        table = RegularGridInterpolator(
+            (rows, columns), values, bounds_error=False, fill_value=None
+        )
+        found = table((np.asarray(y) + y0 + 1.0, np.asarray(x) + x0 + 1.0))
+        return found[..., 0], found[..., 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneOptions:
+    """Everything on a frame that is not one of the sky's own sources.
+
+    Attributes
+    ----------
+    zodi_scale : float
+        The zodiacal light in IMAGE over that in ZODI.
+    zodi_level : (6,) tuple of float
+        Mean of ZODI in MJy/sr, by detector.
+    zodi_gradient : float
+        Relative change of ZODI from the middle of the frame to an edge.
+    diffuse_amplitude : float
+        Largest value in MJy/sr of a linear gradient, zero in the middle, that ZODI lacks.
+    read_noise : float
+        Standard deviation in MJy/sr of a pixel without light.
+    shot_noise : float
+        Variance in (MJy/sr)^2 that 1 MJy/sr of light adds.
+    crowding : float
+        Fraction of the pixels, away from the sky's own sources, near a faint field star.
+    field_star_ujy : (float, float)
+        Limits of the log-uniform flux densities of field stars.
+    clear_radius : float
+        Field stars keep so many pixels away from the sky's own sources.
+    source_radius : float
+        Pixels whose centre is so near a star or source carry SOURCE.
+    bad_pixel_fraction : float
+        Fraction of NONFUNC, HOT, COLD and OUTLIER pixels together. With 0 there are no DICHROIC
+        rows either.
+    cosmic_ray_density : float
+        TRANSIENT streaks per pixel of the frame.
+    harmless_fraction : float
+        Fraction of good pixels with FULLSAMPLE or PHANTOM; some of them have NaN variance.
+    bad_pixels_on_sources : bool
+        Whether bad pixels and NaN variances may come near the sky's own sources.
+    seed : int
+        Combined with the exposure's obs_id and band into the seed of the random generator.
+
+    Raises
+    ------
+    ValueError
+        If a fraction is outside [0, 1).
+    """
+
+    zodi_scale: float = 1.08
+    zodi_level: tuple[float, ...] = (0.25, 0.20, 0.17, 0.13, 0.30, 0.55)
+    zodi_gradient: float = 0.05
+    diffuse_amplitude: float = 0.01
+    read_noise: float = 0.003
+    shot_noise: float = 9e-5
+    crowding: float = 0.55
+    field_star_ujy: tuple[float, float] = (3.0, 300.0)
+    clear_radius: float = 12.0
+    source_radius: float = 3.0
+    bad_pixel_fraction: float = 0.01
+    cosmic_ray_density: float = 1e-4
+    harmless_fraction: float = 0.004
+    bad_pixels_on_sources: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crowding", "bad_pixel_fraction", "harmless_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planes:
+    """The pixels of a frame, and the truth behind them.
+
+    Attributes
+    ----------
+    image, zodi : (ny, nx) float32 array
+        In MJy/sr. `image` is NaN at NONFUNC pixels.
+    variance : (ny, nx) float32 array
+        In (MJy/sr)^2. NaN at NONFUNC pixels and at some good ones that carry a harmless flag.
+    flags : (ny, nx) int32 array
+        Bits as named by the cards of the FLAGS extension.
+    source : (m,) int array
+        Indices into the sky of the sources whose light reaches the frame; their centres may lie
+        a few pixels off it.
+    x, y : (m,) float array
+        Their 0-based positions.
+    wavelength_um, bandwidth_um : (m,) float array
+        Central wavelength and bandwidth where they lie.
+    flux_ujy : (m,) float array
+        Their flux densities at that wavelength.
+    zodi_scale : float
+        The zodiacal light in `image` over `zodi`.
+    """
+
+    image: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    zodi: NDArray[np.float32]
+    flags: NDArray[np.int32]
+    source: NDArray[np.int64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    wavelength_um: NDArray[np.float64]
+    bandwidth_um: NDArray[np.float64]
+    flux_ujy: NDArray[np.float64]
+    zodi_scale: float
+
+
+def make_planes(
+    exposure: Exposure, sky: Sky, options: SceneOptions, *, window: Window | None = None
+) -> Planes:
+    """Simulate the pixels of a frame.
+
+    Parameters
+    ----------
+    exposure : Exposure
+    sky : Sky
+        Sources anywhere on the sphere.
+    options : SceneOptions
+    window : (x0, y0, nx, ny), optional
+        Cut-out of the frame; the full frame by default. Smooth light and the sky's own sources
+        are those of the full frame, while field stars, noise and bad pixels are drawn anew.
+
+    Returns
+    -------
+    Planes
+        The same for the same arguments.
+
+    Raises
+    ------
+    ValueError
+        If the window is not within the frame.
+    """
+    x0, y0, nx, ny = _checked_window(window)
+    shape = (ny, nx)
+    identity = hashlib.blake2b(f"{exposure.obs_id}{exposure.band}".encode(), digest_size=8)
+    rng = np.random.default_rng([options.seed, int.from_bytes(identity.digest())])
+
+    fwhm_pixels = exposure.fwhm_pixels
+    source, x, y = _sources_on_frame(exposure, sky, window)
+    wavelength_um, bandwidth_um = exposure.wavelength(x, y, window=window)
+    flux_ujy = sky.take(source).flux(wavelength_um)
+
+    across = ((np.arange(nx) + x0) / (FRAME_SIZE - 1) * 2.0 - 1.0)[np.newaxis]
+    along = ((np.arange(ny) + y0) / (FRAME_SIZE - 1) * 2.0 - 1.0)[:, np.newaxis]
+    slope_angle = rng.uniform(0.0, 2.0 * np.pi)
+    diffuse = np.cos(slope_angle) * across + np.sin(slope_angle) * along
+    tilt = options.zodi_gradient * (0.8 * along + 0.6 * across + 0.3 * (along**2 - 1.0 / 3.0))
+    zodi = (options.zodi_level[exposure.detector - 1] * (1.0 + tilt)).astype(np.float32)
+
+    star_x, star_y, star_ujy = _field_stars(rng, options, x, y, shape)
+    all_x, all_y = np.concatenate([x, star_x]), np.concatenate([y, star_y])
+    brightness = np.concatenate([flux_ujy, star_ujy])
+    brightness *= _MJY_SR_PER_UJY_ARCSEC2 / exposure.pixel_area_arcsec2
+    light = render_sources(all_x, all_y, brightness, fwhm_pixels=fwhm_pixels, shape=shape)
+    light += options.zodi_scale * zodi
+    light += options.diffuse_amplitude / np.sqrt(2.0) * diffuse
+
+    variance = (options.read_noise**2 + options.shot_noise * light.clip(min=0.0)).astype(np.float32)
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise *= np.sqrt(variance)
+    image = (light + noise).astype(np.float32)
+
+    flags = np.zeros(shape, dtype=np.int32)
+    flags[disc_mask(all_x, all_y, options.source_radius, shape)] = _mask("SOURCE")
+    if options.bad_pixels_on_sources:
+        spared = np.zeros(shape, dtype=bool)
+    else:
+        spared = disc_mask(x, y, _CLEAN_RADIUS, shape)
+    if options.bad_pixel_fraction > 0.0 and exposure.detector in _DICHROIC_ROWS:
+        dichroic = np.isin(np.arange(ny) + y0, _DICHROIC_ROWS[exposure.detector])
+        flags[dichroic[:, np.newaxis] & ~spared] |= _mask("DICHROIC")
+    _spoil_pixels(rng, image, variance, flags, spared, options)
+    _streak_pixels(rng, image, flags, spared, options.cosmic_ray_density)
+    return Planes(
+        image=image,
+        variance=variance,
+        zodi=zodi,
+        flags=flags,
+        source=source,
+        x=x,
+        y=y,
+        wavelength_um=wavelength_um,
+        bandwidth_um=bandwidth_um,
+        flux_ujy=flux_ujy,
+        zodi_scale=options.zodi_scale,
+    )
+
+
+def _sources_on_frame(
+    exposure: Exposure, sky: Sky, window: Window | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Indices and positions of the sky's sources whose PSF touches the frame."""
+    _, _, nx, ny = _checked_window(window)
+    wcs = exposure.wcs(window)
+    center = wcs.all_pix2world(0.5 * (nx - 1), 0.5 * (ny - 1), 0)
+    half = psf_half_size(exposure.fwhm_pixels)
+    # Far from the frame the distortion diverges and the projection repeats itself on the other
+    # side of the sky: only sources truly near may be projected.
+    corner_distance = max(_distance(center, corner) for corner in exposure.footprint(window))
+    margin = np.radians((half + 1) * np.sqrt(2.0 * exposure.pixel_area_arcsec2) / 3600.0)
+    near = np.flatnonzero(_distance(center, (sky.ra, sky.dec)) <= corner_distance + margin)
+    x, y = wcs.all_world2pix(sky.ra[near], sky.dec[near], 0, tolerance=1e-8)
+    touching = reaches(x, y, half, (ny, nx))
+    return near[touching], x[touching], y[touching]
+
+
+def _distance(first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike]) -> ArrayLike:
+    """Angular distance in radians between positions (ra, dec) in degrees."""
+    return angular_separation(*map(np.radians, (*first, *second)))
+
+
+def _field_stars(
+    rng: np.random.Generator,
+    options: SceneOptions,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    shape: tuple[int, int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Positions and fluxes (uJy) of faint stars clear of the sources at x, y."""
+    rim = np.ceil(options.source_radius)
+    ny, nx = shape
+    # Randomly placed discs leave exp(-density x area) of the pixels uncovered.
+    density = -np.log1p(-options.crowding) / (np.pi * options.source_radius**2)
+    n = rng.poisson(density * (nx + 2.0 * rim) * (ny + 2.0 * rim))
+    star_x = rng.uniform(-0.5 - rim, nx - 0.5 + rim, n)
+    star_y = rng.uniform(-0.5 - rim, ny - 0.5 + rim, n)
+    flux_ujy = np.exp(rng.uniform(*np.log(options.field_star_ujy), n))
+    distance, _ = cKDTree(np.column_stack([x, y])).query(
+        np.column_stack([star_x, star_y]), distance_upper_bound=options.clear_radius
+    )
+    clear = np.isinf(distance)
+    return star_x[clear], star_y[clear], flux_ujy[clear]
+
+
+def _spoil_pixels(
+    rng: np.random.Generator,
+    image: NDArray[np.float32],
+    variance: NDArray[np.float32],
+    flags: NDArray[np.int32],
+    spared: NDArray[np.bool_],
+    options: SceneOptions,
+) -> None:
+    """Change single pixels in place: dead, hot, cold and outlying ones, and harmless flags."""
+
+    def pick(fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        n = rng.poisson(fraction * image.size)
+        return np.unravel_index(rng.integers(image.size, size=n), image.shape)
+
+    def pick_allowed(fraction: float) -> tuple[NDArray[np.int64], ...]:
+        picked = pick(fraction)
+        return tuple(index[~spared[picked]] for index in picked)
+
+    for name in ("FULLSAMPLE", "PHANTOM"):
+        flags[pick(0.5 * options.harmless_fraction)] |= _mask(name)
+    unknown = pick_allowed(_NAN_VARIANCE_SHARE * options.harmless_fraction)
+    flags[unknown] |= _mask("FULLSAMPLE")
+    variance[unknown] = np.nan
+
+    bad = options.bad_pixel_fraction
+    hot = pick_allowed(0.1 * bad)
+    image[hot] += rng.lognormal(1.0, 1.0, hot[0].size)
+    flags[hot] |= _mask("HOT")
+    cold = pick_allowed(0.1 * bad)
+    image[cold] *= 0.2
+    flags[cold] |= _mask("COLD")
+    outlier = pick_allowed(0.5 * bad)
+    image[outlier] += rng.choice([-1.0, 1.0], outlier[0].size) * rng.uniform(
+        0.05, 0.5, outlier[0].size
+    )
+    flags[outlier] |= _mask("OUTLIER")
+    dead = pick_allowed(0.3 * bad)
+    image[dead] = variance[dead] = np.nan
+    flags[dead] |= _mask("NONFUNC")
+
+
+def _streak_pixels(
+    rng: np.random.Generator,
+    image: NDArray[np.float32],
+    flags: NDArray[np.int32],
+    spared: NDArray[np.bool_],
+    density: float,
+) -> None:
+    """Add cosmic-ray streaks of up to 16 pixels in place."""
+    ny, nx = image.shape
+    n = rng.poisson(density * image.size)
+    angle = rng.uniform(0.0, 2.0 * np.pi, (n, 1))
+    step = np.arange(_STREAK_PIXELS)
+    column = np.rint(rng.uniform(0, nx, (n, 1)) + step * np.cos(angle)).astype(np.int64)
+    row = np.rint(rng.uniform(0, ny, (n, 1)) + step * np.sin(angle)).astype(np.int64)
+    energy = np.broadcast_to(rng.lognormal(0.0, 1.0, (n, 1)), row.shape)
+    hit = step < rng.integers(1, _STREAK_PIXELS + 1, (n, 1))
+    hit &= (column >= 0) & (column < nx) & (row >= 0) & (row < ny)
+    row, column, energy = row[hit], column[hit], energy[hit]
+    allowed = ~spared[row, column]
+    row, column = row[allowed], column[allowed]
+    image[row, column] += energy[allowed]
+    flags[row, column] |= _mask("TRANSIENT")
+
+
+def write_frame(
+    path: str | os.PathLike[str],
+    exposure: Exposure,
+    planes: Planes,
+    *,
+    window: Window | None = None,
+    layout: str | None = None,
+) -> None:
+    """Write a Level 2 multi-extension FITS file.
+
+    The file appears under its name only when it is complete.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; an existing one is replaced.
+    exposure : Exposure
+    planes : Planes
+    window : (x0, y0, nx, ny), optional
+        The cut-out that `planes` was made for; the full frame by default.
+    layout : {"qr2", "qr3"}, optional
+        That of the exposure's release by default.
+
+    Raises
+    ------
+    ValueError
+        If `planes` is not of the window's shape, or the layout unknown.
+    """
+    layout = exposure.layout if layout is None else layout
+    if layout not in _PIPELINE_VERSION:
+        raise ValueError(f"layout must be one of {sorted(_PIPELINE_VERSION)}, got {layout!r}")
+    _, _, nx, ny = _checked_window(window)
+    if planes.image.shape != (ny, nx):
+        raise ValueError(f"planes of shape {planes.image.shape} do not fill a {ny} x {nx} window")
+
+    primary = fits.PrimaryHDU()
+    primary.header["TELESCOP"] = "SPHEREx"
+    primary.header["VERSION"] = (_PIPELINE_VERSION[layout], "Version of the Level 2 pipeline")
+    image_header = exposure.image_header(window)
+    _count_flags(image_header, planes.flags)
+    hdus = fits.HDUList(
+        [
+            primary,
+            fits.ImageHDU(planes.image, image_header, name="IMAGE"),
+            _flags_hdu(planes.flags, layout),
+            fits.ImageHDU(planes.variance, _unit_header("MJy2 / sr2"), name="VARIANCE"),
+            fits.ImageHDU(planes.zodi, _unit_header("MJy / sr"), name="ZODI"),
+            _psf_hdu(exposure) if layout == "qr2" else _epsf_hdu(exposure),
+            _wave_hdu(exposure),
+        ]
+    )
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        hdus.writeto(partial, overwrite=True)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _unit_header(unit: str) -> fits.Header:
+    return fits.Header([("BUNIT", unit, "Unit of pixel value")])
+
+
+def _count_flags(header: fits.Header, flags: NDArray[np.int32]) -> None:
+    """Set the header's pixel counts."""
+    for key in header["L2 N_*"]:
+        header[key] = np.count_nonzero(flags & _mask(key.removeprefix("L2 N_")))
+    if "PXSRCMSK" in header:
+        header["PXSRCMSK"] = round(100.0 * header["L2 N_SOURCE"] / flags.size, 2)
+
+
+def _flags_hdu(flags: NDArray[np.int32], layout: str) -> fits.ImageHDU | fits.CompImageHDU:
+    """The FLAGS extension: plain with MP_ cards, or compressed with MSKN cards."""
+    header = _cards("flags").copy()
+    _count_flags(header, flags)
+    if layout == "qr2":
+        return fits.ImageHDU(flags, header, name="FLAGS")
+    del header["MP_*"]
+    for name, bit in _bits().items():
+        header[f"MSKN{bit:04d}"] = name
+    return fits.CompImageHDU(
+        flags, header, name="FLAGS", compression_type="RICE_1", tile_shape=(1, flags.shape[1])
+    )
+
+
+def _zones(n: int) -> tuple[NDArray[np.float64], float]:
+    """Centres in 1-based pixels, and the width, of n equal zones along an axis."""
+    return (2 * np.arange(n) + 1) * FRAME_SIZE / (2 * n) + 0.5, FRAME_SIZE / n
+
+
+def _psf_hdu(exposure: Exposure) -> fits.ImageHDU:
+    """The PSF extension: one oversampled plane a zone, x running fastest, each of unit sum."""
+    fwhm = exposure.fwhm_pixels * _PSF_OVERSAMPLING
+    plane = pixel_integrated_psf(0.0, 0.0, fwhm, _PSF_SIZE).astype(np.float32)
+    centers, width = _zones(_PSF_ZONES)
+    header = fits.Header([("OVERSAMP", _PSF_OVERSAMPLING, "PSF samples per pixel, each axis")])
+    for i, (y, x) in enumerate(itertools.product(centers, centers), start=1):
+        header.extend(
+            [(f"XCTR_{i}", x), (f"YCTR_{i}", y), (f"XWID_{i}", width), (f"YWID_{i}", width)]
+        )
+    return fits.ImageHDU(np.tile(plane, (_PSF_ZONES**2, 1, 1)), header, name="PSF")
+
+
+def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
+    """The EPSF extension: the fraction of the flux in a pixel, by its offset from the source."""
+    steps = (np.arange(_EPSF_SIZE) - _EPSF_SIZE // 2) / _EPSF_OVERSAMPLING
+    fwhm_pixels = exposure.fwhm_pixels
+    response = pixel_response(steps, fwhm_pixels)
+    epsf = np.outer(response, response).astype(np.float32)
+    nx, ny = (11, 41) if exposure.detector == 3 else (21, 21)
+    (x_centers, x_width), (y_centers, y_width) = _zones(nx), _zones(ny)
+    y_bin, x_bin = (index.ravel().astype(np.int32) for index in np.indices((ny, nx)))
+    x, y = x_centers[x_bin], y_centers[y_bin]
+    wavelength_um, bandwidth_um = exposure.wavelength(x - 1.0, y - 1.0)
+    centered = pixel_integrated_psf(0.0, 0.0, fwhm_pixels, 2 * psf_half_size(fwhm_pixels) + 1)
+    n = nx * ny
+    table = Table(
+        {
+            "BINX": x_bin,
+            "BINY": y_bin,
+            "XCENTER": x,
+            "YCENTER": y,
+            "XWIDTH": np.full(n, x_width),
+            "YWIDTH": np.full(n, y_width),
+            "NSTAR": np.full(n, 1000, dtype=np.int32),
+            "NEFF_MEAN": np.full(n, 1.0 / np.sum(centered**2)),
+            "CWAVE": wavelength_um,
+            "CBAND": bandwidth_um,
+            "EPSF": np.tile(epsf, (n, 1, 1)),
+        }
+    )
+    hdu = fits.BinTableHDU(table, name="EPSF")
+    hdu.header["OVSMPX"] = hdu.header["OVSMPY"] = _EPSF_OVERSAMPLING
+    hdu.header["DETCOORD"] = _cards("image")["DETCOORD"]
+    return hdu
+
+
+def _wave_hdu(exposure: Exposure) -> fits.BinTableHDU:
+    """The WCS-WAVE extension."""
+    x, y, values = exposure.wave_table()
+    ny, nx, _ = values.shape
+    return fits.BinTableHDU.from_columns(
+        [
+            fits.Column("X", f"{nx}J", array=x[np.newaxis]),
+            fits.Column("Y", f"{ny}J", array=y[np.newaxis]),
+            fits.Column(
+                "VALUES", f"{values.size}D", dim=f"(2,{nx},{ny})", array=values[np.newaxis]
+            ),
+        ],
+        name="WCS-WAVE",
+    )

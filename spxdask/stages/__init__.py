@@ -1,0 +1,1 @@
+"""The four stages: query, download, extract, aggregate."""

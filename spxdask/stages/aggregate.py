@@ -1,0 +1,152 @@
+"""Aggregate: from one table a frame to one light curve a source."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spxdask import tables
+from spxdask.errors import FrameError
+from spxdask.storage import file_stem, whole_file
+
+TEXT = pd.ArrowDtype(pa.string())
+COLUMNS = ("target_id", *tables.LIGHT_CURVE)
+# A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
+# group must fit a worker many times over.
+GROUP_BYTES = 32_000_000
+GROUP_FILES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A per-image table on disk and the rows it must have, None when that is not known."""
+
+    path: str
+    rows: int | None
+
+
+def light_curves(
+    groups: Sequence[Sequence[Table]], folder: str, buckets: str | None, num_buckets: int
+) -> dd.DataFrame:
+    """Build the graph that turns per-image tables into light curves.
+
+    Parameters
+    ----------
+    groups : sequence of sequences of Table
+        Tables to read together; see `group`.
+    folder : str
+        Where one CSV a source is written.
+    buckets : str or None
+        Where the shuffled and sorted partitions are kept as Parquet, if anywhere.
+    num_buckets : int
+        Output partitions of the shuffle.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        Lazy; one row a source with its `target_id` and the `rows` of its light curve.
+    """
+    rows = dd.from_map(read_tables, groups, meta=_empty(), label="read-tables")
+    shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
+    write = functools.partial(write_lightcurves, folder=folder, buckets=buckets)
+    return shuffled.map_partitions(
+        write,
+        meta=pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")}),
+        token="write-lightcurves",
+        enforce_metadata=False,
+    )
+
+
+def group(found: Sequence[Table]) -> list[list[Table]]:
+    """Divide tables into groups of similar size, each read by one task."""
+    groups: list[list[Table]] = []
+    size = 0
+    for table in found:
+        bytes_ = os.stat(table.path).st_size
+        if not groups or size + bytes_ > GROUP_BYTES or len(groups[-1]) >= GROUP_FILES:
+            groups.append([])
+            size = 0
+        groups[-1].append(table)
+        size += bytes_
+    return groups
+
+
+def _empty() -> pd.DataFrame:
+    return _to_pandas(tables.SCHEMA.empty_table())
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    return table.select(COLUMNS).to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
+
+
+def read_tables(group: Sequence[Table]) -> pd.DataFrame:
+    """Read a group of per-image tables; raise FrameError for one that lost rows."""
+    read = []
+    for table in group:
+        rows = tables.read_csv(table.path)
+        if table.rows is not None and len(rows) != table.rows:
+            raise FrameError(
+                f"{table.path} has {len(rows)} rows, {table.rows} were measured; extract it again"
+            )
+        read.append(rows)
+    return _to_pandas(pa.concat_tables(read))
+
+
+def write_lightcurves(
+    partition: pd.DataFrame, *, folder: str, buckets: str | None, partition_info=None
+) -> pd.DataFrame:
+    """Sort a partition and write the light curve of every source in it."""
+    rows = pa.Table.from_pandas(partition, preserve_index=False)
+    rows = rows.sort_by([(key, "ascending") for key in tables.SORT_KEYS]).combine_chunks()
+    if buckets is not None and partition_info is not None:
+        path = Path(buckets) / bucket_name(partition_info["number"])
+        with whole_file(path, durable=False) as part:
+            pq.write_table(rows, part)
+    ids = rows.column("target_id")
+    n = len(ids)
+    if n == 0:
+        return pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": np.empty(0, np.int64)})
+    ids = ids.chunk(0)
+    new = np.ones(n, bool)
+    new[1:] = pa.compute.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(new)
+    stops = np.append(starts[1:], n)
+    lines = tables.csv_lines({c: rows.column(c).chunk(0) for c in tables.LIGHT_CURVE})
+    header = tables.csv_header(tables.LIGHT_CURVE)
+    targets = ids.take(pa.array(starts))
+    for target, start, stop in zip(targets.to_pylist(), starts, stops, strict=True):
+        with whole_file(Path(folder) / light_curve_name(target), durable=False) as part:
+            with open(part, "wb") as file:
+                file.write(header)
+                file.write(tables.lines_to_bytes(lines, start, stop))
+    return pd.DataFrame({"target_id": targets.to_pandas(types_mapper={pa.string(): TEXT}.get), "rows": stops - starts})
+
+
+def light_curve_name(target_id: str) -> str:
+    """Return the name of a source's light-curve file."""
+    return f"{file_stem(target_id)}.csv"
+
+
+def bucket_name(number: int) -> str:
+    """Return the name of the Parquet file of a partition."""
+    return f"bucket-{number:05d}.parquet"
+
+
+def remove_others(folder: str, names: set[str]) -> int:
+    """Remove what an older run left among the light curves; return how many files."""
+    removed = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name not in names and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+                removed += 1
+    return removed

@@ -1,0 +1,168 @@
+"""Download: fetch frames whole, with async fsspec, and believe none that does not open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import fsspec
+from fsspec.asyn import sync
+
+from spxdask import retry
+from spxdask.errors import ArchiveError, FrameError
+from spxdask.ledger import Outcome
+from spxdask.observation import Observation
+from spxdask.science.frame import open_frame
+from spxdask.storage import part_path
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions:
+    """How patient a download is; see `BatchConfig`."""
+
+    max_retries: int
+    stall_timeout: float
+
+
+def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
+    """Bring one frame to the images folder; the task of the download stage.
+
+    Parameters
+    ----------
+    observation : Observation
+    images : str
+        Folder; the frame gets the archive's own file name in it.
+    options : FetchOptions
+
+    Returns
+    -------
+    Outcome
+        ``done`` when the frame is there whole, ``failed`` with the reason when it could
+        not be had.
+    """
+    started = time.monotonic()
+    path = Path(images) / observation.filename
+    filesystem = fsspec.filesystem(observation.download_url.partition(":")[0])
+    attempts = 0
+    try:
+        # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
+        # heartbeats, and take a slot all the same.
+        attempts = sync(filesystem.loop, _fetch, filesystem, observation, path, options)
+    except (ArchiveError, OSError) as error:
+        status, reason = "failed", str(error)
+    else:
+        status, reason = "done", None
+    return Outcome(
+        stage="download",
+        filename=observation.filename,
+        status=status,
+        reason=reason,
+        seconds=time.monotonic() - started,
+        bytes=path.stat().st_size if status == "done" else 0,
+        attempts=attempts,
+    )
+
+
+def is_complete(observation: Observation, images: str) -> bool:
+    """Tell whether a frame is in the images folder with the length the archive says."""
+    try:
+        size = os.stat(Path(images) / observation.filename).st_size
+    except FileNotFoundError:
+        return False
+    return observation.size_bytes in (None, size)
+
+
+async def _fetch(filesystem, observation: Observation, path: Path, options: FetchOptions) -> int:
+    """Fetch until the frame is whole; return how many attempts it took."""
+    part = part_path(path)
+    url = observation.download_url
+    tag = None
+    try:
+        for attempt in range(1, options.max_retries + 2):
+            retry_after = None
+            try:
+                tag = await _transfer(filesystem, observation, part, tag, options.stall_timeout)
+                await asyncio.to_thread(_publish, observation, part, path)
+                return attempt
+            except aiohttp.ClientResponseError as error:
+                if error.status not in retry.TRANSIENT_STATUS:
+                    raise ArchiveError(f"{url}: HTTP {error.status} {error.message}") from error
+                failure = f"HTTP {error.status} {error.message}"
+                retry_after = (error.headers or {}).get("Retry-After")
+            except TimeoutError:
+                failure = f"no byte for {options.stall_timeout:g} s"
+            except (aiohttp.ClientError, ConnectionError) as error:
+                failure = f"{type(error).__name__}: {error}"
+            except FrameError as error:
+                # Starting over is the only cure for wrong content.
+                part.unlink(missing_ok=True)
+                failure = str(error)
+            if attempt <= options.max_retries:
+                pause = retry.delay(attempt, retry_after)
+                logger.info("%s: %s, again in %.1f s", url, failure, pause)
+                await asyncio.sleep(pause)
+        raise ArchiveError(f"{url}: {failure} (after {options.max_retries + 1} attempts)")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+async def _transfer(
+    filesystem, observation: Observation, part: Path, tag: str | None, stall_timeout: float
+) -> str | None:
+    """Bring `part` to full length, going on where it ends; return the version's tag.
+
+    Bytes of two versions are never joined: the server is asked to go on only if the file
+    still is the one that `tag` names, and to send all of it otherwise.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have and tag:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=stall_timeout, sock_read=stall_timeout
+    )
+    stream = await filesystem.open_async(
+        observation.download_url, size=observation.size_bytes or 0, headers=headers, timeout=timeout
+    )
+    try:
+        try:
+            chunk = await stream.read(CHUNK_BYTES)
+        except FileNotFoundError as error:
+            raise ArchiveError(f"{observation.download_url}: HTTP 404 Not Found") from error
+        response = stream.r
+        goes_on = response.status == 206
+        tag = response.headers.get("ETag")
+        if response.content_type == "text/html":
+            raise FrameError("an HTML page came in place of the file")
+        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise FrameError("the server sent another range than was asked for")
+        with open(part, "ab" if goes_on else "wb") as file:
+            while chunk:
+                file.write(chunk)
+                chunk = await stream.read(CHUNK_BYTES)
+    finally:
+        await stream.close()
+    # A weak tag says nothing about bytes.
+    return tag if tag and not tag.startswith("W/") else None
+
+
+def _publish(observation: Observation, part: Path, path: Path) -> None:
+    """Give a fetched file its name once it is whole, opens as a frame, and is on disk."""
+    size = part.stat().st_size
+    if observation.size_bytes not in (None, size):
+        raise FrameError(f"{size} bytes came, the archive says {observation.size_bytes}")
+    frame = open_frame(part)
+    if (frame.obs_id, frame.band) != (observation.obs_id, observation.band):
+        raise FrameError(f"the file holds {frame.obs_id} {frame.band}, another frame")
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,151 @@
+"""Extract: measure every catalogue source in every frame."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from spxdask import tables
+from spxdask.config import PhotometryConfig
+from spxdask.errors import FrameError
+from spxdask.ledger import Outcome
+from spxdask.science.catalogue import Catalogue
+from spxdask.science.frame import Frame, open_frame
+from spxdask.science.photometry import measure
+from spxdask.storage import whole_file
+
+logger = logging.getLogger(__name__)
+
+# Raised whenever the numbers or the columns change, so that older rows are made again.
+MEASUREMENT_VERSION = 1
+
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """What all tasks of the stage share.
+
+    Attributes
+    ----------
+    catalogue : str
+        A file written by `Catalogue.save`, which every worker maps.
+    photometry : PhotometryConfig
+    fingerprint : str
+        Of catalogue, options and code; see `fingerprint`.
+    serial : bool
+        Measure one frame at a time in a process, however many threads it has. For the
+        embedded cluster, whose workers have threads to spare for downloads.
+    """
+
+    catalogue: str
+    photometry: PhotometryConfig
+    fingerprint: str
+    serial: bool
+
+
+def fingerprint(catalogue: Catalogue, photometry: PhotometryConfig) -> str:
+    """Return a hash of all that the rows of a frame depend on besides the frame."""
+    parts = (MEASUREMENT_VERSION, catalogue.fingerprint, photometry.to_yaml())
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def table_name(filename: str) -> str:
+    """Return the name of a frame's per-image table."""
+    return f"{Path(filename).stem}_photometry.csv"
+
+
+def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
+    """Measure one frame and write its table; the task of the extract stage.
+
+    Parameters
+    ----------
+    image : str
+        The frame.
+    per_image : str
+        Folder of the tables. The frame's appears in it whole, with only a header when
+        no source of the catalogue is on the frame.
+    options : ExtractOptions
+
+    Returns
+    -------
+    Outcome
+        ``failed`` with the reason for a frame that cannot be measured.
+    """
+    started = time.monotonic()
+    filename = Path(image).name
+    rows, skipped, warnings, reason = 0, {}, (), None
+    try:
+        with _one_at_a_time if options.serial else nullcontext():
+            frame = open_frame(image)
+            columns, skipped, warnings = measure_catalogue(
+                frame, _catalogue(options.catalogue), options.photometry
+            )
+            rows = len(columns["target_id"])
+            with whole_file(Path(per_image) / table_name(filename)) as part:
+                part.write_bytes(
+                    tables.csv_header(tables.PER_IMAGE)
+                    + tables.lines_to_bytes(tables.csv_lines(columns))
+                )
+    except (FrameError, OSError) as error:
+        reason = str(error)
+    except Exception as error:
+        # One frame must not cost the run, whatever is in it; the log has the traceback.
+        logger.exception("%s: unexpected error", filename)
+        reason = f"unexpected {type(error).__name__}: {error}"
+    return Outcome(
+        stage="extract",
+        filename=filename,
+        status="failed" if reason else "done",
+        reason=reason,
+        seconds=time.monotonic() - started,
+        rows=0 if reason else rows,
+        skipped=skipped,
+        warnings=warnings,
+        fingerprint=options.fingerprint,
+    )
+
+
+def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: PhotometryConfig):
+    """Measure the sources of a catalogue that are on a frame.
+
+    Returns
+    -------
+    columns : dict of str to (n,) array
+        The per-image table, in the order of the catalogue's file.
+    skipped : dict of str to int
+        Sources on the frame without a row, by reason.
+    warnings : tuple of str
+        Repairs and fallbacks.
+    """
+    near = catalogue.within(*frame.cap)
+    ra, dec = catalogue.ra[near], catalogue.dec[near]
+    measured = measure(frame, ra, dec, photometry)
+    index = measured.index
+    n = len(index)
+    columns = {
+        "target_id": catalogue.target_id.take(pa.array(near[index])),
+        "ra": ra[index],
+        "dec": dec[index],
+        "obs_id": pa.repeat(frame.obs_id, n),
+        "band": pa.repeat(frame.band, n),
+        "mjd": np.full(n, frame.mjd),
+        **measured.columns,
+        "filename": pa.repeat(frame.filename, n),
+    }
+    return columns, measured.skipped, measured.warnings
+
+
+@functools.lru_cache(maxsize=2)
+def _catalogue(path: str) -> Catalogue:
+    """Map the catalogue once a process. Its name holds its fingerprint, so it cannot age."""
+    return Catalogue.open(path)

@@ -1,0 +1,269 @@
+"""Query: which frames cover the field, from the archive's TAP service."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import numpy as np
+import pyvo
+import requests
+from astropy.table import Table
+from pyvo.dal import DALFormatError, DALQueryError, DALServiceError
+from pyvo.dal.tap import TAPResults
+
+from spxdask import retry
+from spxdask.config import BatchConfig
+from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
+from spxdask.observation import Observation, check_uri, filename_identity, is_level2_name
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = (
+    "p.obs_publisher_did",
+    "p.energy_bounds_lower",
+    "p.energy_bounds_upper",
+    "p.time_bounds_lower",
+    "p.time_bounds_upper",
+    "a.uri",
+    "a.contentlength",
+)
+# Answers take a minute at worst; beyond these the query is better off as a job.
+CONNECT_TIMEOUT_S = 20.0
+SYNC_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 4 * 3600.0
+FIRST_POLL_S = 0.2
+LONGEST_POLL_S = 15.0
+# Rows asked of a job; a whole survey has some 1.5 million.
+JOB_MAXREC = 20_000_000
+
+_COLLECTION = re.compile(r"ivo://[^?]*/spherex_(?P<release>qr\d+)(?P<deep>_deep)?\?")
+
+
+def find_observations(config: BatchConfig) -> list[Observation]:
+    """Ask the archive for the frames of a run.
+
+    Parameters
+    ----------
+    config : BatchConfig
+
+    Returns
+    -------
+    list of Observation
+        Each exposure and detector once (each file once with ``release="all"``), sorted by
+        time, observation and band. Empty when nothing covers the field.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive rejects the query, or does not answer it after all retries.
+    TruncatedAnswerError
+        If it answers only in part.
+    InputError
+        If more frames than ``max_images`` were found.
+    """
+    answer = ask(config.tap_url, adql(config), max_retries=config.max_retries)
+    observations = select(answer, config)
+    check_count(observations, config)
+    return observations
+
+
+def adql(config: BatchConfig) -> str:
+    """Return the query of a run, in ADQL 2.0."""
+    circle = f"CIRCLE('ICRS', {config.center_ra!r}, {config.center_dec!r}, {config.radius!r})"
+    where = [
+        f"INTERSECTS(p.poly, {circle}) = 1"
+        if config.coverage_mode == "any"
+        else f"CONTAINS({circle}, p.poly) = 1"
+    ]
+    if config.bands is not None:
+        names = ", ".join(f"'SPHEREx-{band}'" for band in config.bands)
+        where.append(f"p.energy_bandpassname IN ({names})")
+    if config.mjd_range is not None:
+        # All exposures that could have their middle in the range; `select` is exact.
+        first, last = config.mjd_range
+        where += [f"p.time_bounds_upper >= {first!r}", f"p.time_bounds_lower <= {last!r}"]
+    return (
+        f"SELECT {', '.join(COLUMNS)} "
+        "FROM spherex.plane AS p INNER JOIN spherex.artifact AS a ON a.planeid = p.planeid "
+        f"WHERE {' AND '.join(where)}"
+    )
+
+
+def select(answer: Table, config: BatchConfig) -> list[Observation]:
+    """Turn the archive's rows into observations; see `find_observations`."""
+    kept: dict[tuple[str, ...], Observation] = {}
+    others = 0
+    for row in answer.iterrows():
+        did, lower, upper, begin, end, uri, size = row
+        uri = str(uri)
+        collection = _COLLECTION.match(str(did))
+        if collection is None or not is_level2_name(uri):
+            others += 1
+            continue
+        if config.release in ("qr2", "qr3") and collection["release"] != config.release:
+            continue
+        check_uri(uri)
+        mjd = (float(begin) + float(end)) / 2
+        if config.mjd_range and not config.mjd_range[0] <= mjd <= config.mjd_range[1]:
+            continue
+        obs_id, band = filename_identity(uri.rpartition("/")[2])
+        observation = Observation(
+            obs_id=obs_id,
+            band=band,
+            mjd=mjd,
+            wavelength_um=(float(lower) + float(upper)) / 2 * 1e6,
+            uri=uri,
+            download_url=f"{config.archive_url}/{uri}",
+            size_bytes=None if np.ma.is_masked(size) or int(size) <= 0 else int(size),
+        )
+        # A file name holds exposure, detector and version, and is ours on disk.
+        key = (observation.filename,) if config.release == "all" else (obs_id, band)
+        if key not in kept or kept[key].recency < observation.recency:
+            kept[key] = observation
+    if others:
+        logger.info("%d files that are not Level 2 science frames left out", others)
+    return sorted(kept.values(), key=lambda o: (o.mjd, o.obs_id, o.band, o.filename))
+
+
+def check_count(observations: list[Observation], config: BatchConfig) -> None:
+    """Raise InputError when there are more observations than the run allows."""
+    if len(observations) <= config.max_images:
+        return
+    raise InputError(
+        f"{len(observations):,} frames ({gigabytes(observations):,.1f} GB) cover the field, "
+        f"max_images allows {config.max_images:,}; raise max_images, or take a smaller radius, "
+        "fewer bands or a shorter mjd_range"
+    )
+
+
+def gigabytes(observations: Iterable[Observation]) -> float:
+    """Return the size of the frames in GB, 71.6 MB where the archive does not say."""
+    return sum(o.size_bytes or 71_600_000 for o in observations) / 1e9
+
+
+def ask(tap_url: str, query: str, *, max_retries: int) -> Table:
+    """Run a query, sync first, then as a job when the sync endpoint cannot answer it.
+
+    Returns
+    -------
+    Table
+        The whole answer.
+
+    Raises
+    ------
+    ArchiveError, TruncatedAnswerError
+    """
+    with _Session() as session:
+        return _ask(pyvo.dal.TAPService(tap_url, session=session), query, max_retries)
+
+
+def _ask(service: pyvo.dal.TAPService, query: str, max_retries: int) -> Table:
+    request = service.create_query(query)
+
+    def sync() -> TAPResults:
+        # Not `run_sync`, which warns where `_overflowed` looks by itself.
+        return TAPResults(request.execute_votable(), url=request.queryurl)
+
+    try:
+        results = _repeat(sync, "the TAP service", max_retries)
+        if not _overflowed(results):
+            return results.to_table()
+        logger.info("sync answer cut at %d rows, asking again as a job", len(results))
+    except ArchiveError as error:
+        if isinstance(error.__cause__, DALQueryError):
+            raise
+        logger.info("sync query failed (%s), asking again as a job", error)
+    results = _run_job(service, query, max_retries)
+    if _overflowed(results):
+        raise TruncatedAnswerError(
+            f"{service.baseurl} cut its answer at {len(results):,} rows; take a smaller radius, fewer "
+            "bands or a shorter mjd_range"
+        )
+    return results.to_table()
+
+
+def _overflowed(results: TAPResults) -> bool:
+    """Tell whether an answer says anywhere that it is not the whole."""
+    votable = results.votable
+    elements = [votable, *votable.resources, *votable.iter_tables()]
+    return any(
+        info.name == "QUERY_STATUS" and info.value == "OVERFLOW"
+        for element in elements
+        for info in element.infos
+    )
+
+
+def _run_job(service: pyvo.dal.TAPService, query: str, max_retries: int) -> TAPResults:
+    """Run a query as a UWS job; polls by itself, as pyvo gives up on the first lost poll."""
+    name = "the TAP service's job"
+    job = _repeat(lambda: service.submit_job(query, maxrec=JOB_MAXREC), name, max_retries)
+    try:
+        _repeat(job.run, name, max_retries)
+        deadline = time.monotonic() + JOB_TIMEOUT_S
+        pause = FIRST_POLL_S
+        while (phase := _repeat(lambda: job.phase, name, max_retries)) not in (
+            "COMPLETED",
+            "ERROR",
+            "ABORTED",
+        ):
+            if time.monotonic() > deadline:
+                raise ArchiveError(f"{name} did not end within {JOB_TIMEOUT_S / 3600:g} hours")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_S)
+        if phase != "COMPLETED":
+            summary = getattr(job._job, "errorsummary", None)
+            said = getattr(getattr(summary, "message", None), "content", None)
+            raise ArchiveError(f"{name} ended as {phase}: {said or 'no reason given'}")
+        return _repeat(job.fetch_result, name, max_retries)
+    finally:
+        try:
+            job.delete()
+        except (DALServiceError, requests.RequestException) as error:
+            logger.debug("job not deleted: %s", error)
+
+
+def _repeat(call: Callable, name: str, max_retries: int):
+    """Call until it answers; only what may pass by itself is tried again."""
+    for attempt in range(1, max_retries + 2):
+        try:
+            return call()
+        except DALQueryError as error:
+            raise ArchiveError(f"{name} rejected the query: {error}") from error
+        except DALFormatError as error:
+            # An error page in place of a VOTable.
+            failure, code, retry_after = error, None, None
+        except (DALServiceError, requests.RequestException) as error:
+            cause = error.cause if isinstance(error, DALServiceError) else error
+            response = getattr(cause, "response", None)
+            code = getattr(response, "status_code", None)
+            retry_after = response.headers.get("Retry-After") if response is not None else None
+            failure = error
+            if code is not None and code not in retry.TRANSIENT_STATUS:
+                break
+        if attempt <= max_retries:
+            pause = retry.delay(attempt, retry_after)
+            logger.info("%s failed (%s), again in %.1f s", name, failure, pause)
+            time.sleep(pause)
+    raise ArchiveError(f"{name} does not answer: {failure}") from failure
+
+
+class _Session(requests.Session):
+    """What pyvo leaves out: no request waits for ever, and every answer is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers = ExitStack()
+
+    def request(self, method, url, **options):
+        options.setdefault("timeout", (CONNECT_TIMEOUT_S, SYNC_TIMEOUT_S))
+        answer = super().request(method, url, **options)
+        self._answers.callback(answer.close)
+        return answer
+
+    def close(self):
+        self._answers.close()
+        super().close()

@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all, and names that cannot leave their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+# A directory entry holds 255 bytes on common file systems, the suffix included.
+MAX_NAME_BYTES = 200
+
+
+def part_path(path: Path) -> Path:
+    """Return a neighbour of `path`, unique to this call, to write to before it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary neighbour of `path` that takes its name when the block ends well.
+
+    With `durable`, the bytes are on disk before the name is; on an error the neighbour
+    is removed and `path` is as it was.
+    """
+    path = Path(path)
+    part = part_path(path)
+    try:
+        yield part
+        if durable:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def file_stem(target_id: str) -> str:
+    """Turn a target id into a file name without its suffix.
+
+    An id that can be a file name is its own. One with a slash, a backslash, a control
+    character, a percent sign, a leading dot or two dots in a row is percent-encoded, and
+    one that is, or would become, longer than 200 bytes is cut and ends in the SHA-256 of
+    the id after ``%~``, which no encoded name holds. So two ids never share a name, and
+    no name leaves its folder.
+    """
+    stem = target_id
+    if (
+        any(c in "/\\%" or ord(c) < 32 or 127 <= ord(c) < 160 for c in target_id)
+        or target_id.startswith(".")
+        or ".." in target_id
+    ):
+        stem = quote(target_id, safe=" +,=@:;()[]")
+        if stem.startswith(".") or ".." in stem:
+            stem = stem.replace(".", "%2E")
+    encoded = stem.encode("utf-8", "surrogatepass")
+    if len(encoded) <= MAX_NAME_BYTES:
+        return stem
+    digest = hashlib.sha256(target_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return encoded[:100].decode("utf-8", "ignore") + "%~" + digest

@@ -1,0 +1,298 @@
+"""The compiled photometry against a plain reading of the definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from photutils.aperture import CircularAperture
+from scipy.interpolate import RegularGridInterpolator
+
+from spxdask.config import PhotometryConfig
+from spxdask.errors import FrameError
+from spxdask.science import kernels, photometry
+from spxdask.science.frame import Frame, WavelengthTable
+from spxdask.science.wcs import TanSip
+
+SIZE = 160
+
+
+def make_frame(seed=0, *, size=SIZE, source_fraction=0.3, **changes) -> Frame:
+    """A small frame with everything that can be wrong with a pixel, sky 1:1 on pixels."""
+    rng = np.random.default_rng(seed)
+    shape = (size, size)
+    zodi = 0.3 + 0.1 * rng.random(shape)
+    variance = 4e-4 * rng.uniform(0.5, 1.5, shape)
+    image = 1.07 * zodi + rng.standard_normal(shape) * np.sqrt(variance)
+    flags = np.where(rng.random(shape) < source_fraction, 1 << 21, 0)
+    for bit, count in ((0, 60), (6, 60), (10, 60), (12, 300), (4, 100), (22, 100)):
+        flags.flat[rng.integers(0, flags.size, count)] |= 1 << bit
+    flat = rng.permutation(flags.size)
+    image.flat[flat[:15]] = np.nan
+    flags.flat[flat[:10]] |= 1 << 6
+    image.flat[flat[15:20]] = np.inf
+    variance.flat[flat[20:60]] = np.nan
+    flags.flat[flat[20:50]] |= 1 << 12
+    variance.flat[flat[60:70]] = 0.0
+    variance.flat[flat[70:80]] = -1.0
+    zodi.flat[flat[80:90]] = 0.0
+    image.flat[flat[100:140]] += rng.uniform(0.5, 50, 40)
+    y = x = np.array([1.0, 700.0, 1400.0, 2040.0])
+    table = WavelengthTable(x=x, y=y, values=1.6 + 0.1 * rng.random((4, 4, 2)))
+    frame = Frame(
+        filename="frame.fits",
+        obs_id="2025W51_1A_0684_2",
+        band="D3",
+        mjd=61027.2,
+        image=image.astype(">f4"),
+        variance=variance.astype(">f4"),
+        zodi=zodi.astype(">f4"),
+        flags=flags.astype(">i4"),
+        wcs=TanSip(
+            crpix=np.array([size / 2, size / 2]),
+            crval=np.array([30.0, 20.0]),
+            matrix=np.array([[-0.00171, 0.0001], [0.0001, 0.00171]]),
+            lonpole=180.0,
+            a=np.zeros((1, 1)),
+            b=np.zeros((1, 1)),
+        ),
+        wavelengths=table,
+        psf_fwhm=5.2226,
+    )
+    return dataclasses.replace(frame, **changes)
+
+
+def compare(frame: Frame, x, y, config: PhotometryConfig) -> photometry.Measurement:
+    ra, dec = frame.wcs.pixel_to_sky(x, y)
+    # What the round trip leaves of x and y decides which pixel an edge falls on.
+    x, y = frame.wcs.sky_to_pixel(ra, dec)
+    got = photometry.measure(frame, ra, dec, config)
+    table = frame.wavelengths
+    lookups = [
+        RegularGridInterpolator((table.y, table.x), table.values[..., k]) for k in (0, 1)
+    ]
+
+    def wavelengths(xs, ys):
+        at = (ys + 1 + frame.origin[1], xs + 1 + frame.origin[0])
+        return lookups[0](at).item(), lookups[1](at).item()
+
+    m = photometry.margin(config)
+    ny, nx = frame.shape
+    inside = (x >= m) & (x < nx - m) & (y >= m) & (y < ny - m)
+    rows, scale = reference.measure(
+        frame.image,
+        frame.variance,
+        frame.zodi,
+        frame.flags,
+        x[inside],
+        y[inside],
+        pixel_area=frame.wcs.pixel_area_arcsec2,
+        fwhm=frame.psf_fwhm,
+        wavelengths=wavelengths,
+        config=config,
+    )
+    assert got.zodi_scale == pytest.approx(scale, rel=1e-12)
+    has_row = np.array([row is not None for row in rows], bool)
+    np.testing.assert_array_equal(got.index, np.flatnonzero(inside)[has_row])
+    assert sum(got.skipped.values()) == (~has_row).sum()
+    rows = [row for row in rows if row is not None]
+    assert tuple(got.columns) == photometry.MEASURED
+    for name, column in got.columns.items():
+        expected = np.array([row[name] for row in rows], float)
+        scale_of = np.abs(expected)
+        if name == "flux":  # near zero it is the difference of larger numbers
+            scale_of = np.maximum(scale_of, np.array([row["flux_error"] for row in rows]))
+        if name in ("x", "y"):
+            np.testing.assert_allclose(column, expected, rtol=0, atol=1e-8)
+            continue
+        np.testing.assert_array_equal(np.isnan(column), np.isnan(expected), err_msg=name)
+        ok = np.isfinite(expected)
+        assert (np.abs(column - expected)[ok] <= 1e-6 * scale_of[ok]).all(), name
+        if name in ("flag", "bg_level"):
+            np.testing.assert_allclose(column[ok], expected[ok], rtol=1e-11, err_msg=name)
+    return got
+
+
+def positions(seed, n, size=SIZE):
+    rng = np.random.default_rng(seed)
+    return rng.uniform(0, size, n), rng.uniform(0, size, n)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subtract_zodi": False},
+        {"zodi_scale_max": 1.0},
+        {"zodi_scale_min": 1.2},
+        {"aperture_method": "fixed"},
+        {"aperture_method": "fixed", "aperture_diameter": 7.5},
+        {"fwhm_multiplier": 4.0},
+        {"window_size": 21},
+        {"window_size": (15, 40)},
+        {"bg_sigma_clip_sigma": 1.5, "bg_sigma_clip_maxiters": 10},
+        {"bg_sigma_clip_maxiters": 0},
+        {"min_usable_pixels": 1400},
+        {"min_usable_pixels": 1500, "window_size": 40},
+        {"bad_flags": [0, 10]},
+        {"bad_flags": []},
+        {"background_method": "annulus"},
+        {"background_method": "annulus", "min_usable_pixels": 25},
+        {"background_method": "annulus", "min_usable_pixels": 45},
+        {"background_method": "annulus", "min_usable_pixels": 60},
+        {"background_method": "annulus", "min_annulus_area": 40.0, "annulus_inner_offset": 2.0},
+        {"background_method": "annulus", "max_outer_radius": 9.0, "max_annulus_attempts": 2,
+         "min_usable_pixels": 28, "annulus_expansion_step": 0.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_agrees_with_plain_reading(options):
+    x, y = positions(1, 60)
+    got = compare(make_frame(1), x, y, PhotometryConfig(**options))
+    assert len(got.index) + sum(got.skipped.values()) > 10
+    assert len(got.index) > 10 or options["min_usable_pixels"] in (60, 1500)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    source_fraction=st.sampled_from([0.0, 0.3, 0.49, 0.6, 0.99]),
+    method=st.sampled_from(["window", "annulus"]),
+    diameter=st.floats(0.3, 12.0),
+)
+def test_agrees_on_any_frame(seed, source_fraction, method, diameter):
+    frame = make_frame(seed, source_fraction=source_fraction, size=100)
+    config = PhotometryConfig(
+        aperture_method="fixed",
+        aperture_diameter=diameter,
+        background_method=method,
+        window_size=31,
+        max_outer_radius=9.0,
+    )
+    x, y = positions(seed, 12, 100)
+    compare(frame, x, y, config)
+
+
+def test_every_subpixel_phase_and_coincident_sources():
+    phase = np.linspace(-0.5, 0.5, 9)
+    x, y = (a.ravel() + 60.0 for a in np.meshgrid(phase, phase))
+    frame = make_frame(3)
+    got = compare(frame, np.append(x, x[:3]), np.append(y, y[:3]), PhotometryConfig())
+    for name, column in got.columns.items():
+        np.testing.assert_allclose(column[-3:], column[:3], rtol=1e-12, err_msg=name)
+
+
+@given(
+    x=st.floats(-0.5, 0.5),
+    y=st.floats(-0.5, 0.5),
+    r=st.one_of(st.floats(0.01, 12.0), st.sampled_from([0.5, 1.0, 1.5, 2.0, 5.0])),
+)
+@settings(deadline=None, max_examples=300)
+def test_pixel_fractions_are_exact(x, y, r):
+    """Each pixel's fraction, read off an image that is 1 there, against photutils and pi r^2."""
+    size = 31
+    center = size // 2
+    mask = CircularAperture((center + x, center + y), r).to_mask(method="exact")
+    expected = mask.to_image((size, size))
+    one = np.ones((size, size), ">f4").view("<u4")
+    flags = np.zeros((size, size), ">i4").view("<u4")
+    total, _, _, _ = kernels._aperture(
+        one, one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan
+    )
+    assert total == pytest.approx(np.pi * r * r, rel=1e-10, abs=1e-12)
+    column, row = center + round(np.clip(r * 0.9 + x, -14, 14)), center
+    spot = np.zeros((size, size), ">f4")
+    spot[row, column] = 1.0
+    total, _, _, _ = kernels._aperture(
+        spot.view("<u4"), one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan
+    )
+    assert total == pytest.approx(expected[row, column], rel=1e-9, abs=1e-12)
+
+
+def test_flux_is_linear_in_the_image():
+    config = PhotometryConfig(subtract_zodi=False, bg_sigma_clip_maxiters=0)
+    frame = make_frame(5)
+    ra, dec = frame.wcs.pixel_to_sky(*positions(5, 40))
+    one = photometry.measure(frame, ra, dec, config).columns["flux"]
+    doubled = dataclasses.replace(frame, image=(2 * frame.image).astype(">f4"))
+    two = photometry.measure(doubled, ra, dec, config).columns["flux"]
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-9, atol=1e-9)
+
+
+def test_order_and_company_do_not_matter():
+    frame = make_frame(6)
+    x, y = positions(6, 50)
+    ra, dec = frame.wcs.pixel_to_sky(x, y)
+    together = photometry.measure(frame, ra, dec, PhotometryConfig())
+    for row, k in enumerate(together.index):
+        alone = photometry.measure(frame, ra[k : k + 1], dec[k : k + 1], PhotometryConfig())
+        for name, column in alone.columns.items():
+            np.testing.assert_array_equal(column[0], together.columns[name][row], err_msg=name)
+
+
+def test_margins_are_half_open():
+    frame = make_frame(7, size=100)
+    config = PhotometryConfig(window_size=20)
+    m = photometry.margin(config)
+    assert m == 11
+    x = np.array([m, m - 1e-6, 100 - m, 100 - m - 1e-6, 50, 50])
+    y = np.array([50, 50, 50, 50, m, 100 - m])
+    # A tiny shift of the reference pixel makes the round trip through the sky exact enough.
+    ra, dec = frame.wcs.pixel_to_sky(x + 1e-9, y + 1e-9)
+    index, _, _ = photometry.on_frame(frame, ra, dec, config)
+    assert index.tolist() == [0, 3, 4]
+
+
+def test_fallbacks_are_used_and_said():
+    frame = make_frame(8, psf_fwhm=None)
+    ra, dec = frame.wcs.pixel_to_sky(*positions(8, 5))
+    got = photometry.measure(frame, ra, dec, PhotometryConfig())
+    scale = np.sqrt(frame.wcs.pixel_area_arcsec2)
+    np.testing.assert_allclose(got.columns["aperture_radius"], 6.0 / scale * 1.25)
+    assert any("PSF_FWHM" in w for w in got.warnings)
+
+    odd = dataclasses.replace(frame.wcs, matrix=frame.wcs.matrix * 100)
+    ra, dec = odd.pixel_to_sky(*positions(8, 5))
+    got = photometry.measure(
+        dataclasses.replace(frame, wcs=odd), ra, dec, PhotometryConfig(pixel_scale_fallback=5.0)
+    )
+    np.testing.assert_allclose(got.columns["aperture_radius"], 6.0 / 5.0 * 1.25)
+    assert any("pixel scale" in w and "5.0 arcsec" in w for w in got.warnings)
+
+
+def test_unflagged_invalid_variances_are_counted():
+    got = photometry.measure(make_frame(9), np.empty(0), np.empty(0), PhotometryConfig())
+    assert any("unflagged pixels with an invalid variance" in w for w in got.warnings)
+    assert len(got.index) == 0 and set(got.columns) == set(photometry.MEASURED)
+
+
+@pytest.mark.parametrize("plane, says", [("image", "IMAGE"), ("variance", "VARIANCE")])
+def test_frame_without_values(plane, says):
+    frame = make_frame(1)
+    empty = np.full(frame.shape, np.nan, ">f4")
+    with pytest.raises(FrameError, match=says):
+        photometry.measure(
+            dataclasses.replace(frame, **{plane: empty}), np.empty(0), np.empty(0), PhotometryConfig()
+        )
+
+
+def test_positive_median_is_exact():
+    rng = np.random.default_rng(4)
+    for n in (1, 2, 3, 10, 1001, 5000):
+        plane = rng.lognormal(size=(1, n)).astype(">f4")
+        if n > 10:
+            plane[0, :3] = [np.nan, -1.0, np.inf]
+        good = plane[np.isfinite(plane) & (plane > 0)].astype(float)
+        assert kernels.positive_median(plane.view("<u4")) == np.median(good)
+    assert np.isnan(kernels.positive_median(np.full((2, 2), -1.0, ">f4").view("<u4")))
+
+
+def test_ab_magnitude_of_the_standard():
+    magnitude, error = photometry.ab_magnitude(np.array([1e6, 0.0, -5.0]), np.array([1e4, 1.0, 1.0]))
+    assert magnitude[0] == pytest.approx(8.9)  # 1 Jy
+    assert error[0] == pytest.approx(0.010857362)
+    assert np.isnan(magnitude[1:]).all() and np.isnan(error[1:]).all()
