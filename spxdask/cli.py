@@ -1,0 +1,270 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spxdask import __version__
+from spxdask.config import BatchConfig, PhotometryConfig, default_of, template
+from spxdask.errors import ConfigError, InputError, SpxdaskError
+
+EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE = 0, 1, 2
+
+STAGES = ("query", "download", "extract", "aggregate")
+COMMANDS = {
+    "demo": "the four stages on a simulated sky, checked against its truth",
+    "run": "all four stages",
+    "query": "find the frames that cover a field",
+    "download": "fetch the frames of the query",
+    "extract": "measure the catalogue in every frame",
+    "aggregate": "write one light curve a source",
+    "config": "write a commented YAML file of every option",
+}
+HEAD = """\
+The light of every source you care about, out of every SPHEREx image.
+"""
+EPILOG = """\
+a first run, on a simulated sky, with nothing to download:
+  spxdask demo
+
+a real one:
+  spxdask run --catalog sources.csv --ra 270 --dec 66.56 --radius 0.1 --bands D3 D4
+
+exit status: 0 done, 1 some frames failed, 2 wrong usage or input
+"""
+# Options whose flag is not their name.
+FLAGS = {
+    "center_ra": "--ra",
+    "center_dec": "--dec",
+    "catalog_path": "--catalog",
+    "coverage_mode": "--coverage",
+    "output_dir": "--output",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    _log(options.verbose)
+    try:
+        return options.run(options)
+    except InputError as error:
+        print(f"spxdask: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except SpxdaskError as error:
+        print(f"spxdask: {error}", file=sys.stderr)
+        return EXIT_FRAMES_FAILED
+    except KeyboardInterrupt:
+        print("\nspxdask: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def _log(verbose: int) -> None:
+    """Let our own messages through; Dask's keep the form that Dask gives them."""
+    logger = logging.getLogger("spxdask")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    if not verbose:
+        # It announces each shuffle as a warning.
+        logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    commands_help = "".join(f"  {name:<11} {text}\n" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="spxdask",
+        usage="spxdask COMMAND [options]      (spxdask COMMAND --help says more)",
+        description=f"{HEAD}\n{commands_help}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"spxdask {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-v", "--verbose", action="count", default=0, help="say more; twice for every frame"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[common], description=COMMANDS[name])
+        command.set_defaults(run=run)
+        return command
+
+    _add_options(add("run", _run))
+    for stage in STAGES:
+        command = add(stage, _stage)
+        _add_options(command)
+        if stage == "extract":
+            command.add_argument(
+                "--all", action="store_true", help="measure again what is already measured"
+            )
+    demo = add("demo", _demo)
+    demo.add_argument("--output", default="demo_output", metavar="DIR", help="default: %(default)s")
+    config = add("config", _config)
+    config.add_argument("path", nargs="?", help="file to write; standard output without one")
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    run = command.add_argument_group("run")
+    run.add_argument("--config", metavar="FILE", help="YAML file of options; flags overrule it")
+    run.add_argument(
+        "--scheduler", metavar="ADDRESS", help="Dask scheduler to use; default: one of our own"
+    )
+    for option in fields(BatchConfig):
+        if option.name != "photometry":
+            _add_option(run, option)
+    photometry = command.add_argument_group("photometry")
+    for option in fields(PhotometryConfig):
+        _add_option(photometry, option)
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
+    """Add the flag of an option; the configuration checks its value."""
+    flag = FLAGS.get(option.name, "--" + option.name.replace("_", "-"))
+    unit = f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
+    how: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
+    text = option.metadata["help"].replace("%", "%%") + unit
+    if option.default is not MISSING or option.default_factory is not MISSING:
+        default = default_of(option)
+        if default is None:
+            text = text.replace("; null for all", "; default: all")
+        else:
+            text += f"; default: {default}"
+    if isinstance(option.default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **how)
+        return
+    count = {"bands": "+", "bad_flags": "*", "mjd_range": 2, "window_size": "+"}.get(option.name)
+    metavar = {"bands": "D1..D6", "mjd_range": ("FIRST", "LAST"), "output_dir": "DIR"}
+    text_options = ("catalog_path", "output_dir", "tap_url", "archive_url")
+    group.add_argument(
+        flag,
+        nargs=count,
+        type=str if option.name in text_options else _value,
+        metavar=metavar.get(option.name, "FILE" if option.name == "catalog_path" else "X"),
+        help=text,
+        **how,
+    )
+
+
+def _value(text: str) -> int | float | str:
+    """Read a number where there is one; what else there is, the configuration judges."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
+    """Options from the folder's last run if `saved`, then the file, then the flags."""
+    from spxdask.runfolder import RunFolder
+
+    values: dict[str, Any] = {}
+    if saved and options.config is None:
+        output = getattr(options, "output_dir", default_of(_field(BatchConfig, "output_dir")))
+        values = RunFolder(output).saved_config().to_dict()
+    if options.config is not None:
+        values = _read_mapping(options.config)
+    given = vars(options)
+    values |= {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
+    photometry = {f.name: given[f.name] for f in fields(PhotometryConfig) if f.name in given}
+    if isinstance(photometry.get("window_size"), list) and len(photometry["window_size"]) == 1:
+        photometry["window_size"] = photometry["window_size"][0]
+    if photometry:
+        values["photometry"] = {**(values.get("photometry") or {}), **photometry}
+    missing = [
+        FLAGS.get(f.name, f"--{f.name}")
+        for f in fields(BatchConfig)
+        if f.default is MISSING and f.default_factory is MISSING and values.get(f.name) is None
+    ]
+    if missing:
+        raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
+    return BatchConfig.from_dict(values)
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of options is needed")
+    return values
+
+
+def _field(options: type, name: str) -> Field:
+    return next(f for f in fields(options) if f.name == name)
+
+
+def _pipeline(options: argparse.Namespace, *, saved: bool):
+    from spxdask.pipeline import BatchPipeline
+
+    return BatchPipeline(
+        _configuration(options, saved=saved), scheduler=options.scheduler, progress=True
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    pipeline = _pipeline(options, saved=False)
+    with pipeline:
+        print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+        summary = pipeline.run_all()
+    print(summary)
+    if not summary.stages["query"].total:
+        print("no frame covers the field: check centre, radius, bands and mjd_range")
+    return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from spxdask.report import describe
+
+    pipeline = _pipeline(options, saved=options.command != "query")
+    with pipeline:
+        print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+        if options.command == "extract":
+            pipeline.run_extract(skip_existing=not options.all)
+        else:
+            getattr(pipeline, f"run_{options.command}")()
+    report = pipeline.reports[options.command]
+    print(describe(report))
+    for filename, reason in report.failed.items():
+        print(f"{filename}: {reason}", file=sys.stderr)
+    return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from spxdask.demo import run_demo
+
+    return EXIT_FRAMES_FAILED if run_demo(options.output).failed else EXIT_DONE
+
+
+def _config(options: argparse.Namespace) -> int:
+    text = template()
+    if options.path is None:
+        print(text, end="")
+        return EXIT_DONE
+    try:
+        with open(options.path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{options.path}: {error.strerror}") from error
+    print(textwrap.dedent(f"""\
+        wrote {options.path}; fill in the four options at its top, then
+        spxdask run --config {options.path}"""))
+    return EXIT_DONE

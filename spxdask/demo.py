@@ -1,0 +1,273 @@
+"""The demo: four stages against a simulated archive, and the result against its truth."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from photutils.aperture import CircularAperture
+from tqdm.auto import tqdm
+
+from spxdask.config import BatchConfig
+from spxdask.errors import InputError
+from spxdask.pipeline import BatchPipeline
+from spxdask.report import RunSummary
+from spxdask.runfolder import RunFolder
+from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
+from spxdask.simulate.frames import (
+    Exposure,
+    SceneOptions,
+    Sky,
+    make_planes,
+    make_sky,
+    pixel_integrated_psf,
+    write_frame,
+)
+
+CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
+N_SOURCES = 300
+# Pointings a degree apart, so that each source is seen at three wavelengths a detector.
+DEC_OFFSETS_DEG = (-1.0, 0.0, 1.0)
+FIRST_ID = 39633458707826492
+STAMP_SIZE = 21
+
+
+@dataclass(frozen=True)
+class DemoFrame:
+    """A simulated frame and what was put into it, a row a source."""
+
+    archived: ArchivedFrame
+    truth: pd.DataFrame
+
+
+def run_demo(output: str) -> RunSummary:
+    """Simulate an archive, run the pipeline against it, print and plot what came out.
+
+    Parameters
+    ----------
+    output : str
+        Folder of the run.
+
+    Returns
+    -------
+    RunSummary
+    """
+    folder = RunFolder(output)
+    if folder.config.exists() and "127.0.0.1" not in folder.saved_config().tap_url:
+        raise InputError(f"{output} holds a real run: give the demo another folder with --output")
+    print(
+        "The sky of this demo is SIMULATED: sources of known spectrum, rendered into full-size\n"
+        "Level 2 frames and served by an archive on 127.0.0.1. The four stages are the real ones.\n"
+    )
+    archive_folder = folder.path / "archive"
+    catalogue = folder.path / "sources.csv"
+    folder.path.mkdir(parents=True, exist_ok=True)
+    sky = make_sky(
+        CENTER_RA,
+        CENTER_DEC,
+        RADIUS_DEG,
+        n_sources=N_SOURCES,
+        min_separation_arcsec=75,
+        amplitude_ujy=(1_000.0, 50_000.0),
+        seed=2026,
+    )
+    _write_catalogue(catalogue, sky)
+    try:
+        frames = [
+            _simulate(exposure, sky, archive_folder)
+            for exposure in tqdm(_exposures(), "simulate", unit=" frames", disable=None)
+        ]
+        with SimulatedArchive([frame.archived for frame in frames]) as archive:
+            config = BatchConfig(
+                catalog_path=catalogue,
+                center_ra=CENTER_RA,
+                center_dec=CENTER_DEC,
+                radius=RADIUS_DEG,
+                output_dir=output,
+                tap_url=archive.tap_url,
+                archive_url=archive.archive_url,
+            )
+            pipeline = BatchPipeline(config, progress=True)
+            with pipeline:
+                print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+                summary = pipeline.run_all()
+    finally:
+        shutil.rmtree(archive_folder, ignore_errors=True)
+    print(summary)
+    measured = _compare(folder, pd.concat([frame.truth for frame in frames]))
+    print(_table(measured))
+    plot = folder.path / "spectra.png"
+    _plot(plot, measured, sky)
+    print(f"\nspectra     {plot}")
+    return summary
+
+
+def _exposures() -> list[Exposure]:
+    """Three pointings with six detectors each, and one of the frames in an older release too."""
+    exposures = []
+    for number, offset in enumerate(DEC_OFFSETS_DEG):
+        for detector in range(1, 7):
+            newest = {"release": "qr3", "version": 30, "year": 2026, "day": 90} if number else {}
+            exposures.append(
+                Exposure(
+                    obs_id=f"2025W51_1A_{684 + number:04d}_{1 + detector % 2}",
+                    detector=detector,
+                    ra=CENTER_RA,
+                    dec=CENTER_DEC + offset,
+                    roll_deg=4.0 * number,
+                    mjd_begin=61027.2 + 30.0 * number + 0.002 * (detector % 3),
+                    **newest,
+                )
+            )
+    last = exposures[-1]
+    return [
+        *exposures,
+        Exposure(
+            obs_id=last.obs_id,
+            detector=last.detector,
+            ra=last.ra,
+            dec=last.dec,
+            roll_deg=last.roll_deg,
+            mjd_begin=last.mjd_begin,
+        ),
+    ]
+
+
+def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
+    # Crowded as the real sky is, but with more than half of the pixels free, so that the
+    # zodiacal light is fitted.
+    planes = make_planes(exposure, sky, SceneOptions(crowding=0.45))
+    path = folder / exposure.uri
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_frame(path, exposure, planes)
+    shortest, longest = exposure.wavelength_limits_um
+    archived = ArchivedFrame(
+        obs_id=exposure.obs_id,
+        detector=exposure.detector,
+        collection=exposure.collection,
+        uri=exposure.uri,
+        path=path,
+        mjd_begin=exposure.mjd_begin,
+        mjd_end=exposure.mjd_end,
+        wavelength_min_um=shortest,
+        wavelength_max_um=longest,
+        polygon=exposure.footprint(),
+    )
+    truth = pd.DataFrame(
+        {
+            "filename": exposure.filename,
+            "target_id": [_target_id(i) for i in planes.source],
+            "true_x": planes.x,
+            "true_y": planes.y,
+            "true_wavelength": planes.wavelength_um,
+            "injected": planes.flux_ujy,
+            "fwhm_pixels": exposure.fwhm_pixels,
+        }
+    )
+    return DemoFrame(archived, truth)
+
+
+def _target_id(number: int) -> str:
+    return str(FIRST_ID + int(number))
+
+
+def _write_catalogue(path: Path, sky: Sky) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["targetid", "ra", "dec"])
+        for number, position in enumerate(zip(sky.ra.tolist(), sky.dec.tolist(), strict=True)):
+            writer.writerow([_target_id(number), *position])
+
+
+def _compare(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
+    """Read the light curves as a user would and set the truth beside each row."""
+    per_image = pd.concat(
+        pd.read_csv(path, dtype={"target_id": str}, usecols=["target_id", "obs_id", "band", "filename"])
+        for path in sorted(folder.per_image.glob("*.csv"))
+    )
+    curves = []
+    for path in sorted(folder.lightcurves.glob("*.csv")):
+        curves.append(pd.read_csv(path).assign(target_id=path.stem))
+    keys = ["target_id", "obs_id", "band"]
+    measured = pd.concat(curves).merge(per_image, on=keys, validate="one_to_one")
+    measured = measured.merge(truth, on=["filename", "target_id"], validate="one_to_one")
+    measured["expected"] = measured["injected"] * _encircled_fraction(measured)
+    measured["pull"] = (measured["flux"] - measured["expected"]) / measured["flux_error"]
+    return measured
+
+
+def _encircled_fraction(measured: pd.DataFrame) -> np.ndarray:
+    """Part of the simulated PSF that falls into each aperture, by photutils."""
+    fractions = []
+    middle = STAMP_SIZE // 2
+    for row in measured.itertuples():
+        stamp = pixel_integrated_psf(row.true_x, row.true_y, row.fwhm_pixels, STAMP_SIZE)
+        center = (
+            row.true_x - np.rint(row.true_x) + middle,
+            row.true_y - np.rint(row.true_y) + middle,
+        )
+        aperture = CircularAperture(center, row.aperture_radius)
+        fractions.append(aperture.do_photometry(stamp, method="exact")[0][0])
+    return np.array(fractions)
+
+
+def robust_scatter(values) -> float:
+    """Return 1.4826 x the median absolute deviation, which is sigma for a Gaussian."""
+    values = np.asarray(values)
+    return float(1.4826 * np.median(np.abs(values - np.median(values))))
+
+
+def _table(measured: pd.DataFrame) -> str:
+    lines = [
+        "",
+        "Injected against recovered flux. Expected is the injected flux times the part of the",
+        "PSF inside the aperture; sigma is the flux_error of each measurement.",
+        "",
+        "band   rows   wavelength [um]   injected   expected   measured   median of   scatter of",
+        "                                    median [uJy]              (measured - expected) / sigma",
+    ]
+    bands = [(band, rows) for band, rows in measured.groupby("band")]
+    for band, rows in [*bands, ("all", measured)]:
+        shortest, longest = rows["wavelength"].min(), rows["wavelength"].max()
+        injected, expected, flux = (rows[c].median() for c in ("injected", "expected", "flux"))
+        lines.append(
+            f"{band:<4} {len(rows):>6,}   {shortest:6.3f} - {longest:5.3f}   {injected:8,.0f}   "
+            f"{expected:8,.0f}   {flux:8,.0f}   {rows['pull'].median():+9.3f}   "
+            f"{robust_scatter(rows['pull']):10.3f}"
+        )
+    off = (measured["wavelength"] - measured["true_wavelength"]).abs().max()
+    lines += ["", f"Largest error of a wavelength: {off:.1e} um"]
+    return "\n".join(lines)
+
+
+def _plot(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
+    """Draw the spectra of the brightest, a faint and two middling sources."""
+    order = np.argsort(sky.amplitude)[::-1]
+    chosen = order[[0, len(order) // 4, len(order) // 2, -len(order) // 8]]
+    wavelength = np.linspace(0.75, 5.0, 600)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for number, source in enumerate(chosen):
+        axes = figure.add_subplot(2, 2, number + 1)
+        one = sky.take(np.array([source]))
+        axes.plot(wavelength, [one.flux(w)[0] for w in wavelength], color="0.7", label="injected")
+        rows = measured[measured["target_id"] == _target_id(source)]
+        # To total flux, for comparison with the spectrum.
+        correction = rows["injected"] / rows["expected"]
+        axes.errorbar(
+            rows["wavelength"],
+            rows["flux"] * correction,
+            rows["flux_error"] * correction,
+            fmt="o",
+            markersize=3,
+            label="recovered",
+        )
+        axes.set(xlabel="wavelength (um)", ylabel="flux density (uJy)", title=_target_id(source))
+    figure.axes[0].legend()
+    figure.suptitle("spxdask demo: spectra of simulated sources")
+    figure.savefig(path, dpi=120)
