@@ -7,7 +7,6 @@ command line's flags and the commented template that ``spxdask config`` writes.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -40,13 +39,12 @@ def _number(low: float, high: float, *, open_low: bool = False) -> Check:
         inside = (
             not isinstance(value, bool)
             and isinstance(value, int | float)
-            and math.isfinite(value)
             and low <= value <= high
             and not (open_low and value == low)
         )
         if not inside:
             least = f"above {low:g}" if open_low else f"from {low:g}"
-            raise ValueError(f"a number {least} to {high:g}" if high < math.inf else f"a number {least}")
+            raise ValueError(f"a number {least} to {high:g}")
         return float(value)
 
     return check
@@ -84,13 +82,18 @@ def _flag(value: Any) -> bool:
 
 
 def _path(value: Any) -> str:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError("a path")
-    return os.fspath(value)
+    return text
 
 
 def _url(value: Any) -> str:
-    if not isinstance(value, str) or urlsplit(value).scheme not in ("http", "https"):
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError("an http or https URL")
     return value.rstrip("/")
 
@@ -98,7 +101,8 @@ def _url(value: Any) -> str:
 def _bands(value: Any) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not _items(value) or not set(value) <= set(BANDS):
+    listed = isinstance(value, list | set | frozenset) and len(value) > 0
+    if not listed or any(band not in BANDS for band in value):
         raise ValueError("a list of some of " + ", ".join(BANDS) + ", or null for all")
     return sorted(set(value))
 
@@ -108,7 +112,7 @@ def _mjd_range(value: Any) -> tuple[float, float] | None:
         return None
     day = _number(0, 1e6)
     try:
-        first, last = (day(v) for v in _items(value))
+        first, last = (day(v) for v in value) if isinstance(value, list) else ()
     except ValueError:
         first, last = 1.0, 0.0
     if first > last:
@@ -119,9 +123,9 @@ def _mjd_range(value: Any) -> tuple[float, float] | None:
 def _window_size(value: Any) -> int | tuple[int, int]:
     pixels = _integer(3, 500)
     try:
-        if not _items(value):
+        if not isinstance(value, list):
             return pixels(value)
-        height, width = (pixels(v) for v in _items(value))
+        height, width = (pixels(v) for v in value)
     except ValueError:
         raise ValueError("an integer from 3 to 500 (pixels), or a pair: height, width") from None
     return height, width
@@ -130,15 +134,20 @@ def _window_size(value: Any) -> int | tuple[int, int]:
 def _bad_flags(value: Any) -> list[int]:
     bit = _integer(0, 31)
     try:
-        if not isinstance(value, list | tuple | set | frozenset):
+        if not isinstance(value, list | set | frozenset):
             raise ValueError
         return sorted({bit(v) for v in value})
     except ValueError:
         raise ValueError("a list of flag bits, integers from 0 to 31") from None
 
 
-def _items(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple | set | frozenset) else []
+def _native(value: Any) -> Any:
+    """Make numpy's scalars and arrays Python's own, and tuples lists, also within others."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_native(v) for v in value]
+    return {_native(v) for v in value} if isinstance(value, set | frozenset) else value
 
 
 class _Options:
@@ -148,7 +157,7 @@ class _Options:
         for option in fields(self):
             value = getattr(self, option.name)
             try:
-                checked = option.metadata["check"](value)
+                checked = option.metadata["check"](_native(value))
             except ConfigError as error:
                 raise ConfigError(f"{option.name}: {error}") from None
             except ValueError as error:
@@ -187,7 +196,8 @@ class _Options:
         try:
             text = Path(path).read_text(encoding="utf-8")
             return cls.from_dict(yaml.safe_load(text) or {})
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        # PyYAML lets a ValueError through for a date such as 2026-02-31.
+        except (OSError, ValueError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: {reason}") from error
 
@@ -358,12 +368,12 @@ class BatchConfig(_Options):
         30.0, _number(0, 3600, open_low=True), "a transfer without a byte for this long is given up", unit="s"
     )
     tap_url: str = _option(
-        lambda: os.environ.get("SPXDASK_TAP_URL", IRSA_TAP_URL),
+        lambda: os.environ.get("SPXDASK_TAP_URL") or IRSA_TAP_URL,
         _url,
         "the archive's TAP service; the default is SPXDASK_TAP_URL from the environment, or IRSA's",
     )
     archive_url: str = _option(
-        lambda: os.environ.get("SPXDASK_ARCHIVE_URL", IRSA_ARCHIVE_URL),
+        lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL,
         _url,
         "a frame is at this URL + '/' + its URI; the default is SPXDASK_ARCHIVE_URL from "
         "the environment, or IRSA's",

@@ -74,7 +74,6 @@ class Ledger:
 
     def add(self, outcome: Outcome) -> None:
         """Append an outcome; it is on disk when this returns."""
-        self._latest[outcome.stage, outcome.filename] = outcome
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         for option in dataclasses.fields(outcome):
             value = getattr(outcome, option.name)
@@ -86,6 +85,7 @@ class Ledger:
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        self._latest[outcome.stage, outcome.filename] = outcome
 
 
 def _ends_in_line_feed(path: Path) -> bool:
@@ -106,4 +106,5 @@ def _read(path: Path) -> Iterator[Outcome]:
             except (ValueError, TypeError, AttributeError):
                 # Cut short by a crash: as if it had not been written.
                 continue
-            yield outcome
+            if isinstance(outcome.stage, str) and isinstance(outcome.filename, str):
+                yield outcome

@@ -40,7 +40,7 @@ def delay(attempt: int, retry_after: str | None = None) -> float:
 def _retry_after_seconds(value: str | None) -> float | None:
     if value is None:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         when = parsedate_to_datetime(value)

@@ -44,7 +44,9 @@ class RunFolder:
     def prepare(self, config: BatchConfig) -> None:
         """Make the folder, keep the configuration in it, clear what killed writers left."""
         try:
-            for folder in (self.images, self.per_image, self.lightcurves, self.state):
+            for folder in (
+                self.path, self.images, self.per_image, self.lightcurves, self.state
+            ):  # fmt: skip
                 folder.mkdir(parents=True, exist_ok=True)
                 remove_parts(folder)
         except OSError as error:

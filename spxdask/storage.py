@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from urllib.parse import quote
 
 # A directory entry holds 255 bytes on common file systems, the suffix included.
 MAX_NAME_BYTES = 200
+_UNSAFE = re.compile(r"[/\\%\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\.|\.\.")
 
 
 def part_path(path: Path) -> Path:
@@ -40,7 +42,7 @@ def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
 
 def remove_parts(folder: Path) -> None:
     """Remove what writers that were killed left in a folder."""
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(f".*.{'[0-9a-f]' * 12}.part"):
         part.unlink(missing_ok=True)
 
 
@@ -48,21 +50,17 @@ def file_stem(target_id: str) -> str:
     """Turn a target id into a file name without its suffix.
 
     An id that can be a file name is its own. One with a slash, a backslash, a control
-    character, a percent sign, a leading dot or two dots in a row is percent-encoded, and
-    one that is, or would become, longer than 200 bytes is cut and ends in the SHA-256 of
-    the id after ``%~``, which no encoded name holds. So two ids never share a name, and
-    no name leaves its folder.
+    character, a surrogate, a percent sign, a leading dot or two dots in a row is
+    percent-encoded, and one that is, or would become, longer than 200 bytes is cut and
+    ends in the SHA-256 of the id after ``%~``, which no encoded name holds. An empty id
+    becomes a bare ``%``. So two ids never share a name, and no name leaves its folder.
     """
-    stem = target_id
-    if (
-        any(c in "/\\%" or ord(c) < 32 or 127 <= ord(c) < 160 for c in target_id)
-        or target_id.startswith(".")
-        or ".." in target_id
-    ):
-        stem = quote(target_id, safe=" +,=@:;()[]")
+    stem = target_id or "%"
+    if _UNSAFE.search(target_id):
+        stem = quote(target_id, safe=" +,=@:;()[]", errors="surrogatepass")
         if stem.startswith(".") or ".." in stem:
             stem = stem.replace(".", "%2E")
-    encoded = stem.encode("utf-8", "surrogatepass")
+    encoded = stem.encode("utf-8")
     if len(encoded) <= MAX_NAME_BYTES:
         return stem
     digest = hashlib.sha256(target_id.encode("utf-8", "surrogatepass")).hexdigest()

@@ -90,7 +90,7 @@ def _as_text(column: pa.Array) -> pa.Array:
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = pc.cast(column, pa.large_string())
+        column = pc.fill_null(pc.cast(column, pa.large_string()), "")
         special = pc.match_substring_regex(column, '[",\r\n]')
         if pc.any(special).as_py():
             doubled = pc.replace_substring(column, '"', '""')

@@ -133,7 +133,7 @@ def _data_size(header: Header) -> int:
             raise FrameError(f"header keyword NAXIS{axis} is {length}")
         elements *= length
     parameters, groups = header.integer("PCOUNT", 0), header.integer("GCOUNT", 1)
-    if parameters < 0 or groups < 0:
+    if parameters < 0 or groups < 1:
         raise FrameError(f"header keywords PCOUNT and GCOUNT are {parameters} and {groups}")
     return abs(header.integer("BITPIX")) // 8 * groups * (parameters + elements)
 

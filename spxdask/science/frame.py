@@ -287,7 +287,7 @@ def _wavelength_table(mapped: mmap.mmap, hdu: Hdu) -> WavelengthTable:
         raise FrameError(f"WCS-WAVE has {header.get('NAXIS2')} rows, one is needed")
     for number in range(1, header.integer("TFIELDS") + 1):
         form = str(header.get(f"TFORM{number}", "")).strip()
-        if form[-1:] not in types or not (form[:-1] or "1").isdigit():
+        if form[-1:] not in types or not (form[:-1] or "1").isdecimal():
             raise FrameError(f"WCS-WAVE column {number} has the unreadable form {form!r}")
         count, dtype = int(form[:-1] or 1), np.dtype(types[form[-1]])
         if offset + count * dtype.itemsize > hdu.data_start + hdu.data_size:
@@ -315,7 +315,7 @@ def _flag_bits(header: Header) -> dict[str, int]:
     for keyword in header:
         if keyword.startswith("MP_"):
             bits[keyword[3:]] = header.integer(keyword)
-        elif keyword.startswith("MSKN") and keyword[4:].isdigit():
+        elif keyword.startswith("MSKN") and keyword[4:].isdecimal():
             bits[str(header[keyword])] = int(keyword[4:])
     wrong = {name: bit for name, bit in bits.items() if not 0 <= bit <= 31}
     if wrong:

@@ -69,7 +69,8 @@ class TanSip:
             crpix=np.array([header.number(f"CRPIX{i}") - 1.0 for i in (1, 2)]),
             crval=np.array([header.number(f"CRVAL{i}") for i in (1, 2)]),
             matrix=np.array(matrix),
-            lonpole=header.number("LONPOLE", 180.0),
+            # The default is 0 where the native pole is the celestial one (Paper II, 2.2).
+            lonpole=header.number("LONPOLE", 0.0 if header.get("CRVAL2") == 90 else 180.0),
             a=_coefficients(header, "A") if sip else np.zeros((1, 1)),
             b=_coefficients(header, "B") if sip else np.zeros((1, 1)),
         )

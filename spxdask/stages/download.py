@@ -52,11 +52,11 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
     started = time.monotonic()
     path = Path(images) / observation.filename
     filesystem = fsspec.filesystem(observation.download_url.partition(":")[0])
-    attempts = 0
+    part = _Part(path=part_path(path))
     try:
         # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
         # heartbeats, and take a slot all the same.
-        attempts = sync(filesystem.loop, _fetch, filesystem, observation, path, options)
+        sync(filesystem.loop, _fetch, filesystem, observation, part, path, options)
     except (ArchiveError, OSError) as error:
         status, reason = "failed", str(error)
     else:
@@ -68,7 +68,7 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         reason=reason,
         seconds=time.monotonic() - started,
         bytes=path.stat().st_size if status == "done" else 0,
-        attempts=attempts,
+        attempts=part.attempts,
     )
 
 
@@ -81,52 +81,71 @@ def is_complete(observation: Observation, images: str) -> bool:
     return observation.size_bytes in (None, size)
 
 
-async def _fetch(filesystem, observation: Observation, path: Path, options: FetchOptions) -> int:
-    """Fetch until the frame is whole; return how many attempts it took."""
-    part = part_path(path)
+@dataclass
+class _Part:
+    """What has come of a file so far, and the tag of the version that it is of."""
+
+    path: Path
+    tag: str | None = None
+    attempts: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+async def _fetch(
+    filesystem, observation: Observation, part: _Part, path: Path, options: FetchOptions
+) -> None:
+    """Fetch until the frame is whole."""
     url = observation.download_url
-    tag = None
     try:
-        for attempt in range(1, options.max_retries + 2):
+        while True:
+            part.attempts += 1
             retry_after = None
             try:
-                tag = await _transfer(filesystem, observation, part, tag, options.stall_timeout)
-                await asyncio.to_thread(_publish, observation, part, path)
-                return attempt
+                await _transfer(filesystem, observation, part, options.stall_timeout)
+                await asyncio.to_thread(_publish, observation, part.path, path)
+                return
             except aiohttp.ClientResponseError as error:
-                if error.status not in retry.TRANSIENT_STATUS:
-                    raise ArchiveError(f"{url}: HTTP {error.status} {error.message}") from error
                 failure = f"HTTP {error.status} {error.message}"
+                if error.status == 416:
+                    # Nothing is left to send of what was to go on.
+                    part.path.unlink(missing_ok=True)
+                elif error.status not in retry.TRANSIENT_STATUS:
+                    raise ArchiveError(f"{url}: {failure}") from error
                 retry_after = (error.headers or {}).get("Retry-After")
             except TimeoutError:
                 failure = f"no byte for {options.stall_timeout:g} s"
+            except aiohttp.ClientPayloadError:
+                failure = f"the transfer broke off after {part.size} bytes"
             except (aiohttp.ClientError, ConnectionError) as error:
                 failure = f"{type(error).__name__}: {error}"
             except FrameError as error:
                 # Starting over is the only cure for wrong content.
-                part.unlink(missing_ok=True)
+                part.path.unlink(missing_ok=True)
                 failure = str(error)
-            if attempt <= options.max_retries:
-                pause = retry.delay(attempt, retry_after)
-                logger.info("%s: %s, again in %.1f s", url, failure, pause)
-                await asyncio.sleep(pause)
-        raise ArchiveError(f"{url}: {failure} (after {options.max_retries + 1} attempts)")
+            if part.attempts > options.max_retries:
+                raise ArchiveError(f"{url}: {failure} (after {part.attempts} attempts)")
+            pause = retry.delay(part.attempts, retry_after)
+            logger.info("%s: %s, again in %.1f s", url, failure, pause)
+            await asyncio.sleep(pause)
     finally:
-        part.unlink(missing_ok=True)
+        part.path.unlink(missing_ok=True)
 
 
 async def _transfer(
-    filesystem, observation: Observation, part: Path, tag: str | None, stall_timeout: float
-) -> str | None:
-    """Bring `part` to full length, going on where it ends; return the version's tag.
+    filesystem, observation: Observation, part: _Part, stall_timeout: float
+) -> None:
+    """Bring `part` to full length, going on where it ends.
 
     Bytes of two versions are never joined: the server is asked to go on only if the file
-    still is the one that `tag` names, and to send all of it otherwise.
+    still is the one that the tag names, and to send all of it otherwise.
     """
-    have = part.stat().st_size if part.exists() else 0
+    have = part.size
     headers = {"Accept-Encoding": "identity"}
-    if have and tag:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    if have and part.tag:
+        headers |= {"Range": f"bytes={have}-", "If-Range": part.tag}
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=stall_timeout, sock_read=stall_timeout
     )
@@ -139,20 +158,24 @@ async def _transfer(
         except FileNotFoundError as error:
             raise ArchiveError(f"{observation.download_url}: HTTP 404 Not Found") from error
         response = stream.r
-        goes_on = response.status == 206
         tag = response.headers.get("ETag")
         if response.content_type == "text/html":
             raise FrameError("an HTML page came in place of the file")
-        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        goes_on = response.status == 206
+        if goes_on and (
+            "Range" not in headers
+            or tag != part.tag
+            or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        ):
             raise FrameError("the server sent another range than was asked for")
-        with open(part, "ab" if goes_on else "wb") as file:
+        with open(part.path, "ab" if goes_on else "wb") as file:
+            # A weak tag says nothing about bytes.
+            part.tag = tag if tag and not tag.startswith("W/") else None
             while chunk:
                 file.write(chunk)
                 chunk = await stream.read(CHUNK_BYTES)
     finally:
         await stream.close()
-    # A weak tag says nothing about bytes.
-    return tag if tag and not tag.startswith("W/") else None
 
 
 def _publish(observation: Observation, part: Path, path: Path) -> None:

@@ -7,13 +7,15 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyvo
 import requests
 from astropy.table import Table
-from pyvo.dal import DALFormatError, DALQueryError, DALServiceError
-from pyvo.dal.tap import TAPResults
+from pyvo.dal import DALFormatError, DALQuery, DALQueryError, DALServiceError
+from pyvo.dal.tap import AsyncTAPJob, TAPResults
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from spxdask import retry
 from spxdask.config import BatchConfig
@@ -73,7 +75,8 @@ def find_observations(config: BatchConfig) -> list[Observation]:
 
 def adql(config: BatchConfig) -> str:
     """Return the query of a run, in ADQL 2.0."""
-    circle = f"CIRCLE('ICRS', {config.center_ra!r}, {config.center_dec!r}, {config.radius!r})"
+    place = ", ".join(map(_literal, (config.center_ra, config.center_dec, config.radius)))
+    circle = f"CIRCLE('ICRS', {place})"
     where = [
         f"INTERSECTS(p.poly, {circle}) = 1"
         if config.coverage_mode == "any"
@@ -84,13 +87,18 @@ def adql(config: BatchConfig) -> str:
         where.append(f"p.energy_bandpassname IN ({names})")
     if config.mjd_range is not None:
         # All exposures that could have their middle in the range; `select` is exact.
-        first, last = config.mjd_range
-        where += [f"p.time_bounds_upper >= {first!r}", f"p.time_bounds_lower <= {last!r}"]
+        first, last = map(_literal, config.mjd_range)
+        where += [f"p.time_bounds_upper >= {first}", f"p.time_bounds_lower <= {last}"]
     return (
         f"SELECT {', '.join(COLUMNS)} "
         "FROM spherex.plane AS p INNER JOIN spherex.artifact AS a ON a.planeid = p.planeid "
         f"WHERE {' AND '.join(where)}"
     )
+
+
+def _literal(value: float) -> str:
+    """Write a number out in full: ADQL's grammar has no exponent with a small e."""
+    return np.format_float_positional(value, trim="0")
 
 
 def select(answer: Table, config: BatchConfig) -> list[Observation]:
@@ -162,36 +170,46 @@ def ask(tap_url: str, query: str, *, max_retries: int) -> Table:
 
 
 def _ask(service: pyvo.dal.TAPService, query: str, max_retries: int) -> Table:
-    request = service.create_query(query)
-
-    def sync() -> TAPResults:
-        # Not `run_sync`, which warns where `_overflowed` looks by itself.
-        return TAPResults(request.execute_votable(), url=request.queryurl)
-
     try:
-        results = _repeat(sync, "the TAP service", max_retries)
+        results = _repeat(lambda: _sync(service, query), "the TAP service", max_retries)
         if not _overflowed(results):
             return results.to_table()
         logger.info("sync answer cut at %d rows, asking again as a job", len(results))
+    except _RefusedError:
+        raise
     except ArchiveError as error:
-        if isinstance(error.__cause__, DALQueryError):
-            raise
         logger.info("sync query failed (%s), asking again as a job", error)
     results = _run_job(service, query, max_retries)
     if _overflowed(results):
         raise TruncatedAnswerError(
-            f"{service.baseurl} cut its answer at {len(results):,} rows; take a smaller radius, fewer "
-            "bands or a shorter mjd_range"
+            f"{service.baseurl} cut its answer at {len(results):,} rows; take a smaller radius, "
+            "fewer bands or a shorter mjd_range"
         )
     return results.to_table()
 
 
+def _sync(service: pyvo.dal.TAPService, query: str) -> TAPResults:
+    try:
+        return _fetch(service.create_query(query))
+    except DALFormatError as error:
+        # It would take as long the next time.
+        if isinstance(error.cause, requests.ReadTimeout | ReadTimeoutError):
+            raise ArchiveError(f"no answer within {SYNC_TIMEOUT_S:g} s") from error
+        raise
+
+
+def _fetch(request: DALQuery) -> TAPResults:
+    """Fetch an answer without pyvo's warning of a cut one; `_overflowed` looks by itself."""
+    return TAPResults(request.execute_votable(), url=request.queryurl)
+
+
 def _overflowed(results: TAPResults) -> bool:
     """Tell whether an answer says anywhere that it is not the whole."""
-    votable = results.votable
-    elements = [votable, *votable.resources, *votable.iter_tables()]
+    elements = [results.votable, *results.votable.iter_tables()]
+    for element in elements:
+        elements += getattr(element, "resources", ())
     return any(
-        info.name == "QUERY_STATUS" and info.value == "OVERFLOW"
+        info.name.upper() == "QUERY_STATUS" and info.value.upper() == "OVERFLOW"
         for element in elements
         for info in element.infos
     )
@@ -200,30 +218,50 @@ def _overflowed(results: TAPResults) -> bool:
 def _run_job(service: pyvo.dal.TAPService, query: str, max_retries: int) -> TAPResults:
     """Run a query as a UWS job; polls by itself, as pyvo gives up on the first lost poll."""
     name = "the TAP service's job"
-    job = _repeat(lambda: service.submit_job(query, maxrec=JOB_MAXREC), name, max_retries)
+
+    def create() -> AsyncTAPJob:
+        job = service.submit_job(query, maxrec=JOB_MAXREC)
+        if urlsplit(job.url).path.endswith("/async"):
+            raise DALFormatError(reason="no job was made of the query", url=job.url)
+        return job
+
+    def phase() -> str:
+        phase = job.phase
+        if phase is None:
+            raise DALFormatError(reason="the answer does not describe the job", url=job.url)
+        return phase
+
+    def start() -> None:
+        # The job may run although the answer that says so was lost.
+        if phase() == "PENDING":
+            job.run()
+
+    job = _repeat(create, name, max_retries)
     try:
-        _repeat(job.run, name, max_retries)
+        _repeat(start, name, max_retries)
         deadline = time.monotonic() + JOB_TIMEOUT_S
         pause = FIRST_POLL_S
-        while (phase := _repeat(lambda: job.phase, name, max_retries)) not in (
-            "COMPLETED",
-            "ERROR",
-            "ABORTED",
-        ):
+        while (now := _repeat(phase, name, max_retries)) not in ("COMPLETED", "ERROR", "ABORTED"):
             if time.monotonic() > deadline:
                 raise ArchiveError(f"{name} did not end within {JOB_TIMEOUT_S / 3600:g} hours")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
-        if phase != "COMPLETED":
+        if now != "COMPLETED":
             summary = getattr(job._job, "errorsummary", None)
             said = getattr(getattr(summary, "message", None), "content", None)
-            raise ArchiveError(f"{name} ended as {phase}: {said or 'no reason given'}")
-        return _repeat(job.fetch_result, name, max_retries)
+            raise ArchiveError(f"{name} ended as {now}: {said or 'no reason given'}")
+        # Not `fetch_result`, which lets errors of all kinds through.
+        url = job.result_uri or f"{job.url}/results/result"
+        return _repeat(lambda: _fetch(DALQuery(url, session=service._session)), name, max_retries)
     finally:
         try:
             job.delete()
         except (DALServiceError, requests.RequestException) as error:
             logger.debug("job not deleted: %s", error)
+
+
+class _RefusedError(ArchiveError):
+    """The archive's last word: asking again, or otherwise, would not help."""
 
 
 def _repeat(call: Callable, name: str, max_retries: int):
@@ -232,27 +270,27 @@ def _repeat(call: Callable, name: str, max_retries: int):
         try:
             return call()
         except DALQueryError as error:
-            raise ArchiveError(f"{name} rejected the query: {error}") from error
-        except DALFormatError as error:
-            # An error page in place of a VOTable.
-            failure, code, retry_after = error, None, None
-        except (DALServiceError, requests.RequestException) as error:
-            cause = error.cause if isinstance(error, DALServiceError) else error
-            response = getattr(cause, "response", None)
-            code = getattr(response, "status_code", None)
+            raise _RefusedError(f"{name} rejected the query: {error}") from error
+        except (DALFormatError, DALServiceError, requests.RequestException) as error:
+            response = getattr(getattr(error, "cause", None) or error, "response", None)
+            if response is not None and response.status_code not in retry.TRANSIENT_STATUS:
+                raise _RefusedError(f"{name} refused the query: {error}") from error
             retry_after = response.headers.get("Retry-After") if response is not None else None
             failure = error
-            if code is not None and code not in retry.TRANSIENT_STATUS:
-                break
+        except (HTTPError, ValueError) as error:
+            # What pyvo lets through of a job's description that is cut or no XML.
+            failure, retry_after = error, None
         if attempt <= max_retries:
             pause = retry.delay(attempt, retry_after)
             logger.info("%s failed (%s), again in %.1f s", name, failure, pause)
             time.sleep(pause)
-    raise ArchiveError(f"{name} does not answer: {failure}") from failure
+    raise ArchiveError(f"{name} does not answer as it should: {failure}") from failure
 
 
 class _Session(requests.Session):
-    """What pyvo leaves out: no request waits for ever, and every answer is closed."""
+    """What pyvo leaves out: no request waits for ever, every answer is closed, and a busy
+    server is told from a wrong query although both may send a VOTable that says ERROR.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,6 +300,8 @@ class _Session(requests.Session):
         options.setdefault("timeout", (CONNECT_TIMEOUT_S, SYNC_TIMEOUT_S))
         answer = super().request(method, url, **options)
         self._answers.callback(answer.close)
+        if answer.status_code in retry.TRANSIENT_STATUS - {500}:
+            answer.raise_for_status()
         return answer
 
     def close(self):

@@ -1,0 +1,162 @@
+"""The extract task: a frame and a catalogue in, a table and an outcome out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import simulated
+from astropy.io import fits
+
+from spxdask import tables
+from spxdask.config import PhotometryConfig
+from spxdask.science.catalogue import Catalogue
+from spxdask.science.frame import open_frame
+from spxdask.stages.extract import (
+    ExtractOptions,
+    extract,
+    fingerprint,
+    measure_catalogue,
+    table_name,
+)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    sky = simulated.field_sky()
+    qr3 = {"release": "qr3", "version": 30}
+    exposures = [simulated.exposure(0, 3), simulated.exposure(0, 3, **qr3)]
+    folder = tmp_path_factory.mktemp("frames")
+    one, _ = simulated.simulate(folder, exposures, sky)
+    # The same scene in the other layout.
+    both = [one, simulated.SimulatedFrame(exposures[1], one.planes, folder / exposures[1].filename)]
+    simulated.write_frame(both[1].path, exposures[1], one.planes, window=simulated.WINDOW)
+    return sky, both
+
+
+@pytest.fixture(scope="module")
+def catalogue(frames, tmp_path_factory):
+    sky = frames[0]
+    ids = [f"s{i}" for i in range(len(sky))]
+    path = tmp_path_factory.mktemp("catalogue") / "sources.csv"
+    return Catalogue.from_csv(simulated.write_catalogue(path, ids, sky.ra, sky.dec))
+
+
+@pytest.fixture
+def options(catalogue, tmp_path):
+    catalogue.save(tmp_path / "catalogue.arrow")
+    return ExtractOptions(
+        catalogue=str(tmp_path / "catalogue.arrow"),
+        photometry=PhotometryConfig(),
+        fingerprint=fingerprint(catalogue, PhotometryConfig()),
+        serial=False,
+    )
+
+
+def test_table_and_outcome(frames, options, tmp_path):
+    frame = frames[1][0]
+    outcome = extract(str(frame.path), str(tmp_path), options)
+    table = pd.read_csv(tmp_path / table_name(frame.path.name))
+    assert outcome.status == "done"
+    assert outcome.rows == len(table) > 5
+    assert outcome.fingerprint == options.fingerprint
+    assert outcome.reason is None
+    assert tuple(table.columns) == tables.PER_IMAGE
+    assert set(table["filename"]) == {frame.path.name}
+    # In the order of the catalogue's file.
+    numbers = table["target_id"].str[1:].astype(int)
+    assert numbers.is_monotonic_increasing
+    sky = frames[0]
+    np.testing.assert_array_equal(table["ra"], sky.ra[numbers])
+    assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_both_layouts_give_the_same_numbers(frames, catalogue):
+    columns = [
+        measure_catalogue(open_frame(f.path), catalogue, PhotometryConfig())[0] for f in frames[1]
+    ]
+    assert len(columns[0]["x"]) > 5
+    for name in tables.PER_IMAGE:
+        if name in ("filename", "wavelength", "bandwidth"):
+            continue
+        np.testing.assert_array_equal(columns[0][name], columns[1][name], err_msg=name)
+    # The lattices differ between the releases, the wavelengths hardly.
+    np.testing.assert_allclose(columns[0]["wavelength"], columns[1]["wavelength"], atol=0.01)
+
+
+def test_a_million_other_sources_change_nothing(frames, catalogue, tmp_path):
+    sky, (frame, _) = frames
+    rng = np.random.default_rng(8)
+    n = 1_000_000
+    ra, dec = rng.uniform(0, 360, n), np.rad2deg(np.arcsin(rng.uniform(-1, 1, n)))
+    # None near the frame, but some at its antipode and just beyond its corners.
+    near = np.hypot((ra - 270.0) * np.cos(np.deg2rad(66.56)), dec - 66.56) < 1.0
+    ra, dec = ra[~near], dec[~near]
+    ra[:1000] = 90.0 + rng.uniform(-0.3, 0.3, 1000)
+    dec[:1000] = -66.56 + rng.uniform(-0.1, 0.1, 1000)
+    ra[1000:2000] = 270.0 + rng.uniform(-9, 9, 1000)
+    dec[1000:2000] = 66.56 + rng.choice([-1.5, 1.5], 1000)
+    place = np.sort(rng.choice(len(ra), len(sky), replace=False))
+    ids = np.array([f"o{i}" for i in range(len(ra))], dtype=object)
+    ids[place] = [f"s{i}" for i in range(len(sky))]
+    ra[place], dec[place] = sky.ra, sky.dec
+    path = tmp_path / "all.csv"
+    pd.DataFrame({"targetid": ids, "ra": ra, "dec": dec}).to_csv(path, index=False)
+    everything = Catalogue.from_csv(path)
+    few, _, _ = measure_catalogue(open_frame(frame.path), catalogue, PhotometryConfig())
+    all_, _, _ = measure_catalogue(open_frame(frame.path), everything, PhotometryConfig())
+    assert bytes(tables.lines_to_bytes(tables.csv_lines(few))) == bytes(
+        tables.lines_to_bytes(tables.csv_lines(all_))
+    )
+    assert len(few["x"]) > 5
+
+
+def break_file(frame, path, change):
+    with fits.open(frame.path) as hdus:
+        change(hdus)
+        hdus.writeto(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda h: h.pop("WCS-WAVE"), "no extension named WCS-WAVE"),
+        (lambda h: h["IMAGE"].header.set("CTYPE1", "GLON-CAR"), "no usable celestial WCS"),
+        (lambda h: h["IMAGE"].data.fill(np.nan), "IMAGE has no finite pixel"),
+        (lambda h: h["VARIANCE"].data.fill(0.0), "VARIANCE has no finite positive pixel"),
+        (lambda h: h["IMAGE"].header.set("DETECTOR", 7), "DETECTOR is 7"),
+    ],
+)
+def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason):
+    path = break_file(frames[1][0], tmp_path / "bad.fits", change)
+    outcome = extract(str(path), str(tmp_path), options)
+    assert outcome.status == "failed"
+    assert reason in outcome.reason
+    assert "\n" not in outcome.reason
+    assert outcome.rows == 0
+    assert not (tmp_path / table_name("bad.fits")).exists()
+
+
+def test_unexpected_errors_are_failures_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):
+    def explode(*arguments):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("spxdask.stages.extract.measure_catalogue", explode)
+    outcome = extract(str(frames[1][0].path), str(tmp_path), options)
+    assert outcome.reason == "unexpected ZeroDivisionError: a bug"
+    assert "Traceback" in caplog.text
+
+
+def test_missing_frame_and_full_folder(frames, options, tmp_path):
+    outcome = extract(str(tmp_path / "none.fits"), str(tmp_path), options)
+    assert "No such file" in outcome.reason
+    outcome = extract(str(frames[1][0].path), str(tmp_path / "nowhere"), options)
+    assert outcome.status == "failed"
+
+
+def test_fingerprint_depends_on_catalogue_and_every_option(catalogue):
+    base = fingerprint(catalogue, PhotometryConfig())
+    assert fingerprint(catalogue, PhotometryConfig()) == base
+    assert fingerprint(catalogue, PhotometryConfig(aperture_diameter=3.1)) != base
+    assert fingerprint(catalogue, PhotometryConfig(bad_flags=[0])) != base

@@ -1,0 +1,164 @@
+"""The command line as a user meets it: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import simulated
+import yaml
+
+from spxdask.cli import main
+from spxdask.config import BatchConfig, PhotometryConfig
+from spxdask.simulate.archive import Fault, SimulatedArchive
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    sky = simulated.field_sky(20)
+    exposures = [simulated.exposure(0, 3), simulated.exposure(1, 4)]
+    return sky, simulated.simulate(tmp_path_factory.mktemp("archive"), exposures, sky)
+
+
+@pytest.fixture
+def run(frames, tmp_path, monkeypatch, client, capfd):
+    """Call the command line in a folder with a catalogue, against an archive and a cluster."""
+    sky, found = frames
+    simulated.write_catalogue(
+        tmp_path / "sources.csv", [f"s{i}" for i in range(len(sky))], sky.ra, sky.dec
+    )
+    monkeypatch.chdir(tmp_path)
+    with SimulatedArchive([f.archived for f in found]) as archive:
+        monkeypatch.setenv("SPXDASK_TAP_URL", archive.tap_url)
+        monkeypatch.setenv("SPXDASK_ARCHIVE_URL", archive.archive_url)
+
+        def call(*arguments: str, scheduler: bool = True) -> tuple[int, str, str]:
+            extra = ["--scheduler", client.scheduler.address] if scheduler else []
+            try:
+                status = main([*arguments, *extra])
+            except SystemExit as exit_:
+                status = exit_.code
+            return status, *capfd.readouterr()
+
+        call.archive = archive
+        yield call
+
+
+FIELD = ["--catalog", "sources.csv", "--ra", "270", "--dec", "66.56", "--radius", "0.05"]
+
+
+def test_run_ends_with_the_summary(run, tmp_path):
+    status, out, err = run("run", *FIELD, "--bands", "D3", "D4")
+    assert status == 0
+    for text in ("2 frames found", "2 of 2 frames", "light curves", "with a measurement", "failed"):
+        assert text in out
+    assert "dashboard" in err
+    # Quiet when not on a terminal: no bars.
+    assert "it/s" not in err
+    assert "frames/s]" not in err
+    assert list((tmp_path / "batch_output" / "lightcurves").glob("*.csv"))
+
+
+def test_stages_find_the_saved_configuration(run, tmp_path):
+    query = ["query", *FIELD, "--output", "o", "--aperture-method", "fixed", "--num-buckets", "3"]
+    assert run(*query)[0] == 0
+    for stage in ("download", "extract", "aggregate"):
+        status, out, _ = run(stage, "--output", "o")
+        assert status == 0
+        assert out.startswith(stage)
+    saved = BatchConfig.from_yaml(tmp_path / "o" / "state" / "config.yaml")
+    assert saved.photometry == PhotometryConfig(aperture_method="fixed")
+    assert saved.num_buckets == 3
+    assert run("extract", "--output", "o")[1].count("2 already there") == 1
+    status, out, _ = run("extract", "--output", "o", "--all")
+    assert status == 0
+    assert "already there" not in out
+
+
+def test_failed_frames_show_in_the_exit_status(run, frames):
+    uri = frames[1][0].exposure.uri
+    run.archive.add_faults(uri, [Fault(status=404)])
+    status, out, _ = run("run", *FIELD)
+    assert status == 1
+    assert "1 frames" in out
+    assert frames[1][0].exposure.filename in out
+    assert "404" in out
+    assert run("run", *FIELD)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "missing --ra, --dec, --radius, --catalog"),
+        (["run", *FIELD[:-1], "-1"], "radius is -1; allowed is a number above 0"),
+        (["run", *FIELD[:-1], "wide"], "radius is 'wide'; allowed is"),
+        (["run", *FIELD, "--bands", "D7"], "bands is ['D7']; allowed is"),
+        (["run", *FIELD, "--coverage", "some"], "coverage_mode is 'some'; allowed is one of any"),
+        (["run", *FIELD, "--window-size", "2"], "window_size is 2; allowed is"),
+        (["run", *FIELD, "--mjd-range", "3", "1"], "mjd_range is [3, 1]; allowed is two MJDs"),
+        (["run", *FIELD, "--catalog", "no.csv"], "no.csv: No such file"),
+        (["run", *FIELD, "--config", "no.yaml"], "no.yaml: No such file"),
+        (["run", *FIELD, "--max-images", "1"], "max_images allows 1; raise max_images"),
+        (["download", "--output", "empty"], "not the output folder of a run"),
+        (["run", *FIELD, "--output", "sources.csv"], "sources.csv: "),
+        (["bogus"], "invalid choice: 'bogus'"),
+        (["run", *FIELD, "--frob"], "--frob"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_status_2(run, arguments, says):
+    status, _, err = run(*arguments, scheduler=arguments[0] in ("run", "download") and "--frob" not in arguments)
+    assert status == 2
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_unreachable_archive_is_status_1(run, monkeypatch):
+    monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
+    status, _, err = run("run", *FIELD, "--max-retries", "0")
+    assert status == 1
+    assert "does not answer" in err
+
+
+def test_config_template_is_a_run(run, tmp_path):
+    status, out, _ = run("config", "run.yaml", scheduler=False)
+    assert status == 0
+    assert "spxdask run --config run.yaml" in out
+    text = (tmp_path / "run.yaml").read_text()
+    values = {"center_ra": 270, "center_dec": 66.56, "radius": 0.05, "catalog_path": "sources.csv"}
+    for name, value in values.items():
+        text = text.replace(f"\n{name}:\n", f"\n{name}: {value}\n")
+    (tmp_path / "run.yaml").write_text(text)
+    assert BatchConfig.from_yaml(tmp_path / "run.yaml") == BatchConfig(**values)
+    # Flags overrule the file.
+    assert run("run", "--config", "run.yaml", "--bands", "D3", "--window-size", "20", "30")[0] == 0
+    saved = yaml.safe_load((tmp_path / "batch_output" / "state" / "config.yaml").read_text())
+    assert saved["bands"] == ["D3"]
+    assert saved["photometry"]["window_size"] == [20, 30]
+    status, _, err = run("config", "run.yaml", scheduler=False)
+    assert status == 2
+    assert "run.yaml: File exists" in err
+    assert run("config", scheduler=False)[1].startswith("# A spxdask run")
+
+
+def test_help_shows_commands_and_every_option(run):
+    status, out, _ = run("--help", scheduler=False)
+    assert status == 0
+    assert "spxdask demo" in out
+    status, out, _ = run("run", "--help", scheduler=False)
+    for flag in ("--ra", "--bands", "--mjd-range", "--no-subtract-zodi", "--bad-flags", "--release"):
+        assert flag in out
+    assert run(scheduler=False)[0] == 2
+
+
+def test_module_and_entry_point():
+    out = subprocess.run(
+        [sys.executable, "-m", "spxdask", "--version"], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.startswith("spxdask 0.")
+
+
+def test_help_does_not_wait_for_dask():
+    code = "import sys, spxdask.cli as c; c._parser(); print('dask' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spxdask.config import (
+    BANDS,
+    IRSA_ARCHIVE_URL,
+    IRSA_TAP_URL,
+    RELEASES,
+    BatchConfig,
+    PhotometryConfig,
+    template,
+)
+from spxdask.errors import ConfigError
+
+REQUIRED = {"center_ra": 10.0, "center_dec": -20.0, "radius": 0.5, "catalog_path": "sources.csv"}
+PHOTOMETRY_DEFAULTS = {
+    "aperture_method": "fwhm",
+    "aperture_diameter": 3.0,
+    "fwhm_multiplier": 2.5,
+    "background_method": "window",
+    "window_size": 50,
+    "subtract_zodi": True,
+    "zodi_scale_min": 0.0,
+    "zodi_scale_max": 10.0,
+    "min_usable_pixels": 10,
+    "bg_sigma_clip_sigma": 3.0,
+    "bg_sigma_clip_maxiters": 3,
+    "annulus_inner_offset": 1.414,
+    "min_annulus_area": 10.0,
+    "max_outer_radius": 5.0,
+    "max_annulus_attempts": 5,
+    "annulus_expansion_step": 0.5,
+    "pixel_scale_fallback": 6.2,
+    "bad_flags": [0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19],
+}
+BATCH_DEFAULTS = {
+    "coverage_mode": "any",
+    "bands": None,
+    "mjd_range": None,
+    "release": "latest",
+    "max_images": 500,
+    "output_dir": "batch_output",
+    "max_download_workers": 4,
+    "max_extract_workers": 12,
+    "num_buckets": 64,
+    "keep_bucket_files": False,
+    "max_retries": 5,
+    "stall_timeout": 30.0,
+    "tap_url": IRSA_TAP_URL,
+    "archive_url": IRSA_ARCHIVE_URL,
+    "photometry": PHOTOMETRY_DEFAULTS,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("SPXDASK_TAP_URL", raising=False)
+    monkeypatch.delenv("SPXDASK_ARCHIVE_URL", raising=False)
+
+
+def batch(**options) -> BatchConfig:
+    return BatchConfig(**(REQUIRED | options))
+
+
+def as_written(config) -> dict:
+    return {option.name: getattr(config, option.name) for option in fields(config)}
+
+
+def test_defaults():
+    assert as_written(PhotometryConfig()) == PHOTOMETRY_DEFAULTS
+    assert PhotometryConfig().window_shape == (50, 50)
+    photometry = PhotometryConfig()
+    assert as_written(batch()) == REQUIRED | BATCH_DEFAULTS | {"photometry": photometry}
+    assert batch().to_dict() == REQUIRED | BATCH_DEFAULTS
+
+
+def test_default_types():
+    for config in (batch(), PhotometryConfig()):
+        for option in fields(config):
+            value = getattr(config, option.name)
+            if option.type == "float":
+                assert type(value) is float, option.name
+            elif option.type in ("int", "bool", "str"):
+                assert type(value).__name__ == option.type, option.name
+
+
+def test_irsa_addresses():
+    assert IRSA_TAP_URL == "https://irsa.ipac.caltech.edu/TAP"
+    assert IRSA_ARCHIVE_URL == "https://irsa.ipac.caltech.edu"
+
+
+def test_environment_gives_the_addresses(monkeypatch):
+    monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:8000/TAP/")
+    monkeypatch.setenv("SPXDASK_ARCHIVE_URL", "http://127.0.0.1:8001")
+    assert batch().tap_url == "http://127.0.0.1:8000/TAP"
+    assert batch().archive_url == "http://127.0.0.1:8001"
+    assert batch(tap_url="http://other/TAP").tap_url == "http://other/TAP"
+    monkeypatch.setenv("SPXDASK_TAP_URL", "")
+    assert batch().tap_url == IRSA_TAP_URL
+
+
+def test_the_default_list_is_not_shared():
+    PhotometryConfig().bad_flags.append(3)
+    assert PhotometryConfig().bad_flags == PHOTOMETRY_DEFAULTS["bad_flags"]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_required_options(name):
+    rest = {k: v for k, v in REQUIRED.items() if k != name}
+    with pytest.raises(TypeError, match=name):
+        BatchConfig(**rest)
+    with pytest.raises(ConfigError, match=f"missing option: {name}$"):
+        BatchConfig.from_dict(rest)
+
+
+NOT_NUMBERS = ["3", True, None, float("nan"), float("inf"), -float("inf"), 10**400, [1.0], 1j]
+NOT_INTEGERS = ["3", True, None, 3.0, float("nan"), [1]]
+POSITIVE = [0, 0.0, -0.1, *NOT_NUMBERS]
+AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
+
+
+@pytest.mark.parametrize(
+    "name, values, allowed",
+    [
+        ("center_ra", [-0.1, 360.1, *NOT_NUMBERS], "a number from 0 to 360"),
+        ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number from -90 to 90"),
+        ("radius", [90.1, *POSITIVE], "a number above 0 to 90"),
+        ("catalog_path", ["", b"x", None, 3, "a\0b"], "a path"),
+        ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "one of any, full"),
+        ("bands", [[], "D1", ["D7"], ["d1"], [1], [["D1"]], [None], 3, {"D1": 1}], "D1, D2, D3"),
+        (
+            "mjd_range",
+            [[], [61000], [61001, 61000], [1, 2, 3], ["a", "b"], 61000, {61000, 61001}, [[1], 2]],
+            "two MJDs",
+        ),
+        ("release", ["qr1", "QR2", None, 2], "one of latest, qr2, qr3, all"),
+        ("max_images", AT_LEAST_ONE, "an integer from 1 up"),
+        ("output_dir", ["", None, 3], "a path"),
+        ("max_download_workers", [1001, *AT_LEAST_ONE], "an integer from 1 to 1000"),
+        ("max_extract_workers", [10001, *AT_LEAST_ONE], "an integer from 1 to 10000"),
+        ("num_buckets", [100001, *AT_LEAST_ONE], "an integer from 1 to 100000"),
+        ("keep_bucket_files", [0, 1, None, "true"], "true or false"),
+        ("max_retries", [-1, 101, *NOT_INTEGERS], "an integer from 0 to 100"),
+        ("stall_timeout", [3601, *POSITIVE], "a number above 0 to 3600"),
+        ("tap_url", ["", "irsa", "ftp://x", "http://", "http://[", None, 3], "http or https URL"),
+        ("archive_url", ["", "s3://b", "https:///x", "http://[", None], "http or https URL"),
+        ("photometry", [None, 3, [], "fwhm"], "a PhotometryConfig or a mapping"),
+    ],
+)
+def test_batch_options_say_what_is_allowed(name, values, allowed):
+    for value in values:
+        with pytest.raises(ConfigError, match=re.escape(allowed)) as caught:
+            batch(**{name: value})
+        assert str(caught.value).startswith(f"{name} is {value!r}; allowed is ")
+
+
+@pytest.mark.parametrize(
+    "name, values, allowed",
+    [
+        ("aperture_method", ["FWHM", None, 1], "one of fwhm, fixed"),
+        ("aperture_diameter", [200.1, *POSITIVE], "a number above 0 to 200"),
+        ("fwhm_multiplier", [50.1, *POSITIVE], "a number above 0 to 50"),
+        ("background_method", ["", "sky", None], "one of window, annulus"),
+        ("window_size", [2, 501, 50.0, "50", True, None, [], [50], [50, 2], [5, 5, 5]], "a pair"),
+        ("window_size", [{50, 40}, (50.0, 40), (True, 40)], "an integer from 3 to 500"),
+        ("subtract_zodi", [0, 1, "yes", None], "true or false"),
+        ("zodi_scale_min", NOT_NUMBERS, "a number from"),
+        ("zodi_scale_max", NOT_NUMBERS, "a number from"),
+        ("zodi_scale_max", [0, -1], "above zodi_scale_min, which is 0.0"),
+        ("min_usable_pixels", AT_LEAST_ONE, "an integer from 1 up"),
+        ("bg_sigma_clip_sigma", POSITIVE, "a number above 0 to 1000"),
+        ("bg_sigma_clip_maxiters", [-1, *NOT_INTEGERS], "an integer from 0 to 1000"),
+        ("annulus_inner_offset", [-1, *NOT_NUMBERS], "a number from 0 to 200"),
+        ("min_annulus_area", POSITIVE, "a number above 0"),
+        ("max_outer_radius", [501, *POSITIVE], "a number above 0 to 500"),
+        ("max_annulus_attempts", [-1, *NOT_INTEGERS], "an integer from 0 to 1000"),
+        ("annulus_expansion_step", POSITIVE, "a number above 0 to 100"),
+        ("pixel_scale_fallback", POSITIVE, "a number above 0 to 1000"),
+        ("bad_flags", [None, 3, "012", [32], [-1], [1.0], [True], ["1"], {1: 2}], "flag bits"),
+    ],
+)
+def test_photometry_options_say_what_is_allowed(name, values, allowed):
+    for value in values:
+        with pytest.raises(ConfigError, match=re.escape(allowed)) as caught:
+            PhotometryConfig(**{name: value})
+        assert re.match(rf"{name} is .+; allowed is ", str(caught.value))
+        with pytest.raises(ConfigError, match=f"^photometry: {name} is "):
+            batch(photometry={name: value})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"centre_ra": 1.0}, "unknown option 'centre_ra'; did you mean center_ra?"),
+        ({"bucket_count": 1}, "unknown option 'bucket_count'; did you mean "),
+        ({"zzz": 1}, "unknown option 'zzz'; known are center_ra, center_dec, "),
+        ({7: 1}, "unknown option 7; known are "),
+        ({"photometry": {"window": 3}}, "photometry: unknown option 'window'; did you mean "),
+        ({"photometry": {"fwhm_mult": 3}}, "did you mean fwhm_multiplier?"),
+    ],
+)
+def test_unknown_options_are_errors_with_a_hint(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        BatchConfig.from_dict(REQUIRED | options)
+
+
+def test_from_dict_needs_a_mapping():
+    with pytest.raises(ConfigError, match="BatchConfig needs a mapping of options, got \\[1\\]"):
+        BatchConfig.from_dict([1])
+
+
+@pytest.mark.parametrize(
+    "name, value, becomes",
+    [
+        ("center_ra", np.float64(12.5), 12.5),
+        ("center_dec", np.float32(-0.5), -0.5),
+        ("radius", np.int64(2), 2.0),
+        ("radius", 2, 2.0),
+        ("center_ra", 0, 0.0),
+        ("center_ra", 360, 360.0),
+        ("catalog_path", Path("data") / "sources.csv", "data/sources.csv"),
+        ("catalog_path", np.str_("sources.csv"), "sources.csv"),
+        ("output_dir", Path("."), "."),
+        ("coverage_mode", np.str_("full"), "full"),
+        ("bands", ("D4", "D3", "D4"), ["D3", "D4"]),
+        ("bands", {"D6"}, ["D6"]),
+        ("bands", np.array(["D2", "D1"]), ["D1", "D2"]),
+        ("mjd_range", [np.int32(61000), np.float32(61000.5)], (61000.0, 61000.5)),
+        ("mjd_range", np.array([1.0, 1.0]), (1.0, 1.0)),
+        ("max_images", np.int16(7), 7),
+        ("keep_bucket_files", np.True_, True),
+        ("tap_url", "http://host:80/TAP//", "http://host:80/TAP"),
+        ("photometry", {}, PhotometryConfig()),
+    ],
+)
+def test_values_are_kept_in_their_plain_type(name, value, becomes):
+    config = batch(**{name: value})
+    found = getattr(config, name)
+    assert found == becomes
+    assert type(found) is type(becomes)
+    assert BatchConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    "value, becomes, shape",
+    [
+        (np.int64(31), 31, (31, 31)),
+        ([20, 40], (20, 40), (20, 40)),
+        ((np.int64(20), 40), (20, 40), (20, 40)),
+        (np.array([20, 40]), (20, 40), (20, 40)),
+    ],
+)
+def test_window_size(value, becomes, shape):
+    config = PhotometryConfig(window_size=value)
+    assert config.window_size == becomes
+    assert config.window_shape == shape
+    assert PhotometryConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    "value, becomes",
+    [
+        ([], []),
+        ([21, 0, 21], [0, 21]),
+        ((np.int64(3), np.uint8(31)), [3, 31]),
+        (np.array([5, 4]), [4, 5]),
+        ({9, np.int64(2)}, [2, 9]),
+    ],
+)
+def test_bad_flags(value, becomes):
+    config = PhotometryConfig(bad_flags=value)
+    assert config.bad_flags == becomes
+    assert {type(bit) for bit in config.bad_flags} <= {int}
+
+
+def test_arguments_are_not_changed():
+    bands, options = ["D2", "D1"], {"bad_flags": [3, 1]}
+    batch(bands=bands, photometry=options)
+    assert bands == ["D2", "D1"]
+    assert options == {"bad_flags": [3, 1]}
+
+
+def between(low, high, **more):
+    return st.floats(low, high, **more)
+
+
+PHOTOMETRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "aperture_method": st.sampled_from(["fwhm", "fixed"]),
+        "aperture_diameter": between(0, 200, exclude_min=True),
+        "fwhm_multiplier": between(0, 50, exclude_min=True),
+        "background_method": st.sampled_from(["window", "annulus"]),
+        "window_size": st.integers(3, 500)
+        | st.tuples(st.integers(3, 500), st.integers(3, 500))
+        | st.lists(st.integers(3, 500), min_size=2, max_size=2),
+        "subtract_zodi": st.booleans(),
+        "zodi_scale_min": between(-1e6, 0),
+        "zodi_scale_max": between(0, 1e6, exclude_min=True) | st.integers(1, 1000000),
+        "min_usable_pixels": st.integers(1, 10**30),
+        "bg_sigma_clip_sigma": between(0, 1000, exclude_min=True),
+        "bg_sigma_clip_maxiters": st.integers(0, 1000),
+        "annulus_inner_offset": between(0, 200),
+        "min_annulus_area": between(0, 1e6, exclude_min=True),
+        "max_outer_radius": between(0, 500, exclude_min=True),
+        "max_annulus_attempts": st.integers(0, 1000),
+        "annulus_expansion_step": between(0, 100, exclude_min=True),
+        "pixel_scale_fallback": between(0, 1000, exclude_min=True),
+        "bad_flags": st.lists(st.integers(0, 31)),
+    },
+)
+PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text) | st.sampled_from(
+    ["null", "~", "2026-01-01", "1e3", "- a", "a: b", "'", "#x", "yes", " x ", "0x1F", "a\nb", "é"]
+)
+BATCH = st.fixed_dictionaries(
+    {
+        "center_ra": between(0, 360),
+        "center_dec": between(-90, 90),
+        "radius": between(0, 90, exclude_min=True),
+        "catalog_path": PATHS,
+    },
+    optional={
+        "coverage_mode": st.sampled_from(["any", "full"]),
+        "bands": st.none() | st.lists(st.sampled_from(BANDS), min_size=1),
+        "mjd_range": st.none() | st.tuples(between(0, 1e6), between(0, 1e6)).map(sorted).map(tuple),
+        "release": st.sampled_from(RELEASES),
+        "max_images": st.integers(1),
+        "output_dir": PATHS,
+        "max_download_workers": st.integers(1, 1000),
+        "max_extract_workers": st.integers(1, 10000),
+        "num_buckets": st.integers(1, 100000),
+        "keep_bucket_files": st.booleans(),
+        "max_retries": st.integers(0, 100),
+        "stall_timeout": between(0, 3600, exclude_min=True),
+        "tap_url": st.just("http://127.0.0.1:80/TAP"),
+        "archive_url": st.just("https://example.org/a b?c=ü#'"),
+        "photometry": PHOTOMETRY,
+    },
+)
+
+
+def round_trips(config, path):
+    """Through YAML, dictionaries and pickle; repr tells -0.0 from 0.0 and 1 from 1.0."""
+    text = config.to_yaml(path)
+    assert path.read_text(encoding="utf-8") == text
+    for back in (
+        type(config).from_yaml(path),
+        type(config).from_dict(config.to_dict()),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert back == config
+        assert repr(back) == repr(config)
+
+
+@given(PHOTOMETRY)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_photometry_round_trip(tmp_path, options):
+    config = PhotometryConfig(**options)
+    round_trips(config, tmp_path / "photometry.yaml")
+    assert config == PhotometryConfig.from_dict(options)
+
+
+@given(BATCH)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batch_round_trip(tmp_path, options):
+    config = BatchConfig(**options)
+    round_trips(config, tmp_path / "run.yaml")
+    assert config.catalog_path == options["catalog_path"]
+    assert config.center_ra == options["center_ra"]
+
+
+def test_configurations_differ_by_any_option():
+    assert batch() == batch()
+    assert batch() != batch(max_images=499)
+    assert batch() != batch(photometry={"window_size": 51})
+    assert PhotometryConfig() != PhotometryConfig(bad_flags=[])
+
+
+def test_options_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        batch().radius = 2.0
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"center_ra: [", "while parsing"),
+        (b"- 1\n- 2\n", "needs a mapping of options"),
+        (b"", "missing option: center_ra, center_dec, radius, catalog_path"),
+        (b"\xff\xfe\xfa", "decode"),
+        (b"output_dir: 2026-02-31\n", "day"),
+        (b"max_image: 3\n", "did you mean max_images?"),
+        (b"center_ra: 400\ncenter_dec: 0\nradius: 1\ncatalog_path: x\n", "center_ra is 400"),
+        (b"x: !!python/object:os.system {}\n", "could not determine a constructor"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        BatchConfig.from_yaml(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="absent.yaml: No such file or directory$"):
+        BatchConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_errors_survive_the_way_between_processes():
+    with pytest.raises(ConfigError) as caught:
+        batch(radius=-1)
+    back = pickle.loads(pickle.dumps(caught.value))
+    assert type(back) is ConfigError
+    assert str(back) == str(caught.value) == "radius is -1; allowed is a number above 0 to 90"
+    assert isinstance(back, ValueError)
+
+
+def filled_template() -> str:
+    text = template()
+    for name, value in REQUIRED.items():
+        assert text.count(f"\n{name}:\n") == 1
+        text = text.replace(f"\n{name}:\n", f"\n{name}: {value}\n")
+    return text
+
+
+def test_template_names_every_option():
+    parsed = yaml.safe_load(template())
+    assert list(parsed) == [option.name for option in fields(BatchConfig)]
+    assert list(parsed["photometry"]) == [option.name for option in fields(PhotometryConfig)]
+    assert {name for name, value in parsed.items() if value is None} == {
+        *REQUIRED, "bands", "mjd_range",
+    }  # fmt: skip
+
+
+def test_every_option_of_the_template_is_explained():
+    lines = template().splitlines()
+    assert max(map(len, lines)) <= 100
+    options = [i for i, line in enumerate(lines) if re.match(r" *\w+:", line)]
+    assert len(options) == len(fields(BatchConfig)) + len(fields(PhotometryConfig))
+    assert all(lines[i - 1].lstrip().startswith("# ") for i in options)
+
+
+def test_filled_template_is_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(filled_template(), encoding="utf-8")
+    assert BatchConfig.from_yaml(path) == batch()
+
+
+def test_unfilled_template_asks_for_what_is_missing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(template(), encoding="utf-8")
+    with pytest.raises(ConfigError, match="center_ra is None; allowed is a number from 0 to 360"):
+        BatchConfig.from_yaml(path)
+
+
+def test_template_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
+    assert yaml.safe_load(template())["tap_url"] == "http://127.0.0.1:9/TAP"

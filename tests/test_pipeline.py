@@ -1,0 +1,450 @@
+"""Whole runs on a Dask cluster, against the embedded archive."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import warnings
+
+import dask.bag
+import numpy as np
+import pandas as pd
+import pytest
+import simulated
+import yaml
+from distributed import Client
+
+from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
+from spxdask.errors import ConfigError, InputError, RunFolderError
+from spxdask.observation import Observation
+from spxdask.simulate.archive import Fault, SimulatedArchive
+from spxdask.stages.aggregate import light_curve_name
+from spxdask.tables import LIGHT_CURVE, PER_IMAGE
+
+IDS = [
+    "39633458707826492",
+    "39633458707826493",
+    "a/b",
+    "../up",
+    ".hidden",
+    'quo"te, comma',
+    "line\nfeed",
+    "100%",
+    "=1+1",
+    "é" * 150,
+    "007",
+    "7",
+    "7.0",
+    "NA",
+]
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory):
+    """Six frames, one of them also in the older release, and a sky."""
+    sky = simulated.field_sky()
+    newer = {"release": "qr3", "version": 30, "year": 2026, "day": 90}
+    exposures = [
+        simulated.exposure(0, 3),
+        simulated.exposure(0, 6),
+        simulated.exposure(1, 3),
+        simulated.exposure(2, 4, **newer),
+        simulated.exposure(3, 1),
+        simulated.exposure(4, 3, **newer),
+        simulated.exposure(4, 3),
+    ]
+    return sky, simulated.simulate(tmp_path_factory.mktemp("archive"), exposures, sky)
+
+
+@pytest.fixture(scope="module")
+def archive(survey):
+    with SimulatedArchive([frame.archived for frame in survey[1]]) as archive:
+        yield archive
+
+
+@pytest.fixture
+def make_config(survey, archive, tmp_path):
+    sky = survey[0]
+    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
+    catalogue = simulated.write_catalogue(tmp_path / "sources.csv", ids, sky.ra, sky.dec)
+
+    def make(**options) -> BatchConfig:
+        defaults = {
+            "catalog_path": catalogue,
+            "center_ra": simulated.CENTER[0],
+            "center_dec": simulated.CENTER[1],
+            "radius": 0.05,
+            "output_dir": tmp_path / "out",
+            "num_buckets": 5,
+            "max_retries": 0,
+            "tap_url": archive.tap_url,
+            "archive_url": archive.archive_url,
+        }
+        return BatchConfig(**(defaults | options))
+
+    return make
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def per_image(pipeline) -> pd.DataFrame:
+    tables = [
+        pd.read_csv(path, dtype={"target_id": str}, keep_default_na=False, na_values={"flux": [""]})
+        for path in sorted(pipeline.folder.per_image.glob("*.csv"))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def finished(survey, archive, client, tmp_path_factory):
+    """One full run, to look at from all sides."""
+    folder = tmp_path_factory.mktemp("finished")
+    sky = survey[0]
+    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
+    config = BatchConfig(
+        catalog_path=simulated.write_catalogue(folder / "sources.csv", ids, sky.ra, sky.dec),
+        center_ra=simulated.CENTER[0],
+        center_dec=simulated.CENTER[1],
+        radius=0.05,
+        output_dir=folder / "out",
+        num_buckets=5,
+        keep_bucket_files=True,
+        tap_url=archive.tap_url,
+        archive_url=archive.archive_url,
+    )
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_all()
+    return pipeline
+
+
+def test_all_frames_are_found_once_and_measured(finished, survey):
+    _, frames = survey
+    newest = {f.exposure.filename for f in frames[:6]}
+    assert {p.name for p in finished.folder.images.iterdir()} == newest
+    summary = finished.summary
+    assert summary.stages["query"].total == 6
+    assert summary.stages["download"].done == 6
+    assert summary.stages["extract"].done == 6
+    assert summary.failed == {}
+    rows = per_image(finished)
+    assert summary.stages["extract"].rows == len(rows) > 40
+    assert tuple(rows.columns) == PER_IMAGE
+    assert summary.n_measured == rows["target_id"].nunique()
+    assert summary.n_measured < summary.n_sources == len(IDS) + 26
+    for frame in frames[:6]:
+        one = rows[rows["filename"] == frame.exposure.filename]
+        assert set(one["band"]) == {frame.exposure.band}
+        assert set(one["obs_id"]) == {frame.exposure.obs_id}
+        np.testing.assert_array_equal(
+            one["mjd"].unique(), [(frame.exposure.mjd_begin + frame.exposure.mjd_end) / 2]
+        )
+
+
+def test_recovered_flux_is_the_injected_one(finished, survey):
+    sky, frames = survey
+    rows = per_image(finished)
+    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
+    pulls = []
+    for frame in frames[:6]:
+        truth = pd.DataFrame(
+            {
+                "target_id": [ids[i] for i in frame.planes.source],
+                "true_x": frame.planes.x,
+                "true_wavelength": frame.planes.wavelength_um,
+                "injected": frame.planes.flux_ujy,
+            }
+        )
+        both = rows[rows["filename"] == frame.exposure.filename].merge(truth, on="target_id")
+        np.testing.assert_allclose(both["x"], both["true_x"], atol=1e-6)
+        np.testing.assert_allclose(both["wavelength"], both["true_wavelength"], atol=1e-4)
+        # Nearly all of the light is in the aperture of 2.1 pixels' diameter, 85 % of it.
+        ratio = both["flux"] / both["injected"]
+        assert 0.8 < ratio.median() < 0.9
+        pulls.append(ratio)
+    assert np.concatenate(pulls).std() < 0.1
+
+
+def test_light_curves_are_the_tables_regrouped(finished):
+    rows = per_image(finished)
+    names = set()
+    for target, expected in rows.groupby("target_id"):
+        expected = expected.sort_values(["mjd", "obs_id", "band"])
+        name = light_curve_name(target)
+        names.add(name)
+        curve = pd.read_csv(finished.folder.lightcurves / name)
+        assert tuple(curve.columns) == LIGHT_CURVE
+        assert curve["obs_id"].tolist() == expected["obs_id"].tolist()
+        for column in ("mjd", "x", "flux", "bg_level", "flag", "wavelength"):
+            np.testing.assert_array_equal(
+                curve[column].to_numpy(float), expected[column].to_numpy(float)
+            )
+    assert {p.name for p in finished.folder.lightcurves.iterdir()} == names
+    assert len(names) == rows["target_id"].nunique()
+    assert "39633458707826492.csv" in names
+    assert not (finished.folder.path / "up.csv").exists()
+
+
+def test_bucket_files_hold_the_sorted_partitions(finished):
+    rows = per_image(finished)
+    buckets = [pd.read_parquet(p) for p in sorted(finished.folder.buckets.glob("*.parquet"))]
+    assert len(buckets) == 5
+    assert sum(map(len, buckets)) == len(rows)
+    seen = [set(b["target_id"]) for b in buckets]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+    for bucket in buckets:
+        keys = bucket[["target_id", "mjd", "obs_id", "band"]].apply(tuple, axis=1).tolist()
+        assert keys == sorted(keys)
+
+
+def test_query_summary(finished):
+    summary = load_query_summary(finished.config.output_dir)
+    assert summary == load_query_summary(finished.folder.query_summary)
+    assert summary["region"] == {
+        "center_ra": 270.0,
+        "center_dec": 66.56,
+        "radius_deg": 0.05,
+        "coverage_mode": "any",
+    }
+    assert summary["filters"]["bands"] is None
+    assert summary["n_observations"] == 6
+    assert summary["band_counts"] == {"D1": 1, "D3": 3, "D4": 1, "D6": 1}
+    assert summary["time_span_days"] == pytest.approx(4.0)
+    one = summary["observations"][0]
+    assert list(one) == ["obs_id", "band", "mjd", "wavelength_um", "download_url"]
+    assert one["mjd"] == round(one["mjd"], 6)
+    assert {o["wavelength_um"] for o in summary["observations"] if o["band"] == "D3"} == {2.02}
+    assert one["download_url"].startswith(finished.config.archive_url + "/ibe/data/spherex/")
+    with pytest.raises(RunFolderError, match="no readable query summary"):
+        load_query_summary("/nowhere/at/all")
+
+
+def test_observations_are_a_bag(finished):
+    assert isinstance(finished.observations, dask.bag.Bag)
+    found = finished.observations.compute(scheduler="sync")
+    assert all(isinstance(o, Observation) for o in found)
+    assert len(found) == 6
+    assert finished.images.count().compute(scheduler="sync") == 6
+
+
+def test_dashboard_names_read_as_the_pipeline_does(finished, client):
+    prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert {"query", "download", "extract", "write-lightcurves"} <= prefixes
+    assert any(prefix.startswith("shuffle") for prefix in prefixes)
+    tasks = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+    assert tasks == 0
+
+
+def test_running_again_does_nothing_twice(finished, client, archive):
+    before = contents(finished.folder.lightcurves)
+    tables = {p: p.stat().st_mtime_ns for p in finished.folder.per_image.iterdir()}
+    asked = len(archive.requests)
+    again = BatchPipeline(finished.config, client=client)
+    summary = again.run_all()
+    assert summary.stages["download"].reused == 6
+    assert summary.stages["extract"].reused == 6
+    assert summary.stages["extract"].done == 0
+    assert summary.stages["extract"].rows == finished.summary.stages["extract"].rows
+    assert {p: p.stat().st_mtime_ns for p in finished.folder.per_image.iterdir()} == tables
+    assert contents(finished.folder.lightcurves) == before
+    assert [r.path for r in archive.requests[asked:]] == ["/TAP/sync"]
+
+
+def test_other_options_and_catalogues_never_mix(make_config, client):
+    first = BatchPipeline(make_config(), client=client)
+    first.run_all()
+    old = contents(first.folder.lightcurves)
+
+    fixed = make_config(photometry=PhotometryConfig(aperture_method="fixed"))
+    second = BatchPipeline(fixed, client=client)
+    with pytest.raises(RunFolderError, match="6 of 6 per-image tables were made with another"):
+        second.run_aggregate()
+    assert contents(first.folder.lightcurves) == old
+    assert second.run_extract().done == 6
+    second.run_aggregate()
+    assert set(per_image(second)["aperture_radius"]) == {1.5}
+
+    rows = per_image(second)
+    few = rows["target_id"].unique()[:3]
+    places = rows.drop_duplicates("target_id").set_index("target_id").loc[few]
+    simulated.write_catalogue(fixed.catalog_path, few, places["ra"], places["dec"])
+    third = BatchPipeline(fixed, client=client)
+    summary = third.run_all()
+    assert summary.stages["extract"].done == 6
+    assert summary.n_sources == summary.n_measured == 3
+    # Nothing is left of the sources that are gone.
+    assert len(list(third.folder.lightcurves.iterdir())) == 3
+
+
+def test_frame_without_sources_leaves_a_header(make_config, client, tmp_path):
+    catalogue = simulated.write_catalogue(tmp_path / "far.csv", ["far"], [90.0], [-66.56])
+    pipeline = BatchPipeline(make_config(catalog_path=catalogue, bands=["D1"]), client=client)
+    summary = pipeline.run_all()
+    (table,) = pipeline.folder.per_image.iterdir()
+    assert table.read_text() == ",".join(PER_IMAGE) + "\n"
+    assert summary.stages["extract"].done == 1
+    assert (summary.n_sources, summary.n_measured) == (1, 0)
+    assert list(pipeline.folder.lightcurves.iterdir()) == []
+    assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 1
+
+
+def test_skip_existing_can_be_turned_off(make_config, client):
+    pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
+    pipeline.run_all()
+    before = contents(pipeline.folder.per_image)
+    assert pipeline.run_extract(skip_existing=False).done == 1
+    assert contents(pipeline.folder.per_image) == before
+
+
+def test_one_bad_frame_does_not_cost_the_run(make_config, client, survey):
+    lost, broken = survey[1][0].exposure, survey[1][2].exposure
+    with SimulatedArchive(
+        [f.archived for f in survey[1]], faults={lost.uri: [Fault(status=404)]}
+    ) as archive:
+        config = make_config(tap_url=archive.tap_url, archive_url=archive.archive_url)
+        pipeline = BatchPipeline(config, client=client)
+        pipeline.run_query()
+        pipeline.run_download()
+        path = pipeline.folder.images / broken.filename
+        data = bytearray(path.read_bytes())
+        start = data.index(b"CTYPE1  = 'RA---TAN")
+        data[start : start + 25] = b"CTYPE1  = 'GLON-TAN-SIP' "
+        path.write_bytes(data)
+        with pipeline:
+            extracted = pipeline.run_extract()
+        assert extracted.done == 4
+        assert set(extracted.failed) == {lost.filename, broken.filename}
+        assert "404" in extracted.failed[lost.filename]
+        assert "celestial WCS" in extracted.failed[broken.filename]
+        aggregated = pipeline.run_aggregate()
+        assert aggregated.rows == extracted.rows > 0
+
+        # The next run has what the archive did not give; the broken one is whole on disk.
+        path.unlink()
+        summary = BatchPipeline(config, client=client).run_all()
+    assert summary.failed == {}
+    assert summary.stages["download"].done == 2
+    assert summary.stages["extract"].done == 2
+
+
+def test_archive_never_sees_more_connections_than_allowed(make_config, client, survey):
+    with SimulatedArchive([f.archived for f in survey[1]], bandwidth=30_000_000) as archive:
+        config = make_config(
+            max_download_workers=2, tap_url=archive.tap_url, archive_url=archive.archive_url
+        )
+        pipeline = BatchPipeline(config, client=client)
+        pipeline.run_query()
+        assert pipeline.run_download().done == 6
+        assert archive.peak_connections == 2
+
+
+def test_embedded_cluster_and_plain_call(make_config):
+    config = make_config(bands=["D3"], max_extract_workers=1, max_download_workers=2)
+    state = (
+        multiprocessing.get_start_method(allow_none=True),
+        logging.getLogger().handlers[:],
+        logging.getLogger("spxdask").handlers[:],
+        warnings.filters[:],
+        dict(os.environ),
+    )
+    pipeline = run_batch(
+        catalog=config.catalog_path,
+        progress=False,
+        **{k: v for k, v in config.to_dict().items() if k != "catalog_path"},
+    )
+    assert pipeline.config == config
+    assert pipeline.summary.stages["extract"].done == 3
+    assert pipeline.dashboard_link is None
+    assert state == (
+        multiprocessing.get_start_method(allow_none=True),
+        logging.getLogger().handlers[:],
+        logging.getLogger("spxdask").handlers[:],
+        warnings.filters[:],
+        dict(os.environ),
+    )
+    before = contents(pipeline.folder.lightcurves)
+
+    # Stage by stage in one `with`, one cluster serves all.
+    with BatchPipeline(config) as again:
+        link = again.dashboard_link
+        again.run_extract(skip_existing=False)
+        assert again.dashboard_link == link
+        again.run_aggregate()
+    assert contents(pipeline.folder.lightcurves) == before
+
+
+def test_scheduler_address(make_config, client):
+    config = make_config(bands=["D6"])
+    pipeline = BatchPipeline(config, scheduler=client.scheduler.address)
+    assert pipeline.run_all().stages["extract"].done == 1
+    # The given cluster is still there.
+    assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_threads_only_client(make_config):
+    with Client(processes=False, dashboard_address=":0", n_workers=1, threads_per_worker=2) as own:
+        summary = BatchPipeline(make_config(bands=["D6"]), client=own).run_all()
+    assert summary.stages["extract"].done == 1
+
+
+def test_nothing_found_is_said(make_config, client):
+    pipeline = BatchPipeline(make_config(center_dec=-60.0), client=client)
+    summary = pipeline.run_all()
+    assert summary.stages["query"].total == 0
+    assert "0 frames found" in str(summary)
+    assert load_query_summary(pipeline.config.output_dir)["n_observations"] == 0
+    assert pipeline.observations.count().compute(scheduler="sync") == 0
+
+
+def test_too_many_frames_stop_before_any_download(make_config, client, archive):
+    pipeline = BatchPipeline(make_config(max_images=5), client=client)
+    asked = len(archive.requests)
+    with pytest.raises(InputError, match=r"6 frames \(0\.\d GB\) .* max_images allows 5; raise max"):
+        pipeline.run_all()
+    assert {r.path for r in archive.requests[asked:]} == {"/TAP/sync"}
+
+
+def test_stages_say_what_they_lack(make_config, client, tmp_path):
+    pipeline = BatchPipeline(make_config(), client=client)
+    for stage in (pipeline.run_download, pipeline.run_extract):
+        with pytest.raises(RunFolderError, match="run query first"):
+            stage()
+    with pytest.raises(RunFolderError, match="run query first"):
+        _ = pipeline.observations
+    with pytest.raises(RunFolderError, match="no per-image tables"):
+        pipeline.run_aggregate()
+    pipeline.run_query()
+    report = pipeline.run_extract()
+    assert len(report.failed) == 6
+    assert "run download first" in next(iter(report.failed.values()))
+
+
+def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client, tmp_path):
+    config = make_config(output_dir=tmp_path / "tables")
+    folder = tmp_path / "tables" / "per_image"
+    folder.mkdir(parents=True)
+    for path in finished.folder.per_image.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    BatchPipeline(config, client=client).run_aggregate()
+    assert contents(tmp_path / "tables" / "lightcurves") == contents(finished.folder.lightcurves)
+
+
+def test_saved_configuration_is_the_run(finished):
+    assert finished.folder.saved_config() == finished.config
+    assert yaml.safe_load(finished.folder.config.read_text())["radius"] == 0.05
+
+
+def test_usage_errors(make_config, client):
+    config = make_config()
+    with pytest.raises(ConfigError, match="not both"):
+        BatchPipeline(config, client=client, scheduler="tcp://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="allowed is a BatchConfig"):
+        BatchPipeline({"radius": 1})
+    with pytest.raises(ConfigError, match="not both: radius"):
+        run_batch(config, radius=1.0)
+    with pytest.raises(ConfigError, match="did you mean radius"):
+        run_batch(catalog="x.csv", center_ra=1, center_dec=1, radios=1)
+    with pytest.raises(InputError, match="no Dask scheduler at"):
+        BatchPipeline(config, scheduler="not-an-address://x").run_query()
