@@ -17,6 +17,10 @@ from spxdask.config import BatchConfig
 from spxdask.errors import InputError
 
 DASHBOARD_PORT = 8787
+_NEEDS_GUARD = (
+    "worker processes import the script that starts them: in a script, put what it does under "
+    "if __name__ == '__main__':"
+)
 
 
 @contextmanager
@@ -27,21 +31,19 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     share of the downloads, which only wait.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise InputError(
-            "spxdask starts worker processes, which import your script again: put what the "
-            "script does under  if __name__ == '__main__':"
-        )
+        raise InputError(_NEEDS_GUARD)
     processes = max(1, min(config.max_extract_workers, available_cores()))
-    with (
-        LocalCluster(
+    try:
+        cluster = LocalCluster(
             n_workers=processes,
             threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
             processes=True,
             host="127.0.0.1",
             dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+        )
+    except RuntimeError as error:
+        raise InputError(f"the worker processes did not start ({error}); {_NEEDS_GUARD}") from error
+    with cluster, Client(cluster) as client:
         yield client
 
 

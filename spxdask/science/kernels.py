@@ -17,6 +17,10 @@ from numpy import uint32
 _COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
+# Sums that run side by side in the statistics of a background.
+_LANES = 64
+
+
 @njit(inline="always", **_COMPILE)
 def _swap(word):
     word = uint32(word)
@@ -83,9 +87,15 @@ def sky_to_pixel(ra, dec, rotation, inverse, crpix, a, b):
     return x, y
 
 
+@njit(inline="always", **_COMPILE)
+def _is_finite(value):
+    # An infinity or a NaN times zero is a NaN; unlike math.isfinite, this vectorises.
+    return value * 0.0 == 0.0
+
+
 @njit(**_COMPILE)
 def zodi_sums(image, variance, zodi, flags, excluded):
-    """Sums for the weighted fit of ZODI to IMAGE (PHOTOMETRY 3).
+    """Return the sums behind the weighted fit of ZODI to IMAGE.
 
     Parameters
     ----------
@@ -111,33 +121,43 @@ def zodi_sums(image, variance, zodi, flags, excluded):
     ny, nx = image.shape
     izw = zzw = iz = zz = 0.0
     clear = unflagged = finite = valid = 0
+    izw_columns, zzw_columns = np.zeros(nx), np.zeros(nx)
     for row in range(ny):
-        # Partial sums a row keep the rounding error small, and their order fixed.
-        row_izw = row_zzw = 0.0
+        odd = 0
+        # Sums a column, and no branch: the loop runs on vectors, and the order of the
+        # additions, so the result, does not depend on how long they are.
         for column in range(nx):
             flag = _swap(flags[row, column])
             v = _real(variance[row, column])
-            usable = v > 0.0 and v < math.inf
-            valid += usable
             i = _real(image[row, column])
-            finite += i * 0.0 == 0.0
-            if not usable and flag == 0:
-                unflagged += 1
-            if flag & excluded:
-                continue
-            clear += 1
             z = _real(zodi[row, column])
-            # A NaN or an infinity in either makes the product's difference a NaN.
-            if z == 0.0 or not (i * 0.0 + z * 0.0 == 0.0):
+            is_valid = (v > 0.0) & (v < math.inf)
+            is_clear = (flag & excluded) == 0
+            valid += is_valid
+            clear += is_clear
+            finite += _is_finite(i)
+            odd += not is_valid
+            use = is_clear & is_valid & _is_finite(i) & _is_finite(z)
+            weighted = z / v if use else 0.0
+            izw_columns[column] += (i if use else 0.0) * weighted
+            zzw_columns[column] += (z if use else 0.0) * weighted
+        if odd == 0:
+            continue
+        for column in range(nx):
+            v = _real(variance[row, column])
+            if v > 0.0 and v < math.inf:
                 continue
-            if usable:
-                row_izw += i * z / v
-                row_zzw += z * z / v
-            elif flag:
-                iz += i * z
-                zz += z * z
-        izw += row_izw
-        zzw += row_zzw
+            flag = _swap(flags[row, column])
+            if flag == 0:
+                unflagged += 1
+            elif flag & excluded == 0:
+                i, z = _real(image[row, column]), _real(zodi[row, column])
+                if _is_finite(i) and _is_finite(z):
+                    iz += i * z
+                    zz += z * z
+    for column in range(nx):
+        izw += izw_columns[column]
+        zzw += zzw_columns[column]
     return izw, zzw, iz, zz, clear, unflagged, finite, valid
 
 
@@ -187,23 +207,21 @@ def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_varianc
             # What rounding leaves of a pixel outside must not let its NaN in.
             if fraction <= 1e-14:
                 continue
-            value = _real(image[row, column])
-            if scale != 0.0:
-                value -= scale * _real(zodi[row, column])
+            value = _real(image[row, column]) - scale * _real(zodi[row, column])
             v = _real(variance[row, column])
             if not (v > 0.0 and v < math.inf):
                 v = median_variance if flag else math.nan
                 repaired = repaired or flag != 0
             total += fraction * (value * unit)
             total_variance += fraction * (v * unit * unit)
-    if not (total * 0.0 == 0.0 and total_variance * 0.0 == 0.0):
+    if not (_is_finite(total) and _is_finite(total_variance)):
         total = total_variance = math.nan
     return total, total_variance, flag_or, repaired
 
 
 @njit(**_COMPILE)
 def _select(values, n, k):
-    """The k-th smallest of values[:n] (Hoare's selection); reorders them."""
+    """Return the k-th smallest of values[:n] (Hoare's selection); reorders them."""
     low, high = 0, n - 1
     while low < high:
         pivot = values[(low + high) >> 1]
@@ -227,72 +245,139 @@ def _select(values, n, k):
 
 
 @njit(**_COMPILE)
-def _median(values, n):
-    upper = _select(values, n, n // 2)
-    if n % 2:
+def _moments(values, size, low, high, pivot, first, second):
+    """Return number, mean and standard deviation of the values from low to high.
+
+    `pivot` should be near the mean, so that its square does not swallow the spread. NaNs
+    are outside of everything. `first` and `second` hold a sum for each of many lanes: side
+    by side they run on vectors, and in an order that does not depend on their length.
+    """
+    count = 0
+    first[:] = 0.0
+    second[:] = 0.0
+    for start in range(0, size, _LANES):
+        block = values[start : start + _LANES]
+        for lane in range(_LANES):
+            value = block[lane]
+            inside = (value >= low) & (value <= high)
+            count += inside
+            offset = value - pivot if inside else 0.0
+            first[lane] += offset
+            second[lane] += offset * offset
+    total = squares = 0.0
+    for lane in range(_LANES):
+        total += first[lane]
+        squares += second[lane]
+    shift = total / count
+    return count, pivot + shift, math.sqrt(max(squares / count - shift * shift, 0.0))
+
+
+@njit(**_COMPILE)
+def _count_below(values, size, low, limit):
+    """Return how many values are from low to below limit."""
+    count = 0
+    for i in range(size):
+        count += (values[i] >= low) & (values[i] < limit)
+    return count
+
+
+@njit(**_COMPILE)
+def _median(values, size, low, high, count, mean, deviation, scratch):
+    """Return the median of the `count` values from low to high.
+
+    A count and a Gaussian's density bring a guess close to it. The values about the guess
+    are then picked out, wider and wider until the middle ranks are among them, and only
+    those are put in order.
+    """
+    below = _count_below(values, size, low, mean)
+    guess = mean + (0.5 * count - below) / count * 2.5 * deviation
+    guess = min(max(guess, low), high)
+    lower_rank, upper_rank = (count - 1) // 2, count // 2
+    half = 0.05 * deviation
+    while True:
+        start, stop = max(guess - half, low), min(guess + half, high)
+        before = _count_below(values, size, low, start)
+        picked = 0
+        for i in range(size):
+            # No branch, which would be guessed wrong every other time.
+            scratch[picked] = values[i]
+            picked += (values[i] >= start) & (values[i] <= stop)
+        if before <= lower_rank and upper_rank < before + picked:
+            break
+        # A spread that rounding made zero must not stop the widening.
+        half = 4.0 * half if half > 0.0 else 1e-12 * max(abs(guess), 1.0)
+    upper = _select(scratch, picked, upper_rank - before)
+    if lower_rank == upper_rank:
         return upper
-    lower = values[0]
-    for i in range(1, n // 2):
-        lower = max(lower, values[i])
+    lower = scratch[0]
+    for i in range(1, upper_rank - before):
+        lower = max(lower, scratch[i])
     return 0.5 * (lower + upper)
 
 
 @njit(**_COMPILE)
-def _clipped(values, n, sigma, iterations):
-    """Median and standard deviation after clipping about the mean; reorders values."""
-    kept = n
-    for iteration in range(iterations + 1):
-        total = 0.0
-        for i in range(kept):
-            total += values[i]
-        mean = total / kept
-        squares = 0.0
-        for i in range(kept):
-            squares += (values[i] - mean) ** 2
-        deviation = math.sqrt(squares / kept)
-        if iteration == iterations:
-            break
+def _clipped(values, size, sigma, iterations, scratch):
+    """Return median and standard deviation after clipping about the mean.
+
+    Sets that are clipped lie within one another, so bounds say which values are left.
+    """
+    first, second = scratch[:_LANES], scratch[_LANES : 2 * _LANES]
+    low, high = -math.inf, math.inf
+    pivot = 0
+    while not _is_finite(values[pivot]):
+        pivot += 1
+    _, mean, _ = _moments(values, size, low, high, values[pivot], first, second)
+    # From so near, the second look has no rounding error to speak of.
+    count, mean, deviation = _moments(values, size, low, high, mean, first, second)
+    for _ in range(iterations):
         limit = sigma * deviation
-        inside = 0
-        for i in range(kept):
-            value = values[i]
-            if abs(value - mean) <= limit:
-                values[inside] = value
-                inside += 1
-        # No spread at all: rounding of the mean must not throw everything out.
-        if inside == kept or inside == 0:
+        low, high = max(low, mean - limit), min(high, mean + limit)
+        before = count
+        count, mean, deviation = _moments(values, size, low, high, mean, first, second)
+        if count == before:
             break
-        kept = inside
-    return _median(values, kept), deviation
+    return _median(values, size, low, high, count, mean, deviation, scratch), deviation
 
 
 @njit(**_COMPILE)
 def _gather(
-    image, variance, zodi, flags, x, y, inner2, outer2, box, scale, unit, excluded, values
+    image, variance, zodi, flags, x, y, inner2, outer2, box, scale, unit, excluded, check, values
 ):
-    """Collect I' of the usable pixels of a box with inner2 < distance^2 < outer2."""
-    n = 0
-    for row in range(box[0], box[1] + 1):
+    """Put I' of the pixels of a box into `values`, and NaN for those of no use.
+
+    Of use are pixels with none of the excluded bits, a finite value and inner2 <
+    distance^2 < outer2; with `check`, also unflagged ones must have a valid variance.
+    Returns the size filled, a multiple of `_LANES`, and how many pixels are of use.
+    """
+    first_row, last_row, first_column, last_column = box
+    columns = last_column - first_column + 1
+    size = count = 0
+    for row in range(first_row, last_row + 1):
+        # Rows cut out first: from zero on, the compiler sees that no index is negative.
+        image_row = image[row, first_column : last_column + 1]
+        zodi_row = zodi[row, first_column : last_column + 1]
+        flags_row = flags[row, first_column : last_column + 1]
+        into = values[size : size + columns]
         dy2 = (row - y) ** 2
-        for column in range(box[2], box[3] + 1):
-            d2 = (column - x) ** 2 + dy2
-            if not (inner2 < d2 < outer2):
-                continue
-            flag = _swap(flags[row, column])
-            if flag & excluded:
-                continue
-            value = _real(image[row, column])
-            if scale != 0.0:
-                value -= scale * _real(zodi[row, column])
-            if not value * 0.0 == 0.0:
-                continue
-            if flag == 0:
-                v = _real(variance[row, column])
-                if not (v > 0.0 and v < math.inf):
-                    continue
-            values[n] = value * unit
-            n += 1
-    return n
+        dx = first_column - x
+        for k in range(columns):
+            d2 = (dx + k) ** 2 + dy2
+            value = _real(image_row[k]) - scale * _real(zodi_row[k])
+            use = (d2 > inner2) & (d2 < outer2) & ((_swap(flags_row[k]) & excluded) == 0)
+            use &= _is_finite(value)
+            count += use
+            into[k] = value * unit if use else math.nan
+        if check:
+            for k in range(columns):
+                v = _real(variance[row, first_column + k])
+                if flags_row[k] == 0 and not (v > 0.0 and v < math.inf):
+                    count -= _is_finite(into[k])
+                    into[k] = math.nan
+        size += columns
+    while size % _LANES:
+        values[size] = math.nan
+        size += 1
+    return size, count
 
 
 @njit(inline="always", **_COMPILE)
@@ -319,6 +404,7 @@ def measure_sources(
     median_variance,
     bad,
     source,
+    check,
     minimum,
     sigma,
     iterations,
@@ -326,7 +412,7 @@ def measure_sources(
     width,
     annulus,
 ):
-    """Background and aperture of every source (PHOTOMETRY 7, 8 and 10).
+    """Measure background and aperture of every source.
 
     Parameters
     ----------
@@ -344,6 +430,8 @@ def measure_sources(
         Stands in for invalid variances of flagged pixels, in the planes' unit.
     bad, source : uint32
         Masks of the bad bits and of the SOURCE bit.
+    check : bool
+        Whether the frame has unflagged pixels with an invalid variance.
     minimum : int
         Usable pixels a background needs.
     sigma, iterations : float, int
@@ -370,43 +458,36 @@ def measure_sources(
     flag = np.empty(n, np.uint32)
     repaired = np.empty(n, np.bool_)
     if len(annulus):
-        reach = annulus[2]
-        height = width = 2.0 * reach
-    values = np.empty(int((height + 3) * (width + 3)))
-    window_inner = (radius + 0.707) ** 2
+        height = width = 2.0 * annulus[2]
+    values = np.empty(int((height + 3) * (width + 3)) + 2 * _LANES)
+    scratch = np.empty(len(values))
     for k in range(n):
         box = _box(ny, nx, y[k], x[k], 0.5 * height, 0.5 * width)
-        count = 0
+        # The inner edge belongs to an annulus, the outer does not, as in photutils.
+        inner2, outer2 = (radius + 0.707) ** 2, math.inf
+        steps = 0
         if len(annulus):
-            # The inner edge belongs to the annulus, the outer does not, as in photutils.
-            inner2 = np.nextafter(annulus[0] ** 2, 0.0)
-            outer = annulus[1]
-            for step in range(int(annulus[4]) + 1):
-                count = _gather(
-                    image, variance, zodi, flags, x[k], y[k], inner2, outer * outer, box,
-                    scale, unit, bad | source, values,
-                )  # fmt: skip
-                if count >= minimum or outer >= annulus[2] or step == int(annulus[4]):
-                    break
-                outer = min(outer + annulus[3], annulus[2])
-            outer2 = outer * outer
-        else:
-            inner2, outer2 = window_inner, math.inf
-            count = _gather(
+            inner2, outer2 = np.nextafter(annulus[0] ** 2, 0.0), annulus[1] ** 2
+            steps = int(annulus[4])
+        excluded = bad | source
+        while True:
+            size, count = _gather(
                 image, variance, zodi, flags, x[k], y[k], inner2, outer2, box,
-                scale, unit, bad | source, values,
+                scale, unit, excluded, check, values,
             )  # fmt: skip
-        if count < minimum:
-            count = _gather(
-                image, variance, zodi, flags, x[k], y[k], inner2, outer2, box,
-                scale, unit, bad, values,
-            )  # fmt: skip
+            if count >= minimum or excluded == bad:
+                break
+            if steps > 0 and outer2 < annulus[2] ** 2:
+                steps -= 1
+                outer2 = min(math.sqrt(outer2) + annulus[3], annulus[2]) ** 2
+            else:
+                excluded = bad
         if count < minimum:
             sums[k] = math.nan
             flag[k] = 0
             repaired[k] = False
             continue
-        level, deviation = _clipped(values, count, sigma, iterations)
+        level, deviation = _clipped(values, size, sigma, iterations, scratch)
         total, total_variance, flag_or, used_median = _aperture(
             image, variance, zodi, flags, x[k], y[k], radius, scale, unit, median_variance
         )

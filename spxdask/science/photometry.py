@@ -152,11 +152,13 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
         warnings.append(f"{unflagged} unflagged pixels with an invalid variance taken as bad")
 
     index, x, y = on_frame(frame, ra, dec, config)
-    sums, flag, repaired = _measure_sources(words, x, y, radius, scale, math.nan, bad, source, config)
+    sums, flag, repaired = _measure_sources(
+        words, x, y, radius, scale, math.nan, bad, source, unflagged > 0, config
+    )
     if repaired.any():
         median = kernels.positive_median(words[1])
         sums[repaired] = _measure_sources(
-            words, x[repaired], y[repaired], radius, scale, median, bad, source, config
+            words, x[repaired], y[repaired], radius, scale, median, bad, source, unflagged > 0, config
         )[0]
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
@@ -233,7 +235,7 @@ def _zodi_scale(frame: Frame, words, excluded, config) -> tuple[float, int]:
     return scale, unflagged
 
 
-def _measure_sources(words, x, y, radius, scale, median, bad, source, config):
+def _measure_sources(words, x, y, radius, scale, median, bad, source, check, config):
     height, width = config.window_shape
     annulus = np.empty(0)
     if config.background_method == "annulus":
@@ -250,8 +252,13 @@ def _measure_sources(words, x, y, radius, scale, median, bad, source, config):
                 config.max_annulus_attempts,
             ]
         )
+    image, variance, zodi, flags = words
     return kernels.measure_sources(
-        *words,
+        image,
+        variance,
+        # Nothing of ZODI, not even its NaNs, when it is not subtracted.
+        zodi if config.subtract_zodi else image,
+        flags,
         x,
         y,
         radius,
@@ -260,6 +267,7 @@ def _measure_sources(words, x, y, radius, scale, median, bad, source, config):
         median,
         bad,
         source,
+        check,
         config.min_usable_pixels,
         config.bg_sigma_clip_sigma,
         config.bg_sigma_clip_maxiters,

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
+import photometry_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photutils.aperture import CircularAperture
@@ -40,6 +40,7 @@ def make_frame(seed=0, *, size=SIZE, source_fraction=0.3, **changes) -> Frame:
     variance.flat[flat[60:70]] = 0.0
     variance.flat[flat[70:80]] = -1.0
     zodi.flat[flat[80:90]] = 0.0
+    zodi.flat[flat[90:95]] = np.nan
     image.flat[flat[100:140]] += rng.uniform(0.5, 50, 40)
     y = x = np.array([1.0, 700.0, 1400.0, 2040.0])
     table = WavelengthTable(x=x, y=y, values=1.6 + 0.1 * rng.random((4, 4, 2)))
