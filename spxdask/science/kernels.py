@@ -19,6 +19,11 @@ _COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck":
 
 # Sums that run side by side in the statistics of a background.
 _LANES = 64
+# Bits of the smallest and of the largest positive float.
+_SMALLEST = uint32(1)
+_LARGEST = uint32(0x7F7FFFFF)
+# Odd, so that a sample of the pixels sees all columns; its median is good to 0.4 %.
+_SAMPLE_STRIDE = 251
 
 
 @njit(inline="always", **_COMPILE)
@@ -499,43 +504,50 @@ def measure_sources(
 
 
 @njit(**_COMPILE)
-def positive_median(plane):
-    """Median of the finite positive values of a plane, NaN when there are none.
+def _count_words(pixels, low, high):
+    """Return how many positive floats there are, below `low`, and from `low` to `high`."""
+    total = before = inside = 0
+    for i in range(len(pixels)):
+        word = _swap(pixels[i])
+        # Unsigned, so that what is below wraps round to above.
+        total += word - _SMALLEST <= _LARGEST - _SMALLEST
+        before += word - _SMALLEST < low - _SMALLEST
+        inside += word - low <= high - low
+    return total, before, inside
 
-    The bits of positive floats sort as the floats do, so two histograms, of the upper
-    and of the lower half of the bits, find the middle values exactly in two passes.
+
+@njit(**_COMPILE)
+def positive_median(plane):
+    """Return the median of the finite positive values of a plane, NaN when there are none.
+
+    The bits of positive floats sort as the floats do. A sample brackets the median, one
+    pass counts what is below the bracket, another picks out what is in it. Should the
+    sample have been misleading, everything is picked out.
     """
-    upper_counts = np.zeros(1 << 16, np.int64)
-    total = 0
-    for row in range(plane.shape[0]):
-        for column in range(plane.shape[1]):
-            word = _swap(plane[row, column])
-            # 0x7F800000 is infinity; NaNs and negative numbers are above it.
-            if uint32(0) < word < uint32(0x7F800000):
-                upper_counts[word >> uint32(16)] += 1
-                total += 1
-    if total == 0:
-        return math.nan
-    result = 0.0
-    lower_counts = np.zeros(1 << 16, np.int64)
-    counted = -1
-    for rank in ((total - 1) // 2, total // 2):
-        upper, before = 0, 0
-        while before + upper_counts[upper] <= rank:
-            before += upper_counts[upper]
-            upper += 1
-        if upper != counted:
-            lower_counts[:] = 0
-            counted = upper
-            for row in range(plane.shape[0]):
-                for column in range(plane.shape[1]):
-                    word = _swap(plane[row, column])
-                    if word >> uint32(16) == upper and word > uint32(0):
-                        lower_counts[word & uint32(0xFFFF)] += 1
-        lower = 0
-        while before + lower_counts[lower] <= rank:
-            before += lower_counts[lower]
-            lower += 1
-        word = uint32((upper << 16) | lower)
-        result += 0.5 * np.float64(word.view(np.float32))
-    return result
+    pixels = plane.reshape(plane.size)
+    sample = np.empty(len(pixels) // _SAMPLE_STRIDE + 1, np.uint32)
+    n = 0
+    for i in range(0, len(pixels), _SAMPLE_STRIDE):
+        sample[n] = _swap(pixels[i])
+        n += sample[n] - _SMALLEST <= _LARGEST - _SMALLEST
+    low, high = _SMALLEST, _LARGEST
+    if n > 1000:
+        low, high = _select(sample, n, int(0.48 * n)), _select(sample, n, int(0.52 * n))
+    while True:
+        total, before, inside = _count_words(pixels, low, high)
+        if total == 0:
+            return math.nan
+        lower_rank, upper_rank = (total - 1) // 2 - before, total // 2 - before
+        if lower_rank >= 0 and upper_rank < inside:
+            break
+        low, high = _SMALLEST, _LARGEST
+    picked = np.empty(inside, np.uint32)
+    n = 0
+    for i in range(len(pixels)):
+        word = _swap(pixels[i])
+        if word - low <= high - low:
+            picked[n] = word
+            n += 1
+    lower = uint32(_select(picked, n, lower_rank)).view(np.float32)
+    upper = uint32(_select(picked, n, upper_rank)).view(np.float32)
+    return 0.5 * (np.float64(lower) + np.float64(upper))

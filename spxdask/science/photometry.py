@@ -19,6 +19,7 @@ configured flag bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ AB_ZERO_POINT_UJY = 23.9
 FWHM_FALLBACK_ARCSEC = 6.0
 # SPHEREx pixels are 6.15 arcsec; a header that says something outside this says nothing.
 USABLE_SCALE_ARCSEC = (1.0, 60.0)
+# Sources are measured in bands of this many rows, from left to right.
+TILE_ROWS = 32
 
 MEASURED = (
     "x",
@@ -147,19 +150,27 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
     words = [np.asarray(p).view("<u4") for p in (frame.image, frame.variance, frame.zodi, frame.flags)]
     bad = _mask(config.bad_flags)
     source = _mask([frame.flag_bits["SOURCE"]])
-    scale, unflagged = _zodi_scale(frame, words, bad | source, config)
+    # Most frames need no median, which costs as much as the rest of a small catalogue.
+    median_variance = functools.cache(lambda: kernels.positive_median(words[1]))
+    scale, unflagged = _zodi_scale(frame, words, bad | source, median_variance, config)
     if unflagged:
         warnings.append(f"{unflagged} unflagged pixels with an invalid variance taken as bad")
 
     index, x, y = on_frame(frame, ra, dec, config)
-    sums, flag, repaired = _measure_sources(
-        words, x, y, radius, scale, math.nan, bad, source, unflagged > 0, config
-    )
+
+    def measure_some(some: np.ndarray, median: float) -> list[np.ndarray]:
+        # Neighbours one after the other, as they look at the same pixels.
+        order = some[np.lexsort((x[some], y[some] // TILE_ROWS))]
+        results = _measure_sources(
+            words, x[order], y[order], radius, scale, median, bad, source, unflagged > 0, config
+        )
+        back = np.argsort(order)
+        return [result[back] for result in results]
+
+    sums, flag, repaired = measure_some(np.arange(len(index)), math.nan)
     if repaired.any():
-        median = kernels.positive_median(words[1])
-        sums[repaired] = _measure_sources(
-            words, x[repaired], y[repaired], radius, scale, median, bad, source, unflagged > 0, config
-        )[0]
+        again = np.flatnonzero(repaired)
+        sums[again] = measure_some(again, median_variance())[0]
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
     skipped = {}
@@ -217,7 +228,7 @@ def _mask(bits: list[int]) -> np.uint32:
     return np.uint32(sum(1 << bit for bit in bits))
 
 
-def _zodi_scale(frame: Frame, words, excluded, config) -> tuple[float, int]:
+def _zodi_scale(frame: Frame, words, excluded, median_variance, config) -> tuple[float, int]:
     """Scale of ZODI (0 when it is not subtracted), and the count of unflagged bad variances."""
     izw, zzw, iz, zz, clear, unflagged, finite, valid = kernels.zodi_sums(*words, excluded)
     if not finite:
@@ -227,7 +238,7 @@ def _zodi_scale(frame: Frame, words, excluded, config) -> tuple[float, int]:
     if not config.subtract_zodi:
         return 0.0, unflagged
     if zz > 0:
-        weight = 1.0 / kernels.positive_median(words[1])
+        weight = 1.0 / median_variance()
         izw, zzw = izw + weight * iz, zzw + weight * zz
     scale = izw / zzw if zzw > 0 else math.nan
     if 2 * clear < frame.image.size or not config.zodi_scale_min < scale <= config.zodi_scale_max:

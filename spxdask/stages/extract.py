@@ -101,7 +101,7 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     except Exception as error:
         # One frame must not cost the run, whatever is in it; the log has the traceback.
         logger.exception("%s: unexpected error", filename)
-        reason = f"unexpected {type(error).__name__}: {error}"
+        reason = f"unexpected {type(error).__name__}: {error}".partition("\n")[0]
     return Outcome(
         stage="extract",
         filename=filename,
