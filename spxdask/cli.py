@@ -9,13 +9,16 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spxdask import __version__
-from spxdask.config import BatchConfig, PhotometryConfig, default_of, template
+from spxdask.config import (
+    BatchConfig,
+    PhotometryConfig,
+    default_of,
+    read_options,
+    template,
+)
 from spxdask.errors import ConfigError, InputError, SpxdaskError
 
 EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE = 0, 1, 2
@@ -180,14 +183,15 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
         output = getattr(options, "output_dir", default_of(_field(BatchConfig, "output_dir")))
         values = RunFolder(output).saved_config().to_dict()
     if options.config is not None:
-        values = _read_mapping(options.config)
+        values = read_options(options.config)
     given = vars(options)
     values |= {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
     photometry = {f.name: given[f.name] for f in fields(PhotometryConfig) if f.name in given}
     if isinstance(photometry.get("window_size"), list) and len(photometry["window_size"]) == 1:
         photometry["window_size"] = photometry["window_size"][0]
     if photometry:
-        values["photometry"] = {**(values.get("photometry") or {}), **photometry}
+        base = PhotometryConfig.from_dict(values.get("photometry") or {}).to_dict()
+        values["photometry"] = base | photometry
     missing = [
         FLAGS.get(f.name, f"--{f.name}")
         for f in fields(BatchConfig)
@@ -196,16 +200,6 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
     return BatchConfig.from_dict(values)
-
-
-def _read_mapping(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of options is needed")
-    return values
 
 
 def _field(options: type, name: str) -> Field:
@@ -264,7 +258,9 @@ def _config(options: argparse.Namespace) -> int:
             file.write(text)
     except OSError as error:
         raise InputError(f"{options.path}: {error.strerror}") from error
-    print(textwrap.dedent(f"""\
+    print(
+        textwrap.dedent(f"""\
         wrote {options.path}; fill in the four options at its top, then
-        spxdask run --config {options.path}"""))
+        spxdask run --config {options.path}""")
+    )
     return EXIT_DONE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -193,20 +194,61 @@ class _Options:
     @classmethod
     def from_yaml(cls: type[T], path: str | os.PathLike) -> T:
         """Read a configuration from a YAML file; raise ConfigError naming the file."""
+        values = read_options(path)
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            return cls.from_dict(yaml.safe_load(text) or {})
-        # PyYAML lets a ValueError through for a date such as 2026-02-31.
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{path}: {reason}") from error
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_yaml(self, path: str | os.PathLike | None = None) -> str:
         """Return the configuration as YAML; also write it to `path` if one is given."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e3 is a number, 12:30 is not, and no key comes twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if len(keys) > len(set(keys)):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(problem=f"{twice} is given more than once")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?\d+$"),
+    "tag:yaml.org,2002:float": re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+}
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in _NUMBERS]
+        for first, rules in _class.yaml_implicit_resolvers.items()
+    }
+    for _tag, _rule in _NUMBERS.items():
+        _class.add_implicit_resolver(_tag, _rule, list("-+.0123456789"))
+# A leading zero is no octal number.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def read_options(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a YAML file of options; raise ConfigError naming the file when it is none."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    # PyYAML lets a ValueError through for a date such as 2026-02-31.
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {reason}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of options is needed")
+    return values or {}
 
 
 def _required(option: Field) -> bool:
@@ -244,7 +286,10 @@ class PhotometryConfig(_Options):
         "window", _choice("window", "annulus"), "where the local background is taken"
     )
     window_size: int | tuple[int, int] = _option(
-        50, _window_size, "size of the background window; one number, or height and width", unit="pixels"
+        50,
+        _window_size,
+        "size of the background window; one number, or height and width",
+        unit="pixels",
     )
     subtract_zodi: bool = _option(True, _flag, "fit and subtract the zodiacal light model")
     zodi_scale_min: float = _option(
@@ -257,9 +302,14 @@ class PhotometryConfig(_Options):
         10, _integer(1), "pixels that a background needs before SOURCE pixels are let in"
     )
     bg_sigma_clip_sigma: float = _option(
-        3.0, _number(0, 1000, open_low=True), "background clipping limit", unit="standard deviations"
+        3.0,
+        _number(0, 1000, open_low=True),
+        "background clipping limit",
+        unit="standard deviations",
     )
-    bg_sigma_clip_maxiters: int = _option(3, _integer(0, 1000), "background clipping rounds, at most")
+    bg_sigma_clip_maxiters: int = _option(
+        3, _integer(0, 1000), "background clipping rounds, at most"
+    )
     annulus_inner_offset: float = _option(
         1.414, _number(0, 200), "gap between aperture and annulus", unit="pixels"
     )
@@ -341,9 +391,14 @@ class BatchConfig(_Options):
         _choice("any", "full"),
         "'any' takes frames that touch the field, 'full' those that hold all of it",
     )
-    bands: list[str] | None = _option(None, _bands, "detectors to use, such as [D3, D4]; null for all")
+    bands: list[str] | None = _option(
+        None, _bands, "detectors to use, such as [D3, D4]; null for all"
+    )
     mjd_range: tuple[float, float] | None = _option(
-        None, _mjd_range, "first and last mid-exposure time, both included; null for all", unit="MJD"
+        None,
+        _mjd_range,
+        "first and last mid-exposure time, both included; null for all",
+        unit="MJD",
     )
     release: str = _option(
         "latest",
@@ -351,7 +406,9 @@ class BatchConfig(_Options):
         "'latest' keeps the newest version of each exposure; 'qr2' or 'qr3' looks at one "
         "release only; 'all' keeps every version",
     )
-    max_images: int = _option(500, _integer(1), "more frames than this is an error, before any download")
+    max_images: int = _option(
+        500, _integer(1), "more frames than this is an error, before any download"
+    )
     output_dir: str = _option("batch_output", _path, "folder of everything the run writes")
     max_download_workers: int = _option(
         4, _integer(1, 1000), "connections to the archive at once, for the whole cluster"
@@ -363,9 +420,14 @@ class BatchConfig(_Options):
     keep_bucket_files: bool = _option(
         False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
     )
-    max_retries: int = _option(5, _integer(0, 100), "times a failed request to the archive is repeated")
+    max_retries: int = _option(
+        5, _integer(0, 100), "times a failed request to the archive is repeated"
+    )
     stall_timeout: float = _option(
-        30.0, _number(0, 3600, open_low=True), "a transfer without a byte for this long is given up", unit="s"
+        30.0,
+        _number(0, 3600, open_low=True),
+        "a transfer without a byte for this long is given up",
+        unit="s",
     )
     tap_url: str = _option(
         lambda: os.environ.get("SPXDASK_TAP_URL") or IRSA_TAP_URL,
@@ -394,7 +456,9 @@ def _lines(options: type, indent: str) -> Iterator[str]:
         unit = f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
         text = option.metadata["help"] + unit
         yield ""
-        yield from textwrap.wrap(text, 88, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        yield from textwrap.wrap(
+            text, 88, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
         if _required(option):
             yield f"{indent}{option.name}:"
         elif option.name == "photometry":

@@ -188,7 +188,9 @@ def _write_catalogue(path: Path, sky: Sky) -> None:
 def _compare(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
     """Read the light curves as a user would and set the truth beside each row."""
     per_image = pd.concat(
-        pd.read_csv(path, dtype={"target_id": str}, usecols=["target_id", "obs_id", "band", "filename"])
+        pd.read_csv(
+            path, dtype={"target_id": str}, usecols=["target_id", "obs_id", "band", "filename"]
+        )
         for path in sorted(folder.per_image.glob("*.csv"))
     )
     curves = []
@@ -229,17 +231,18 @@ def _table(measured: pd.DataFrame) -> str:
         "Injected against recovered flux. Expected is the injected flux times the part of the",
         "PSF inside the aperture; sigma is the flux_error of each measurement.",
         "",
-        "band   rows   wavelength [um]   injected   expected   measured   median of   scatter of",
-        "                                    median [uJy]              (measured - expected) / sigma",
+        "                            median of each, in uJy         (measured - expected) / sigma",
+        "band   rows   wavelength   injected   expected   measured         median   scatter",
+        "                  [um]",
     ]
     bands = [(band, rows) for band, rows in measured.groupby("band")]
     for band, rows in [*bands, ("all", measured)]:
         shortest, longest = rows["wavelength"].min(), rows["wavelength"].max()
         injected, expected, flux = (rows[c].median() for c in ("injected", "expected", "flux"))
         lines.append(
-            f"{band:<4} {len(rows):>6,}   {shortest:6.3f} - {longest:5.3f}   {injected:8,.0f}   "
-            f"{expected:8,.0f}   {flux:8,.0f}   {rows['pull'].median():+9.3f}   "
-            f"{robust_scatter(rows['pull']):10.3f}"
+            f"{band:<4} {len(rows):>6,}  {shortest:5.2f} - {longest:4.2f}   {injected:8,.0f}   "
+            f"{expected:8,.0f}   {flux:8,.0f}         {rows['pull'].median():+6.3f}   "
+            f"{robust_scatter(rows['pull']):7.3f}"
         )
     off = (measured["wavelength"] - measured["true_wavelength"]).abs().max()
     lines += ["", f"Largest error of a wavelength: {off:.1e} um"]

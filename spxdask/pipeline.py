@@ -60,8 +60,6 @@ class BatchPipeline:
         The account of the last `run_all`.
     reports : dict of str to StageReport
         The account of each stage that ran, by name.
-    dashboard_link : str or None
-        The Dask dashboard, while there is a cluster.
 
     Examples
     --------
@@ -106,6 +104,7 @@ class BatchPipeline:
 
     @property
     def dashboard_link(self) -> str | None:
+        """The address of the Dask dashboard, while there is a cluster."""
         client = self._client or self._given_client
         return client.dashboard_link if client is not None else None
 
@@ -150,7 +149,7 @@ class BatchPipeline:
             If there are more frames than ``max_images``.
         """
         # First, so that a mistake in it costs no query.
-        self.catalogue
+        _ = self.catalogue
         with self._stage("query", 1, "query") as (report, client):
             task = dask.delayed(query.find_observations)(
                 self.config, dask_key_name=("query", uuid.uuid4().hex)
@@ -276,12 +275,18 @@ class BatchPipeline:
                     f"{sum(expected):,} rows went into the shuffle and {report.rows:,} came out; "
                     "the light curves are not to be trusted, run aggregate again"
                 )
-            aggregate.remove_others(
+            # What the disk says counts, not what the tasks said of it.
+            missing = aggregate.keep_only(
                 str(folder), {aggregate.light_curve_name(t) for t in written["target_id"]}
             )
+            if missing:
+                raise SpxdaskError(
+                    f"{len(missing):,} light curves were written and are not in {folder}, "
+                    f"{min(missing)} for one; does its file system tell upper from lower case?"
+                )
             if buckets.exists():
                 names = {aggregate.bucket_name(n) for n in range(self.config.num_buckets)}
-                aggregate.remove_others(str(buckets), names if keep and groups else set())
+                aggregate.keep_only(str(buckets), names if keep and groups else set())
         return report
 
     def run_all(self) -> RunSummary:

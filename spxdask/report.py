@@ -107,7 +107,8 @@ def describe(report: StageReport) -> str:
         text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"
         speed = f"{report.bytes / 1e9:.2f} GB, {report.bytes / 1e6 / rate:.0f} MB/s"
     elif report.stage == "extract":
-        text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}, {report.rows:,} rows"
+        frames = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"
+        text = f"{frames}, {report.rows:,} rows"
         speed = f"{report.done / rate:.1f} frames/s"
     else:
         text = f"{report.total:,} light curves, {report.rows:,} rows"

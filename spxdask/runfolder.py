@@ -165,5 +165,5 @@ def load_query_summary(path: str | os.PathLike) -> dict[str, Any]:
     file = path / "query_summary.yaml" if path.is_dir() else path
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(f"{file}: no readable query summary: {error}") from error

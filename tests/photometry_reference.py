@@ -16,7 +16,9 @@ from photutils.aperture import CircularAperture
 UNIT = (1 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
 
 
-def measure(image, variance, zodi, flags, x, y, *, pixel_area, fwhm, wavelengths, config, source_bit=21):
+def measure(
+    image, variance, zodi, flags, x, y, *, pixel_area, fwhm, wavelengths, config, source_bit=21
+):
     """Return one dict a source, None where it gets no row, and the zodiacal scale."""
     image, variance, zodi = (np.asarray(p, float) for p in (image, variance, zodi))
     flags = np.asarray(flags).astype(np.int64)
@@ -47,7 +49,9 @@ def measure(image, variance, zodi, flags, x, y, *, pixel_area, fwhm, wavelengths
         r = fwhm / math.sqrt(pixel_area) * config.fwhm_multiplier / 2
     rows = []
     for xs, ys in zip(x, y, strict=True):
-        rows.append(_one(image, variance, flags, bad, source, xs, ys, r, pixel_area, wavelengths, config))
+        rows.append(
+            _one(image, variance, flags, bad, source, xs, ys, r, pixel_area, wavelengths, config)
+        )
     return rows, scale
 
 

@@ -107,7 +107,9 @@ def test_failed_frames_show_in_the_exit_status(run, frames):
     ],
 )
 def test_wrong_usage_is_one_sentence_and_status_2(run, arguments, says):
-    status, _, err = run(*arguments, scheduler=arguments[0] in ("run", "download") and "--frob" not in arguments)
+    status, _, err = run(
+        *arguments, scheduler=arguments[0] in ("run", "download") and "--frob" not in arguments
+    )
     assert status == 2
     assert says in err
     assert "Traceback" not in err
@@ -146,7 +148,14 @@ def test_help_shows_commands_and_every_option(run):
     assert status == 0
     assert "spxdask demo" in out
     status, out, _ = run("run", "--help", scheduler=False)
-    for flag in ("--ra", "--bands", "--mjd-range", "--no-subtract-zodi", "--bad-flags", "--release"):
+    for flag in (
+        "--ra",
+        "--bands",
+        "--mjd-range",
+        "--no-subtract-zodi",
+        "--bad-flags",
+        "--release",
+    ):
         assert flag in out
     assert run(scheduler=False)[0] == 2
 

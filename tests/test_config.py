@@ -130,7 +130,7 @@ AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
 
 
 @pytest.mark.parametrize(
-    "name, values, allowed",
+    ("name", "values", "allowed"),
     [
         ("center_ra", [-0.1, 360.1, *NOT_NUMBERS], "a number from 0 to 360"),
         ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number from -90 to 90"),
@@ -165,7 +165,7 @@ def test_batch_options_say_what_is_allowed(name, values, allowed):
 
 
 @pytest.mark.parametrize(
-    "name, values, allowed",
+    ("name", "values", "allowed"),
     [
         ("aperture_method", ["FWHM", None, 1], "one of fwhm, fixed"),
         ("aperture_diameter", [200.1, *POSITIVE], "a number above 0 to 200"),
@@ -199,10 +199,10 @@ def test_photometry_options_say_what_is_allowed(name, values, allowed):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"centre_ra": 1.0}, "unknown option 'centre_ra'; did you mean center_ra?"),
-        ({"bucket_count": 1}, "unknown option 'bucket_count'; did you mean "),
+        ({"num_bucket": 1}, "unknown option 'num_bucket'; did you mean num_buckets?"),
         ({"zzz": 1}, "unknown option 'zzz'; known are center_ra, center_dec, "),
         ({7: 1}, "unknown option 7; known are "),
         ({"photometry": {"window": 3}}, "photometry: unknown option 'window'; did you mean "),
@@ -220,7 +220,7 @@ def test_from_dict_needs_a_mapping():
 
 
 @pytest.mark.parametrize(
-    "name, value, becomes",
+    ("name", "value", "becomes"),
     [
         ("center_ra", np.float64(12.5), 12.5),
         ("center_dec", np.float32(-0.5), -0.5),
@@ -252,7 +252,7 @@ def test_values_are_kept_in_their_plain_type(name, value, becomes):
 
 
 @pytest.mark.parametrize(
-    "value, becomes, shape",
+    ("value", "becomes", "shape"),
     [
         (np.int64(31), 31, (31, 31)),
         ([20, 40], (20, 40), (20, 40)),
@@ -268,7 +268,7 @@ def test_window_size(value, becomes, shape):
 
 
 @pytest.mark.parametrize(
-    "value, becomes",
+    ("value", "becomes"),
     [
         ([], []),
         ([21, 0, 21], [0, 21]),
@@ -320,7 +320,22 @@ PHOTOMETRY = st.fixed_dictionaries(
     },
 )
 PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text) | st.sampled_from(
-    ["null", "~", "2026-01-01", "1e3", "- a", "a: b", "'", "#x", "yes", " x ", "0x1F", "a\nb", "é"]
+    [
+        "null",
+        "~",
+        "2026-01-01",
+        "1e3",
+        "- a",
+        "a: b",
+        "'",
+        "#x",
+        "yes",
+        " x ",
+        "0x1F",
+        "a\nb",
+        "é",
+        "\udc80",
+    ]
 )
 BATCH = st.fixed_dictionaries(
     {
@@ -363,7 +378,9 @@ def round_trips(config, path):
 
 
 @given(PHOTOMETRY)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_photometry_round_trip(tmp_path, options):
     config = PhotometryConfig(**options)
     round_trips(config, tmp_path / "photometry.yaml")
@@ -371,7 +388,9 @@ def test_photometry_round_trip(tmp_path, options):
 
 
 @given(BATCH)
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_batch_round_trip(tmp_path, options):
     config = BatchConfig(**options)
     round_trips(config, tmp_path / "run.yaml")
@@ -392,10 +411,10 @@ def test_options_cannot_be_changed():
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
         (b"center_ra: [", "while parsing"),
-        (b"- 1\n- 2\n", "needs a mapping of options"),
+        (b"- 1\n- 2\n", "a mapping of options is needed"),
         (b"", "missing option: center_ra, center_dec, radius, catalog_path"),
         (b"\xff\xfe\xfa", "decode"),
         (b"output_dir: 2026-02-31\n", "day"),
@@ -413,7 +432,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="absent.yaml: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"absent.yaml: No such file or directory$"):
         BatchConfig.from_yaml(tmp_path / "absent.yaml")
 
 
@@ -467,3 +486,18 @@ def test_unfilled_template_asks_for_what_is_missing(tmp_path):
 def test_template_follows_the_environment(monkeypatch):
     monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
     assert yaml.safe_load(template())["tap_url"] == "http://127.0.0.1:9/TAP"
+
+
+def test_yaml_is_read_as_people_mean_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = ["center_ra: 1e1", "center_dec: -05", "radius: .5", "catalog_path: 007.csv"]
+    path.write_text("\n".join(lines))
+    config = BatchConfig.from_yaml(path)
+    assert (config.center_ra, config.center_dec, config.radius) == (10.0, -5.0, 0.5)
+    assert config.catalog_path == "007.csv"
+    path.write_text("\n".join(["center_dec: -1:30", *lines[:1], *lines[2:]]))
+    with pytest.raises(ConfigError, match=r"center_dec is '-1:30'; allowed is a number"):
+        BatchConfig.from_yaml(path)
+    path.write_text("\n".join([*lines, "radius: 2"]))
+    with pytest.raises(ConfigError, match="radius is given more than once"):
+        BatchConfig.from_yaml(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import warnings
 
 import dask.bag
@@ -401,7 +403,9 @@ def test_nothing_found_is_said(make_config, client):
 def test_too_many_frames_stop_before_any_download(make_config, client, archive):
     pipeline = BatchPipeline(make_config(max_images=5), client=client)
     asked = len(archive.requests)
-    with pytest.raises(InputError, match=r"6 frames \(0\.\d GB\) .* max_images allows 5; raise max"):
+    with pytest.raises(
+        InputError, match=r"6 frames \(0\.\d GB\) .* max_images allows 5; raise max"
+    ):
         pipeline.run_all()
     assert {r.path for r in archive.requests[asked:]} == {"/TAP/sync"}
 
@@ -448,3 +452,16 @@ def test_usage_errors(make_config, client):
         run_batch(catalog="x.csv", center_ra=1, center_dec=1, radios=1)
     with pytest.raises(InputError, match="no Dask scheduler at"):
         BatchPipeline(config, scheduler="not-an-address://x").run_query()
+
+
+def test_script_without_main_guard_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from spxdask import run_batch\n"
+        "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]

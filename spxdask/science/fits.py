@@ -6,6 +6,7 @@ mapped where they lie; everything that is not on that path is left to `astropy.i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,9 +57,13 @@ class Header(Mapping[str, Any]):
         return value
 
     def number(self, keyword: str, default: float | None = None) -> float:
-        """Return a float; raise FrameError when it is missing or not a number."""
+        """Return a float; raise FrameError when it is missing or not a finite number."""
         value = self.get(keyword, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             raise FrameError(f"header keyword {keyword} is {value!r}, a number is needed")
         return float(value)
 

@@ -144,7 +144,9 @@ class Frame:
         """Centre (ra, dec) and radius of the smallest circle about it that holds the frame, deg."""
         ny, nx = self.shape
         left, right, low, high = -0.5, nx - 0.5, -0.5, ny - 0.5
-        x = np.array([(nx - 1) / 2, left, right, left, right, left, right, (nx - 1) / 2, (nx - 1) / 2])
+        x = np.array(
+            [(nx - 1) / 2, left, right, left, right, left, right, (nx - 1) / 2, (nx - 1) / 2]
+        )
         y = np.array([(ny - 1) / 2, low, low, high, high, (ny - 1) / 2, (ny - 1) / 2, low, high])
         ra, dec = self.wcs.pixel_to_sky(x, y)
         farthest = angular_distance(ra[0], dec[0], ra[1:], dec[1:]).max()
@@ -156,8 +158,7 @@ def angular_distance(ra1, dec1, ra2, dec2) -> np.ndarray:
     """Great-circle distance in deg of positions in deg, by the haversine formula."""
     ra1, dec1, ra2, dec2 = (np.deg2rad(a) for a in (ra1, dec1, ra2, dec2))
     chord = (
-        np.sin((dec2 - dec1) / 2) ** 2
-        + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
+        np.sin((dec2 - dec1) / 2) ** 2 + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
     )
     return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
 
@@ -270,8 +271,10 @@ def _compressed_flags(path: Path) -> np.ndarray:
     try:
         with fits.open(path) as hdus:
             flags = hdus["FLAGS"].data
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-        raise FrameError(f"FLAGS cannot be decompressed: {error}") from error
+    except Exception as error:
+        # The decoder has errors of its own, derived from Exception and from nothing nearer.
+        reason = " ".join(str(error).split())
+        raise FrameError(f"FLAGS cannot be decompressed: {reason}") from error
     if flags is None or flags.ndim != 2 or flags.dtype.kind != "i":
         raise FrameError("FLAGS cannot be decompressed: not a two-dimensional integer image")
     return flags.astype(">i4")

@@ -147,7 +147,9 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
         pixel_area = config.pixel_scale_fallback**2
     radius = _aperture_radius(frame, math.sqrt(pixel_area), config, warnings)
 
-    words = [np.asarray(p).view("<u4") for p in (frame.image, frame.variance, frame.zodi, frame.flags)]
+    words = [
+        np.asarray(p).view("<u4") for p in (frame.image, frame.variance, frame.zodi, frame.flags)
+    ]
     bad = _mask(config.bad_flags)
     source = _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.

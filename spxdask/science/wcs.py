@@ -15,6 +15,7 @@ from spxdask.errors import FrameError
 from spxdask.science import kernels
 from spxdask.science.fits import Header
 
+
 @dataclass(frozen=True, kw_only=True)
 class TanSip:
     """A gnomonic projection with SIP distortion.
@@ -75,7 +76,9 @@ class TanSip:
             b=_coefficients(header, "B") if sip else np.zeros((1, 1)),
         )
         if not abs(np.linalg.det(wcs.matrix)) > 0 or not abs(wcs.crval[1]) <= 90:
-            raise FrameError("no usable celestial WCS: its matrix is singular or CRVAL2 off the sky")
+            raise FrameError(
+                "no usable celestial WCS: its matrix is singular or CRVAL2 off the sky"
+            )
         return wcs
 
     @property

@@ -1,0 +1,1 @@
+"""The simulated survey: Level 2 files with known truth, and an archive that serves them."""

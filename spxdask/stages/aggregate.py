@@ -12,6 +12,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spxdask import tables
@@ -19,7 +20,6 @@ from spxdask.errors import FrameError
 from spxdask.storage import file_stem, whole_file
 
 TEXT = pd.ArrowDtype(pa.string())
-COLUMNS = ("target_id", *tables.LIGHT_CURVE)
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
 # group must fit a worker many times over.
 GROUP_BYTES = 32_000_000
@@ -55,12 +55,12 @@ def light_curves(
     dask.dataframe.DataFrame
         Lazy; one row a source with its `target_id` and the `rows` of its light curve.
     """
-    rows = dd.from_map(read_tables, groups, meta=_empty(), label="read-tables")
+    rows = dd.from_map(read_tables, groups, meta=META, label="read-tables")
     shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
     write = functools.partial(write_lightcurves, folder=folder, buckets=buckets)
     return shuffled.map_partitions(
         write,
-        meta=pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")}),
+        meta=WRITTEN,
         token="write-lightcurves",
         enforce_metadata=False,
     )
@@ -80,19 +80,29 @@ def group(found: Sequence[Table]) -> list[list[Table]]:
     return groups
 
 
-def _empty() -> pd.DataFrame:
-    return _to_pandas(tables.SCHEMA.empty_table())
-
-
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    return table.select(COLUMNS).to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
+    return table.to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
+
+
+META = _to_pandas(
+    pa.schema(
+        {
+            "target_id": pa.string(),
+            "mjd": pa.float64(),
+            "obs_id": pa.string(),
+            "band": pa.string(),
+            "line": pa.string(),
+        }
+    ).empty_table()
+)
+WRITTEN = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
 
 
 def read_tables(group: Sequence[Table]) -> pd.DataFrame:
     """Read a group of per-image tables; raise FrameError for one that lost rows."""
     read = []
     for table in group:
-        rows = tables.read_csv(table.path)
+        rows = tables.read_lines(table.path)
         if table.rows is not None and len(rows) != table.rows:
             raise FrameError(
                 f"{table.path} has {len(rows)} rows, {table.rows} were measured; extract it again"
@@ -106,29 +116,39 @@ def write_lightcurves(
 ) -> pd.DataFrame:
     """Sort a partition and write the light curve of every source in it."""
     rows = pa.Table.from_pandas(partition, preserve_index=False)
-    rows = rows.sort_by([(key, "ascending") for key in tables.SORT_KEYS]).combine_chunks()
+    columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
+    ranks = [_rank(columns[key]) for key in tables.SORT_KEYS]
+    order = np.lexsort(ranks[::-1])
+    ids = columns["target_id"].take(pa.array(order))
+    lines = pc.cast(columns["line"], pa.large_string()).take(pa.array(order))
     if buckets is not None and partition_info is not None:
-        path = Path(buckets) / bucket_name(partition_info["number"])
-        with whole_file(path, durable=False) as part:
-            pq.write_table(rows, part)
-    ids = rows.column("target_id")
-    n = len(ids)
-    if n == 0:
-        return pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": np.empty(0, np.int64)})
-    ids = ids.chunk(0)
-    new = np.ones(n, bool)
-    new[1:] = pa.compute.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(new)
-    stops = np.append(starts[1:], n)
-    lines = tables.csv_lines({c: rows.column(c).chunk(0) for c in tables.LIGHT_CURVE})
+        _write_bucket(Path(buckets) / bucket_name(partition_info["number"]), ids, lines)
+    starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
+    stops = np.append(starts, len(order))[1:]
     header = tables.csv_header(tables.LIGHT_CURVE)
     targets = ids.take(pa.array(starts))
     for target, start, stop in zip(targets.to_pylist(), starts, stops, strict=True):
         with whole_file(Path(folder) / light_curve_name(target), durable=False) as part:
-            with open(part, "wb") as file:
-                file.write(header)
-                file.write(tables.lines_to_bytes(lines, start, stop))
-    return pd.DataFrame({"target_id": targets.to_pandas(types_mapper={pa.string(): TEXT}.get), "rows": stops - starts})
+            part.write_bytes(header + tables.lines_to_bytes(lines, start, stop))
+    return pd.DataFrame(
+        {"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": stops - starts}
+    )
+
+
+def _rank(column: pa.Array) -> np.ndarray:
+    """Return integers that sort as the values of a column do."""
+    encoded = column.dictionary_encode()
+    rank = np.empty(len(encoded.dictionary), np.int64)
+    rank[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(rank))
+    return rank[encoded.indices.to_numpy()]
+
+
+def _write_bucket(path: Path, ids: pa.Array, lines: pa.Array) -> None:
+    """Write a sorted partition as Parquet, its numbers as numbers."""
+    text = tables.csv_header(tables.LIGHT_CURVE) + tables.lines_to_bytes(lines)
+    rows = tables.read_csv(pa.BufferReader(text), tables.LIGHT_CURVE)
+    with whole_file(path, durable=False) as part:
+        pq.write_table(rows.add_column(0, "target_id", ids), part)
 
 
 def light_curve_name(target_id: str) -> str:
@@ -141,12 +161,19 @@ def bucket_name(number: int) -> str:
     return f"bucket-{number:05d}.parquet"
 
 
-def remove_others(folder: str, names: set[str]) -> int:
-    """Remove what an older run left among the light curves; return how many files."""
-    removed = 0
+def keep_only(folder: str, names: set[str]) -> set[str]:
+    """Remove from a folder the files of other names, which an older run left.
+
+    Returns
+    -------
+    set of str
+        The names that are not there.
+    """
+    missing = set(names)
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name not in names and entry.is_file(follow_symlinks=False):
+            if entry.name in names:
+                missing.discard(entry.name)
+            elif entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
-                removed += 1
-    return removed
+    return missing

@@ -51,7 +51,10 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
     """
     started = time.monotonic()
     path = Path(images) / observation.filename
-    filesystem = fsspec.filesystem(observation.download_url.partition(":")[0])
+    # With the proxies of the environment, which compute nodes may need, as the query has.
+    filesystem = fsspec.filesystem(
+        observation.download_url.partition(":")[0], client_kwargs={"trust_env": True}
+    )
     part = _Part(path=part_path(path))
     try:
         # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
@@ -107,6 +110,8 @@ async def _fetch(
                 await _transfer(filesystem, observation, part, options.stall_timeout)
                 await asyncio.to_thread(_publish, observation, part.path, path)
                 return
+            except aiohttp.TooManyRedirects as error:
+                raise ArchiveError(f"{url}: redirected without end") from error
             except aiohttp.ClientResponseError as error:
                 failure = f"HTTP {error.status} {error.message}"
                 if error.status == 416:
@@ -146,18 +151,12 @@ async def _transfer(
     headers = {"Accept-Encoding": "identity"}
     if have and part.tag:
         headers |= {"Range": f"bytes={have}-", "If-Range": part.tag}
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=stall_timeout, sock_read=stall_timeout
-    )
-    stream = await filesystem.open_async(
-        observation.download_url, size=observation.size_bytes or 0, headers=headers, timeout=timeout
-    )
-    try:
-        try:
-            chunk = await stream.read(CHUNK_BYTES)
-        except FileNotFoundError as error:
-            raise ArchiveError(f"{observation.download_url}: HTTP 404 Not Found") from error
-        response = stream.r
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_timeout, sock_read=stall_timeout)
+    # Not `open_async`, whose file forgets the headers and the timeout (fsspec 2026.9).
+    session = await filesystem.set_session()
+    url = filesystem.encode_url(observation.download_url)
+    async with session.get(url, headers=headers, timeout=timeout) as response:
+        response.raise_for_status()
         tag = response.headers.get("ETag")
         if response.content_type == "text/html":
             raise FrameError("an HTML page came in place of the file")
@@ -171,11 +170,8 @@ async def _transfer(
         with open(part.path, "ab" if goes_on else "wb") as file:
             # A weak tag says nothing about bytes.
             part.tag = tag if tag and not tag.startswith("W/") else None
-            while chunk:
+            while chunk := await response.content.read(CHUNK_BYTES):
                 file.write(chunk)
-                chunk = await stream.read(CHUNK_BYTES)
-    finally:
-        await stream.close()
 
 
 def _publish(observation: Observation, part: Path, path: Path) -> None:

@@ -106,7 +106,7 @@ def select(answer: Table, config: BatchConfig) -> list[Observation]:
     kept: dict[tuple[str, ...], Observation] = {}
     others = 0
     for row in answer.iterrows():
-        did, lower, upper, begin, end, uri, size = row
+        did, *bounds, uri, size = row
         uri = str(uri)
         collection = _COLLECTION.match(str(did))
         if collection is None or not is_level2_name(uri):
@@ -115,7 +115,9 @@ def select(answer: Table, config: BatchConfig) -> list[Observation]:
         if config.release in ("qr2", "qr3") and collection["release"] != config.release:
             continue
         check_uri(uri)
-        mjd = (float(begin) + float(end)) / 2
+        bounds = (np.nan if np.ma.is_masked(bound) else float(bound) for bound in bounds)
+        lower, upper, begin, end = bounds
+        mjd = (begin + end) / 2
         if config.mjd_range and not config.mjd_range[0] <= mjd <= config.mjd_range[1]:
             continue
         obs_id, band = filename_identity(uri.rpartition("/")[2])
@@ -123,7 +125,7 @@ def select(answer: Table, config: BatchConfig) -> list[Observation]:
             obs_id=obs_id,
             band=band,
             mjd=mjd,
-            wavelength_um=(float(lower) + float(upper)) / 2 * 1e6,
+            wavelength_um=(lower + upper) / 2 * 1e6,
             uri=uri,
             download_url=f"{config.archive_url}/{uri}",
             size_bytes=None if np.ma.is_masked(size) or int(size) <= 0 else int(size),
@@ -134,7 +136,11 @@ def select(answer: Table, config: BatchConfig) -> list[Observation]:
             kept[key] = observation
     if others:
         logger.info("%d files that are not Level 2 science frames left out", others)
-    return sorted(kept.values(), key=lambda o: (o.mjd, o.obs_id, o.band, o.filename))
+    # A frame without a time comes last.
+    return sorted(
+        kept.values(),
+        key=lambda o: (np.nan_to_num(o.mjd, nan=np.inf), o.obs_id, o.band, o.filename),
+    )
 
 
 def check_count(observations: list[Observation], config: BatchConfig) -> None:
@@ -225,31 +231,28 @@ def _run_job(service: pyvo.dal.TAPService, query: str, max_retries: int) -> TAPR
             raise DALFormatError(reason="no job was made of the query", url=job.url)
         return job
 
-    def phase() -> str:
+    def poll() -> str:
         phase = job.phase
         if phase is None:
             raise DALFormatError(reason="the answer does not describe the job", url=job.url)
-        return phase
-
-    def start() -> None:
-        # The job may run although the answer that says so was lost.
-        if phase() == "PENDING":
+        # Looked at first, as a call to run may have been lost, or only its answer.
+        if phase == "PENDING":
             job.run()
+        return phase
 
     job = _repeat(create, name, max_retries)
     try:
-        _repeat(start, name, max_retries)
         deadline = time.monotonic() + JOB_TIMEOUT_S
         pause = FIRST_POLL_S
-        while (now := _repeat(phase, name, max_retries)) not in ("COMPLETED", "ERROR", "ABORTED"):
+        while (phase := _repeat(poll, name, max_retries)) not in ("COMPLETED", "ERROR", "ABORTED"):
             if time.monotonic() > deadline:
                 raise ArchiveError(f"{name} did not end within {JOB_TIMEOUT_S / 3600:g} hours")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
-        if now != "COMPLETED":
+        if phase != "COMPLETED":
             summary = getattr(job._job, "errorsummary", None)
             said = getattr(getattr(summary, "message", None), "content", None)
-            raise ArchiveError(f"{name} ended as {now}: {said or 'no reason given'}")
+            raise ArchiveError(f"{name} ended as {phase}: {said or 'no reason given'}")
         # Not `fetch_result`, which lets errors of all kinds through.
         url = job.result_uri or f"{job.url}/results/result"
         return _repeat(lambda: _fetch(DALQuery(url, session=service._session)), name, max_retries)

@@ -17,7 +17,18 @@ def write(tmp_path, text, encoding="utf-8"):
 
 
 def test_ids_are_text_to_the_last_character(tmp_path):
-    ids = ["39633458707826492", "39633458707826493", "007", "1e5", "NA", "nan", "null", " a ", "ü/..", "=1+1"]
+    ids = [
+        "39633458707826492",
+        "39633458707826493",
+        "007",
+        "1e5",
+        "NA",
+        "nan",
+        "null",
+        " a ",
+        "ü/..",
+        "=1+1",
+    ]
     rows = "".join(f"{i},{10 + k},{k}\n" for k, i in enumerate(ids))
     catalogue = Catalogue.from_csv(write(tmp_path, "targetid,ra,dec\n" + rows))
     in_file_order = np.argsort(catalogue.row)
@@ -80,7 +91,10 @@ def sky(n, seed=0):
 
 
 def make(ra, dec, tmp_path):
-    rows = "".join(f"s{i},{a!r},{d!r}\n" for i, (a, d) in enumerate(zip(ra.tolist(), dec.tolist(), strict=True)))
+    rows = "".join(
+        f"s{i},{a!r},{d!r}\n"
+        for i, (a, d) in enumerate(zip(ra.tolist(), dec.tolist(), strict=True))
+    )
     return Catalogue.from_csv(write(tmp_path, "targetid,ra,dec\n" + rows))
 
 

@@ -177,9 +177,9 @@ def test_the_first_of_equal_keywords_counts():
 @pytest.mark.parametrize("text", ["", "'a'", "T", "1 2", "(1, 2)", "NaN", "1e5x", "1E999"])
 def test_what_is_no_number_is_said(text):
     header = header_of(f"KEY     = {text}")
-    with pytest.raises(FrameError, match="^header keyword KEY is .*, a number is needed$"):
+    with pytest.raises(FrameError, match=r"^header keyword KEY is .*, a number is needed$"):
         header.number("KEY")
-    with pytest.raises(FrameError, match="^header keyword KEY is .*, an integer is needed$"):
+    with pytest.raises(FrameError, match=r"^header keyword KEY is .*, an integer is needed$"):
         header.integer("KEY")
 
 
@@ -189,7 +189,7 @@ def test_numbers():
     assert same(header.integer("I"), 3)
     assert header.number("NONE", 2.5) == 2.5
     assert header.integer("NONE", 2) == 2
-    with pytest.raises(FrameError, match="X is 3.0, an integer is needed"):
+    with pytest.raises(FrameError, match=r"X is 3.0, an integer is needed"):
         header.integer("X")
     with pytest.raises(FrameError, match="NONE is None, a number is needed"):
         header.number("NONE")
@@ -199,7 +199,7 @@ def test_numbers():
     "content", [b"", b"S", b"SIMPLE", b"not a FITS file" * 300, b"\0" * BLOCK, b"<html>" * 1000]
 )
 def test_not_fits(content):
-    with pytest.raises(FrameError, match="^not a FITS file$"):
+    with pytest.raises(FrameError, match=r"^not a FITS file$"):
         scan(content)
 
 
@@ -241,7 +241,7 @@ def test_padding_at_the_end_may_lack(path):
 
 
 @pytest.mark.parametrize(
-    "keyword, value",
+    ("keyword", "value"),
     [
         ("NAXIS", "-1"),
         ("NAXIS", "1000"),
@@ -279,7 +279,7 @@ MUTATIONS = st.lists(
 # astropy, which decompresses the flags, warns of what it does not like in any header.
 @pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning")
 @given(MUTATIONS, st.sampled_from(["IMAGE", "FLAGS", "VARIANCE", "WCS-WAVE", "any"]))
-@settings(max_examples=250, deadline=2000)
+@settings(max_examples=250, deadline=None)
 def test_damaged_bytes_raise_frame_error_or_nothing(path, tmp_path_factory, changes, where):
     content = bytearray(path.read_bytes())
     units = {hdu.name: hdu for hdu in scan(content)}
@@ -293,7 +293,9 @@ def test_damaged_bytes_raise_frame_error_or_nothing(path, tmp_path_factory, chan
     damaged = tmp_path_factory.getbasetemp() / "damaged.fits"
     damaged.write_bytes(content)
     for read in (lambda: scan(content), lambda: open_frame(damaged)):
+        message = ""
         try:
             read()
         except FrameError as error:
-            assert "\n" not in str(error)
+            message = str(error)
+        assert "\n" not in message

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 import photometry_reference as reference
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photutils.aperture import CircularAperture
@@ -73,9 +73,7 @@ def compare(frame: Frame, x, y, config: PhotometryConfig) -> photometry.Measurem
     x, y = frame.wcs.sky_to_pixel(ra, dec)
     got = photometry.measure(frame, ra, dec, config)
     table = frame.wavelengths
-    lookups = [
-        RegularGridInterpolator((table.y, table.x), table.values[..., k]) for k in (0, 1)
-    ]
+    lookups = [RegularGridInterpolator((table.y, table.x), table.values[..., k]) for k in (0, 1)]
 
     def wavelengths(xs, ys):
         at = (ys + 1 + frame.origin[1], xs + 1 + frame.origin[0])
@@ -268,7 +266,8 @@ def test_fallbacks_are_used_and_said():
 def test_unflagged_invalid_variances_are_counted():
     got = photometry.measure(make_frame(9), np.empty(0), np.empty(0), PhotometryConfig())
     assert any("unflagged pixels with an invalid variance" in w for w in got.warnings)
-    assert len(got.index) == 0 and set(got.columns) == set(photometry.MEASURED)
+    assert len(got.index) == 0
+    assert set(got.columns) == set(photometry.MEASURED)
 
 
 @pytest.mark.parametrize("plane, says", [("image", "IMAGE"), ("variance", "VARIANCE")])
@@ -277,7 +276,10 @@ def test_frame_without_values(plane, says):
     empty = np.full(frame.shape, np.nan, ">f4")
     with pytest.raises(FrameError, match=says):
         photometry.measure(
-            dataclasses.replace(frame, **{plane: empty}), np.empty(0), np.empty(0), PhotometryConfig()
+            dataclasses.replace(frame, **{plane: empty}),
+            np.empty(0),
+            np.empty(0),
+            PhotometryConfig(),
         )
 
 
@@ -293,7 +295,36 @@ def test_positive_median_is_exact():
 
 
 def test_ab_magnitude_of_the_standard():
-    magnitude, error = photometry.ab_magnitude(np.array([1e6, 0.0, -5.0]), np.array([1e4, 1.0, 1.0]))
+    magnitude, error = photometry.ab_magnitude(
+        np.array([1e6, 0.0, -5.0]), np.array([1e4, 1.0, 1.0])
+    )
     assert magnitude[0] == pytest.approx(8.9)  # 1 Jy
     assert error[0] == pytest.approx(0.010857362)
-    assert np.isnan(magnitude[1:]).all() and np.isnan(error[1:]).all()
+    assert np.isnan(magnitude[1:]).all()
+    assert np.isnan(error[1:]).all()
+
+
+def test_errors_are_the_scatter_for_wide_apertures_and_cautious_for_small():
+    """Variances are summed with the fractions, not with their squares: see the README."""
+    rng = np.random.default_rng(12)
+    frame = make_frame(12, size=400)
+    variance = np.full(frame.shape, 4e-4)
+    frame = dataclasses.replace(
+        frame,
+        image=(rng.standard_normal(frame.shape) * 0.02).astype(">f4"),
+        variance=variance.astype(">f4"),
+        flags=np.zeros(frame.shape, ">i4"),
+    )
+    x, y = (
+        a.ravel() + rng.uniform(0, 1, a.size) for a in np.meshgrid(*[np.arange(30, 370, 9)] * 2)
+    )
+    ra, dec = frame.wcs.pixel_to_sky(x, y)
+    scatter = {}
+    for diameter in (2.12, 8.0):
+        config = PhotometryConfig(
+            subtract_zodi=False, aperture_method="fixed", aperture_diameter=diameter
+        )
+        columns = photometry.measure(frame, ra, dec, config).columns
+        scatter[diameter] = np.std(columns["flux"] / columns["flux_error"])
+    assert scatter[2.12] == pytest.approx(0.79, abs=0.05)
+    assert scatter[8.0] == pytest.approx(0.96, abs=0.05)

@@ -207,7 +207,10 @@ def test_the_other_side_of_the_sky_is_nowhere(name):
     rng = np.random.default_rng(5)
     ra = np.append((ra0 + 180.0) % 360.0, rng.uniform(0, 360, 2000))
     dec = np.append(-dec0, np.degrees(np.arcsin(rng.uniform(-1, 1, 2000))))
-    hidden = np.degrees(angular_separation(*np.radians([ra0, dec0])[:, None], *np.radians([ra, dec]))) > 90.0
+    hidden = (
+        np.degrees(angular_separation(*np.radians([ra0, dec0])[:, None], *np.radians([ra, dec])))
+        > 90.0
+    )
     assert 900 < hidden.sum() < 1100
     for position in wcs.sky_to_pixel(ra[hidden], dec[hidden]):
         assert np.isnan(position).all()
@@ -226,7 +229,7 @@ def test_what_is_near_but_off_the_frame_stays_off(name):
     wcs = tan_sip(HEADERS[name])
     rng = np.random.default_rng(4)
     bearing = rng.uniform(0, 2 * np.pi, 4000)
-    # The full frame's half diagonal is 2.5 deg; a tenth more.
+    # The full frame's half diagonal is 2.54 deg.
     distance = 2.75 * np.sqrt(rng.uniform(0, 1, 4000))
     middle = wcs.crpix
     x0 = middle[0] + distance / 6.15 * 3600 * np.cos(bearing)
@@ -259,7 +262,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("cards, message", BAD)
+@pytest.mark.parametrize(("cards", "message"), BAD)
 def test_unusable_headers_are_refused(cards, message):
     header = header_of(**cards)
     with pytest.raises(FrameError) as caught:

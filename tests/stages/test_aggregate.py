@@ -31,7 +31,8 @@ def write(folder, rows: pd.DataFrame, number: int) -> aggregate.Table:
     path = folder / f"level2_{number}_photometry.csv"
     columns = {name: rows[name].to_numpy() for name in rows}
     path.write_bytes(
-        tables.csv_header(tables.PER_IMAGE) + bytes(tables.lines_to_bytes(tables.csv_lines(columns)))
+        tables.csv_header(tables.PER_IMAGE)
+        + bytes(tables.lines_to_bytes(tables.csv_lines(columns)))
     )
     return aggregate.Table(path=str(path), rows=len(rows))
 
@@ -122,16 +123,16 @@ def test_rows_of_any_ids_are_conserved(tmp_path_factory, ids):
 
 
 def test_empty_partition(tmp_path):
-    partition = aggregate._empty()
+    partition = aggregate.META
     written = aggregate.write_lightcurves(partition, folder=str(tmp_path), buckets=None)
     assert len(written) == 0
     assert list(written.columns) == ["target_id", "rows"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_remove_others(tmp_path):
+def test_keep_only(tmp_path):
     for name in ("a.csv", "b.csv", ".b.csv.123.part"):
         (tmp_path / name).touch()
     (tmp_path / "folder").mkdir()
-    assert aggregate.remove_others(str(tmp_path), {"a.csv"}) == 2
+    assert aggregate.keep_only(str(tmp_path), {"a.csv", "c.csv"}) == {"c.csv"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "folder"}

@@ -138,7 +138,9 @@ def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason
     assert not (tmp_path / table_name("bad.fits")).exists()
 
 
-def test_unexpected_errors_are_failures_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):
+def test_unexpected_errors_are_failures_of_the_frame(
+    frames, options, tmp_path, monkeypatch, caplog
+):
     def explode(*arguments):
         raise ZeroDivisionError("a bug")
 

@@ -1,0 +1,513 @@
+"""The download stage against the simulated archive and against a server that acts by script."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import pickle
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from spxdask import retry
+from spxdask.observation import Observation
+from spxdask.science.frame import open_frame
+from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
+from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
+from spxdask.stages import download
+from spxdask.stages.download import FetchOptions, is_complete
+
+WINDOW = (900, 900, 60, 60)
+PATIENT = FetchOptions(max_retries=3, stall_timeout=10.0)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.001)
+
+
+def exposure(**changes):
+    return Exposure(
+        **{
+            "obs_id": "2025W51_1A_0684_2",
+            "detector": 2,
+            "ra": 270.0,
+            "dec": 66.56,
+            "roll_deg": 0.0,
+            "mjd_begin": 61050.0,
+            "release": "qr3",
+        }
+        | changes
+    )
+
+
+def write(folder, shot, seed=1):
+    sky = make_sky(shot.ra, shot.dec, 0.01, n_sources=3, min_separation_arcsec=5.0, seed=1)
+    planes = make_planes(shot, sky, SceneOptions(seed=seed), window=WINDOW)
+    write_frame(folder / shot.filename, shot, planes, window=WINDOW)
+    return ArchivedFrame(
+        obs_id=shot.obs_id,
+        detector=shot.detector,
+        collection=shot.collection,
+        uri=shot.uri,
+        path=folder / shot.filename,
+        mjd_begin=shot.mjd_begin,
+        mjd_end=shot.mjd_end,
+        wavelength_min_um=1.1,
+        wavelength_max_um=1.62,
+        polygon=shot.footprint(),
+    )
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("one"), exposure())
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Of the same exposure and length, but another detector."""
+    return write(tmp_path_factory.mktemp("other"), exposure(detector=1))
+
+
+@pytest.fixture(scope="module")
+def qr2(tmp_path_factory):
+    shot = exposure(release="qr2", obs_id="2025W51_1A_0685_1")
+    return write(tmp_path_factory.mktemp("qr2"), shot)
+
+
+@pytest.fixture(scope="module")
+def content(frame):
+    return frame.path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def changed_content(tmp_path_factory):
+    """The same frame, of the same length, with other pixels."""
+    return write(tmp_path_factory.mktemp("changed"), exposure(), seed=2).path.read_bytes()
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return folder
+
+
+def observed(frame, url, **changes):
+    values = {
+        "obs_id": frame.obs_id,
+        "band": f"D{frame.detector}",
+        "mjd": (frame.mjd_begin + frame.mjd_end) / 2,
+        "wavelength_um": 1.36,
+        "uri": frame.uri,
+        "download_url": f"{url}/{frame.uri}",
+        "size_bytes": frame.path.stat().st_size,
+    }
+    return Observation(**values | changes)
+
+
+def fetch(archive, frame, images, options=PATIENT, **changes):
+    return download.download(observed(frame, archive.url, **changes), str(images), options)
+
+
+def statuses(archive):
+    return [request.status for request in archive.requests]
+
+
+def assert_failed(outcome, images, says, attempts):
+    assert (outcome.stage, outcome.status, outcome.bytes) == ("download", "failed", 0)
+    assert says in outcome.reason
+    assert outcome.attempts == attempts
+    assert "\n" not in outcome.reason
+    assert os.listdir(images) == []
+
+
+def assert_done(outcome, images, frame, content, attempts):
+    assert (outcome.stage, outcome.status, outcome.reason) == ("download", "done", None)
+    assert outcome.filename == frame.path.name
+    assert (outcome.bytes, outcome.attempts) == (len(content), attempts)
+    assert os.listdir(images) == [frame.path.name]
+    assert (images / frame.path.name).read_bytes() == content
+
+
+# What works
+
+
+@pytest.mark.parametrize("which", ["frame", "qr2"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_frame_comes_whole(request, images, which, known):
+    frame = request.getfixturevalue(which)
+    with SimulatedArchive([frame]) as archive:
+        outcome = fetch(archive, frame, images, **{} if known else {"size_bytes": None})
+        assert statuses(archive) == [200]
+        archive.wait_for(lambda archive: archive.open_connections == 0)
+    assert_done(outcome, images, frame, frame.path.read_bytes(), 1)
+    assert open_frame(images / frame.path.name).obs_id == frame.obs_id
+
+
+def test_many_at_once(frame, other, qr2, images):
+    with SimulatedArchive([frame, other, qr2]) as archive, ThreadPoolExecutor(6) as pool:
+        # Twice each, as when a task is run again that was not over.
+        outcomes = list(pool.map(lambda f: fetch(archive, f, images), [frame, other, qr2] * 2))
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert sorted(os.listdir(images)) == sorted(f.path.name for f in (frame, other, qr2))
+    for each in (frame, other, qr2):
+        assert (images / each.path.name).read_bytes() == each.path.read_bytes()
+
+
+def test_outcome_and_options_go_between_processes(frame, images):
+    with SimulatedArchive([frame]) as archive:
+        outcome = fetch(archive, frame, images)
+    assert pickle.loads(pickle.dumps((outcome, PATIENT))) == (outcome, PATIENT)
+
+
+def test_a_redirect_is_followed(frame, content, images):
+    with SimulatedArchive([frame]) as mirror, SimulatedArchive([frame]) as archive:
+        archive.add_faults(frame.uri, [Fault(redirect=f"{mirror.url}/{frame.uri}")])
+        assert_done(fetch(archive, frame, images), images, frame, content, 1)
+
+
+def test_a_file_of_the_wrong_length_is_replaced(frame, content, images):
+    (images / frame.path.name).write_bytes(b"half")
+    with SimulatedArchive([frame]) as archive:
+        assert_done(fetch(archive, frame, images), images, frame, content, 1)
+
+
+# What passes by itself
+
+TRANSIENT = [
+    *(Fault(status=s, retry_after_s=0) for s in (408, 425, 429, 500, 502, 503, 504)),
+    Fault(html=True),
+    Fault(garbage=True),
+    Fault(short=0),
+    Fault(short=500_000),
+    Fault(truncate=0),
+    Fault(truncate=1_000_000),
+    Fault(redirect="http://127.0.0.1:9/"),
+]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT, ids=repr)
+def test_it_is_tried_again(frame, content, images, fault):
+    with SimulatedArchive([frame], faults={frame.uri: [fault, fault]}) as archive:
+        assert_done(fetch(archive, frame, images), images, frame, content, 3)
+        assert len(archive.requests) == 3
+
+
+LASTING = [
+    (Fault(status=503, retry_after_s=0), "HTTP 503 Service Unavailable (after 3 attempts)"),
+    (Fault(status=429), "HTTP 429 Too Many Requests"),
+    (Fault(html=True), "an HTML page came in place of the file"),
+    (Fault(garbage=True), "not a FITS file"),
+    (Fault(short=500_000), "500000 bytes came, the archive says "),
+    (Fault(short=0), "0 bytes came, the archive says "),
+    (Fault(truncate=0), "the transfer broke off after 0 bytes"),
+    (Fault(truncate=100_000), "the transfer broke off after "),
+    (Fault(redirect="http://127.0.0.1:9/"), "Cannot connect to host 127.0.0.1:9"),
+    (Fault(redirect="file:///etc/passwd"), "file:///etc/passwd"),
+]
+
+
+@pytest.mark.parametrize(("fault", "says"), LASTING, ids=lambda value: repr(value)[:80])
+def test_what_does_not_pass_is_a_failure_with_its_reason(frame, images, fault, says):
+    options = replace(PATIENT, max_retries=2)
+    with SimulatedArchive([frame], faults={frame.uri: itertools.repeat(fault)}) as archive:
+        outcome = fetch(archive, frame, images, options)
+        assert_failed(outcome, images, says, 3)
+        assert outcome.reason.startswith(f"{archive.url}/{frame.uri}: ")
+        assert len(archive.requests) == 3
+        archive.wait_for(lambda archive: archive.open_connections == 0)
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_number_of_retries(frame, images, retries):
+    options = replace(PATIENT, max_retries=retries)
+    with SimulatedArchive([frame], faults={frame.uri: [Fault(html=True)] * 9}) as archive:
+        assert_failed(fetch(archive, frame, images, options), images, "HTML", retries + 1)
+        assert len(archive.requests) == retries + 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 501])
+def test_what_will_not_pass_is_not_tried_again(frame, images, status):
+    with SimulatedArchive([frame], faults={frame.uri: [Fault(status=status)] * 9}) as archive:
+        assert_failed(fetch(archive, frame, images), images, f"HTTP {status} ", 1)
+        assert statuses(archive) == [status]
+
+
+def test_going_round_in_circles_ends(frame, images):
+    with SimulatedArchive([frame]) as archive:
+        lasting = itertools.repeat(Fault(redirect=f"{archive.url}/{frame.uri}"))
+        archive.add_faults(frame.uri, lasting)
+        assert_failed(fetch(archive, frame, images), images, "redirected without end", 1)
+
+
+def test_nobody_listens(frame, images):
+    with SimulatedArchive([frame]) as archive:
+        pass
+    assert_failed(fetch(archive, frame, images), images, "Cannot connect to host", 4)
+
+
+def test_the_archive_says_how_long_to_wait(frame, images, monkeypatch):
+    asked = []
+
+    def delay(attempt, retry_after=None):
+        asked.append((attempt, retry_after))
+        return 0.0
+
+    monkeypatch.setattr(retry, "delay", delay)
+    faults = [Fault(status=503, retry_after_s=7), Fault(html=True), Fault(status=429)]
+    with SimulatedArchive([frame], faults={frame.uri: faults}) as archive:
+        assert fetch(archive, frame, images).status == "done"
+    assert asked == [(1, "7"), (2, None), (3, None)]
+
+
+# Whole, and the right one
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_another_frame_is_not_taken(frame, other, images, known):
+    assert frame.path.stat().st_size == other.path.stat().st_size
+    with SimulatedArchive([frame, other]) as archive:
+        archive.add_faults(
+            frame.uri, itertools.repeat(Fault(redirect=f"{archive.url}/{other.uri}"))
+        )
+        outcome = fetch(archive, frame, images, **{} if known else {"size_bytes": None})
+        assert_failed(outcome, images, "the file holds 2025W51_1A_0684_2 D1, another frame", 4)
+
+
+@pytest.mark.parametrize("off", [-1, 1, 2880])
+def test_the_archives_length_counts(frame, content, images, off):
+    with SimulatedArchive([frame]) as archive:
+        outcome = fetch(archive, frame, images, size_bytes=len(content) + off)
+    says = f"{len(content)} bytes came, the archive says {len(content) + off}"
+    assert_failed(outcome, images, says, 4)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2880, 300_000])
+def test_a_short_file_of_unknown_length_is_not_taken(frame, images, cut):
+    with SimulatedArchive([frame], faults={frame.uri: [Fault(short=cut)] * 4}) as archive:
+        outcome = fetch(archive, frame, images, size_bytes=None)
+    assert outcome.status == "failed"
+    assert os.listdir(images) == []
+
+
+def test_the_name_appears_last(frame, content, images):
+    seen = []
+
+    def watch():
+        yield Fault(truncate=1_500_000)
+        seen.extend(os.listdir(images))
+        yield Fault()
+
+    with SimulatedArchive([frame], faults={frame.uri: watch()}) as archive:
+        assert_done(fetch(archive, frame, images), images, frame, content, 2)
+    [name] = seen
+    assert name.startswith(f".{frame.path.name}.")
+    assert name.endswith(".part")
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_disk_that_fails_is_a_failure_of_the_frame(frame, images, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with SimulatedArchive([frame]) as archive, monkeypatch.context() as patch:
+        patch.setattr(download.os, call, full)
+        outcome = fetch(archive, frame, images)
+    assert_failed(outcome, images, "No space left on device", 1)
+
+
+def test_no_folder_is_a_failure_of_the_frame(frame, tmp_path):
+    with SimulatedArchive([frame]) as archive:
+        outcome = fetch(archive, frame, tmp_path / "gone")
+    assert outcome.status == "failed"
+    assert "No such file or directory" in outcome.reason
+
+
+# Stalls, and going on
+
+
+@pytest.mark.parametrize("sent", [0, 1_000_000])
+def test_a_stalled_transfer_is_given_up(frame, images, sent):
+    hasty = FetchOptions(max_retries=1, stall_timeout=0.2)
+    with SimulatedArchive([frame], faults={frame.uri: [Fault(stall=sent)] * 2}) as archive:
+        assert_failed(fetch(archive, frame, images, hasty), images, "no byte for 0.2 s", 2)
+        archive.wait_for(lambda archive: archive.open_connections == 0)
+
+
+@pytest.mark.parametrize("fault", [Fault(stall=1_000_000), Fault(truncate=1_000_000)], ids=repr)
+def test_a_broken_transfer_goes_on(frame, content, images, fault):
+    hasty = FetchOptions(max_retries=3, stall_timeout=1.0)
+    plan = [fault, Fault(status=503, retry_after_s=0), Fault(truncate=500_000)]
+    with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
+        assert_done(fetch(archive, frame, images, hasty), images, frame, content, 4)
+        assert statuses(archive) == [200, 503, 206, 206]
+
+
+def test_a_server_without_ranges_sends_all_again(frame, content, images):
+    plan = [Fault(truncate=1_000_000), Fault(no_range=True)]
+    with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
+        assert_done(fetch(archive, frame, images), images, frame, content, 2)
+        assert statuses(archive) == [200, 200]
+
+
+def test_a_changed_file_is_not_joined_to_what_came(
+    frame, content, changed_content, images, tmp_path
+):
+    assert len(content) == len(changed_content)
+    path = tmp_path / frame.path.name
+    path.write_bytes(content)
+
+    def change():
+        yield Fault(truncate=1_000_000)
+        path.unlink()
+        path.write_bytes(changed_content)
+        yield Fault()
+
+    served = replace(frame, path=path)
+    with SimulatedArchive([served], faults={frame.uri: change()}) as archive:
+        assert_done(fetch(archive, served, images), images, frame, changed_content, 2)
+        assert statuses(archive) == [200, 200]
+
+
+@contextmanager
+def scripted(answers, log):
+    """A server that takes one (status, headers, body) of an iterator a request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            log.append((self.headers["Range"], self.headers["If-Range"]))
+            status, headers, body = next(answers)
+            self.send_response(status)
+            self.send_header("Connection", "close")
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def fetch_broken(frame, images, tag, second):
+    """Fetch from a server that breaks off first and sends all the third time.
+
+    `second` gives its second answer from the first byte that is asked for. Returns the
+    outcome and the Range and If-Range headers of the requests.
+    """
+    content = frame.path.read_bytes()
+    log = []
+
+    def answers():
+        length = {"Content-Length": len(content)}
+        yield 200, length | ({"ETag": tag} if tag else {}), content[:1_000_000]
+        asked = log[-1][0]
+        yield second(int(asked[6:-1]) if asked else 0)
+        yield 200, {}, content
+
+    with scripted(answers(), log) as url:
+        return download.download(observed(frame, url), str(images), PATIENT), log
+
+
+def span(first, content):
+    return {"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"}
+
+
+def test_going_on_names_the_version(frame, content, images):
+    def second(first):
+        return 206, {"ETag": '"a"'} | span(first, content), content[first:]
+
+    outcome, log = fetch_broken(frame, images, '"a"', second)
+    assert_done(outcome, images, frame, content, 2)
+    assert log[0] == (None, None)
+    assert re.fullmatch(r"bytes=\d+-", log[1][0])
+    assert 0 < int(log[1][0][6:-1]) <= 1_000_000
+    assert log[1][1] == '"a"'
+
+
+@pytest.mark.parametrize("tag", [None, 'W/"a"'])
+def test_without_a_strong_tag_all_is_sent_again(frame, content, images, tag):
+    outcome, log = fetch_broken(frame, images, tag, lambda first: (200, {}, content))
+    assert_done(outcome, images, frame, content, 2)
+    assert log == [(None, None)] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda first, content, changed: ({"ETag": '"b"'} | span(first, content), changed[first:]),
+        lambda first, content, changed: (span(first, content), changed[first:]),
+        lambda first, content, changed: ({"ETag": '"a"'} | span(0, content), content),
+        lambda first, content, changed: ({"ETag": '"a"'}, content[first:]),
+        lambda first, content, changed: (
+            {"ETag": '"a"'} | span(first + 1, content), content[first + 1 :],
+        ),
+    ],
+    ids=["other version", "no version", "from the start", "nowhere", "one byte on"],
+)  # fmt: skip
+def test_a_range_of_something_else_is_not_joined(frame, content, changed_content, images, wrong):
+    outcome, log = fetch_broken(
+        frame, images, '"a"', lambda first: (206, *wrong(first, content, changed_content))
+    )
+    assert_done(outcome, images, frame, content, 3)
+    assert log[2] == (None, None)
+
+
+def test_a_range_that_was_not_asked_for_is_not_taken(frame, content, images):
+    log = []
+    answers = iter([(206, span(0, content), content), (200, {}, content)])
+    with scripted(answers, log) as url:
+        outcome = download.download(observed(frame, url), str(images), PATIENT)
+    assert_done(outcome, images, frame, content, 2)
+
+
+def test_a_range_that_cannot_be_had_starts_over(frame, content, images):
+    outcome, log = fetch_broken(frame, images, '"a"', lambda first: (416, {}, b""))
+    assert_done(outcome, images, frame, content, 3)
+    assert log[2] == (None, None)
+
+
+# What is there already
+
+
+def test_complete_is_of_the_archives_length(frame, content, images):
+    observation = observed(frame, "http://127.0.0.1")
+    unknown = replace(observation, size_bytes=None)
+    assert not is_complete(observation, str(images))
+    assert not is_complete(unknown, str(images / "gone"))
+    path = images / frame.path.name
+    for bad in (b"", content[:-1], content + b"x"):
+        path.write_bytes(bad)
+        assert not is_complete(observation, str(images))
+        assert is_complete(unknown, str(images))
+    path.write_bytes(content)
+    assert is_complete(observation, str(images))
+
+
+def test_a_part_is_not_complete(frame, content, images):
+    observation = observed(frame, "http://127.0.0.1")
+    (images / f".{frame.path.name}.0123456789ab.part").write_bytes(content)
+    assert not is_complete(observation, str(images))
+    assert not is_complete(replace(observation, size_bytes=None), str(images))
+
+
+def test_what_was_fetched_is_complete(frame, images):
+    with SimulatedArchive([frame]) as archive:
+        fetch(archive, frame, images)
+        assert is_complete(observed(frame, archive.url), str(images))

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spxdask.ledger import Ledger, Outcome
+
+FULL = Outcome(
+    stage="extract",
+    filename="level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits",
+    status="failed",
+    reason='line one\nline "two" \\ ü \u2028',
+    seconds=1.2346,
+    bytes=2**40,
+    attempts=3,
+    rows=17,
+    skipped={"too few usable pixels": 2, "margin": 1},
+    warnings=("first, with comma", "second\r\n"),
+    fingerprint="abc",
+)
+
+
+def outcome(filename="a.fits", stage="download", status="done", **more) -> Outcome:
+    return Outcome(filename=filename, stage=stage, status=status, **more)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def test_a_new_ledger_touches_nothing(path):
+    assert Ledger(path).get("download", "a.fits") is None
+    assert not path.exists()
+
+
+def test_every_field_comes_back(path):
+    ledger = Ledger(path)
+    ledger.add(FULL)
+    assert ledger.get(FULL.stage, FULL.filename) == FULL
+    back = Ledger(str(path)).get(FULL.stage, FULL.filename)
+    assert back == FULL
+    assert type(back.warnings) is tuple
+    # So that the test grows with the class.
+    plain = outcome()
+    assert all(
+        getattr(FULL, option.name) != getattr(plain, option.name)
+        for option in dataclasses.fields(Outcome)
+    )
+
+
+TEXT = st.text(st.characters())
+
+
+@given(
+    st.lists(
+        st.builds(
+            Outcome,
+            stage=st.sampled_from(["download", "extract"]),
+            filename=st.sampled_from(["a", "b"]) | TEXT,
+            status=st.sampled_from(["done", "failed"]),
+            reason=st.none() | TEXT,
+            seconds=st.integers(0, 10**6).map(lambda k: k / 1e4),
+            bytes=st.integers(0, 2**63),
+            attempts=st.integers(0, 99),
+            rows=st.integers(0, 2**63),
+            skipped=st.dictionaries(TEXT, st.integers(0, 99)),
+            warnings=st.lists(TEXT).map(tuple),
+            fingerprint=st.none() | TEXT,
+        ),
+        max_size=6,
+    )
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_outcomes_come_back_the_last_of_each(tmp_path_factory, outcomes):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    for one in outcomes:
+        # A new object each time, as a resumed run has.
+        Ledger(path).add(one)
+    ledger = Ledger(path)
+    for one in {(o.stage, o.filename): o for o in outcomes}.values():
+        assert ledger.get(one.stage, one.filename) == one
+
+
+def test_the_last_word_counts(path):
+    ledger = Ledger(path)
+    ledger.add(outcome(status="failed", reason="503", attempts=6))
+    ledger.add(outcome(stage="extract", rows=5))
+    ledger.add(outcome("b.fits"))
+    ledger.add(outcome(bytes=71))
+    for seen in (ledger, Ledger(path)):
+        assert seen.get("download", "a.fits") == outcome(bytes=71)
+        assert seen.get("extract", "a.fits") == outcome(stage="extract", rows=5)
+        assert seen.get("download", "b.fits") == outcome("b.fits")
+        assert seen.get("extract", "b.fits") is None
+
+
+def test_lines_are_only_appended_and_carry_the_time(path):
+    Ledger(path).add(outcome("a.fits"))
+    before = path.read_bytes()
+    Ledger(path).add(FULL)
+    after = path.read_bytes()
+    assert after.startswith(before)
+    lines = after.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert datetime.fromisoformat(json.loads(line)["time"]).utcoffset().total_seconds() == 0
+
+
+def test_a_torn_last_line_is_ignored_and_the_next_is_read(path):
+    Ledger(path).add(outcome("a.fits"))
+    first = path.read_bytes()
+    Ledger(path).add(FULL)
+    whole = path.read_bytes()
+    for cut in range(len(first), len(whole)):
+        path.write_bytes(whole[:cut])
+        # Only the line feed is missing: all of the record is there.
+        expected = FULL if cut == len(whole) - 1 else None
+        torn = Ledger(path)
+        assert torn.get(FULL.stage, FULL.filename) == expected, cut
+        torn.add(outcome("b.fits"))
+        ledger = Ledger(path)
+        assert ledger.get("download", "a.fits") == outcome("a.fits")
+        assert ledger.get("download", "b.fits") == outcome("b.fits")
+        assert ledger.get(FULL.stage, FULL.filename) == expected, cut
+
+
+def test_a_torn_line_does_not_undo_an_earlier_one(path):
+    Ledger(path).add(outcome(rows=1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-5])
+    assert Ledger(path).get("download", "a.fits") == outcome(rows=1)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\n",
+        b"\0" * 50,
+        b"\xff\xfe\x80",
+        b"5",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b'{"stage": "download"}',
+        b'{"stage": [], "filename": "a.fits", "status": "done"}',
+        b'{"stage": "download", "filename": {}, "status": "done"}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "warnings": 5}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "rows": 9} trailing',
+        b"stage: download",
+    ],
+)
+def test_foreign_lines_are_ignored(path, garbage):
+    Ledger(path).add(outcome("a.fits"))
+    with open(path, "ab") as file:
+        file.write(garbage + b"\n" + garbage)
+    Ledger(path).add(outcome("b.fits"))
+    ledger = Ledger(path)
+    assert ledger.get("download", "a.fits") == outcome("a.fits")
+    assert ledger.get("download", "b.fits") == outcome("b.fits")
+
+
+def test_fields_of_a_later_version_are_ignored(path):
+    record = {"stage": "extract", "filename": "a", "status": "done", "rows": 3, "new": [1]}
+    path.write_text(json.dumps(record) + "\n")
+    assert Ledger(path).get("extract", "a") == Outcome(
+        stage="extract", filename="a", status="done", rows=3
+    )
+
+
+def test_what_could_not_be_written_did_not_happen(path):
+    ledger = Ledger(path.parent / "absent" / path.name)
+    with pytest.raises(FileNotFoundError):
+        ledger.add(outcome())
+    assert ledger.get("download", "a.fits") is None

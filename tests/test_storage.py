@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import os
+import signal
+import string
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from urllib.parse import quote, unquote
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from spxdask.storage import file_stem, part_path, remove_parts, whole_file
+
+LIMIT_BYTES = 200
+HOSTILE = st.text(st.sampled_from("./\\%~aA2EFe\x00\x1f\x7f\x85\n é\u2028\ud800\udcff"), max_size=8)
+ANY_TEXT = st.text(st.characters(), max_size=30)
+LONG = st.builds(
+    lambda head, body, n, tail: head + body * n + tail,
+    st.sampled_from(["", ".", "/", "é", "%"]),
+    st.sampled_from(["a", "é", "\U0001f52d", ".", "/", "..", "%2F"]),
+    st.integers(15, 210),
+    st.sampled_from(["", "1", "2", "/", "."]),
+)
+IDS = ANY_TEXT | HOSTILE | LONG
+
+
+@st.composite
+def near_pairs(draw):
+    """An id, and one that an encoding, a cut or a changed character could take for it."""
+    first = draw(IDS)
+    change = draw(
+        st.sampled_from(
+            [
+                file_stem,
+                lambda t: quote(t, safe="", errors="surrogatepass"),
+                lambda t: unquote(t, errors="replace"),
+                lambda t: t.replace(".", "%2E"),
+                lambda t: t.replace("%", "%25"),
+                lambda t: t + " ",
+                lambda t: t + ".",
+                lambda t: "." + t,
+                lambda t: t[:-1],
+                lambda t: t.swapcase(),
+                lambda t: t[:100],
+                lambda t: file_stem(t) + "%~" + 64 * "0",
+            ]
+        )
+    )
+    return first, change(first)
+
+
+def assert_good_name(stem: str) -> None:
+    assert not set("/\\\0") & set(stem)
+    assert stem not in ("", ".", "..")
+    assert not stem.startswith(".")
+    assert ".." not in stem
+    assert len(stem.encode("utf-8")) <= LIMIT_BYTES
+
+
+@given(IDS)
+@example("")
+@example(".")
+@example("..")
+@example("../../etc/passwd")
+@example("a/..")
+@example("\ud800")
+@example("x" * 200)
+@example("x" * 201)
+@example("/" * 67)
+@settings(max_examples=300, deadline=None)
+def test_stem_is_a_file_name(target_id):
+    assert_good_name(file_stem(target_id))
+    assert file_stem(target_id) == file_stem(target_id)
+
+
+@given(st.tuples(IDS, IDS) | near_pairs())
+@example(("a/b", "a%2Fb"))
+@example(("a%2Fb", "a%252Fb"))
+@example((".a", "%2Ea"))
+@example(("", "%"))
+@example(("39633458707826492", "39633458707826493"))
+@example(("x" * 201, "x" * 202))
+@example(("x" * 199 + "é", "x" * 199 + "è"))
+@settings(max_examples=500, deadline=None)
+def test_two_ids_never_share_a_name(pair):
+    first, second = pair
+    assume(first != second)
+    assert file_stem(first) != file_stem(second)
+
+
+def test_a_cut_name_is_not_another_id_s_name():
+    name = file_stem("x" * 300)
+    assert file_stem(name) != name
+
+
+@given(st.integers(10**16, 10**17 - 2))
+@settings(deadline=None)
+def test_neighbours_of_17_digits_differ(number):
+    assert file_stem(str(number)) == str(number)
+    assert file_stem(str(number + 1)) != file_stem(str(number))
+
+
+@given(st.text(string.ascii_letters + string.digits + "-_+ :=,;()[]~#'\"*?é\u4e2d", min_size=1))
+@example("39633458707826492")
+@example("SPHEREx J100.5+20")
+@example("a.b.csv")
+@example("007")
+@example("nan")
+@settings(deadline=None)
+def test_plain_ids_are_their_own_name(target_id):
+    assume(len(target_id.encode()) <= LIMIT_BYTES)
+    assert file_stem(target_id) == target_id
+
+
+@given(st.lists(IDS, min_size=1, max_size=5, unique=True))
+@example(["", ".", "..", "/", "\0", "\ud800", "\udc80", "é", "e\u0301", "a\n", "CON", "-rf"])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_id_gets_a_file_of_its_own(tmp_path_factory, ids):
+    folder = tmp_path_factory.mktemp("ids")
+    for k, target_id in enumerate(ids):
+        with whole_file(folder / f"{file_stem(target_id)}.csv", durable=False) as part:
+            part.write_text(str(k))
+    assert len(list(folder.iterdir())) == len(ids)
+    for k, target_id in enumerate(ids):
+        assert (folder / f"{file_stem(target_id)}.csv").read_text() == str(k)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_whole_file_replaces(tmp_path, durable):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with whole_file(path, durable=durable) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+        assert part.parent == path.parent
+        assert part.name.startswith(".")
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_text() == "new"
+
+
+def test_whole_file_takes_text(tmp_path):
+    with whole_file(os.fspath(tmp_path / "a")) as part:
+        part.write_bytes(b"")
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("before", ["old", None])
+def test_an_error_leaves_everything_as_it_was(tmp_path, error, before):
+    path = tmp_path / "table.csv"
+    if before is not None:
+        path.write_text(before)
+
+    def write():
+        with whole_file(path) as part:
+            part.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([] if before is None else [before])
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), whole_file(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_a_name_taken_by_a_folder_leaves_no_part(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"), whole_file(tmp_path / "taken") as part:
+        part.write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_concurrent_writers_end_with_one_whole_file(tmp_path):
+    path = tmp_path / "table.csv"
+    writers = 8
+    barrier = Barrier(writers)
+
+    def write(k):
+        with whole_file(path, durable=False) as part, open(part, "w") as file:
+            file.write(str(k) * 50_000)
+            file.flush()
+            # All are in the middle of it at once.
+            barrier.wait(timeout=60)
+            file.write(str(k) * 50_000)
+
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(write, range(writers)))
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    text = path.read_text()
+    assert len(text) == 100_000
+    assert len(set(text)) == 1
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    code = (
+        "import sys\n"
+        "from spxdask.storage import whole_file\n"
+        "with whole_file(sys.argv[1]) as part, open(part, 'w') as file:\n"
+        "    file.write('half')\n"
+        "    file.flush()\n"
+        "    print('writing', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    source = os.fspath(Path(__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", code, os.fspath(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": source},
+    ) as process:
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert path.read_text() == "old"
+    left = [p for p in tmp_path.iterdir() if p != path]
+    assert [p.read_text() for p in left] == ["half"]
+    remove_parts(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
+
+
+def test_remove_parts_touches_nothing_else(tmp_path):
+    kept = ["a.csv", ".hidden", "a.part", ".download.part", ".x.y.part", ".table.csv"]
+    for name in kept:
+        (tmp_path / name).write_text(name)
+    part_path(tmp_path / "table.csv").write_text("half")
+    remove_parts(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_remove_parts_of_a_folder_that_is_not_there(tmp_path):
+    remove_parts(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(IDS)
+@settings(deadline=None)
+def test_part_names_fit_a_directory_entry(target_id):
+    path = Path("folder") / f"{file_stem(target_id)}.csv"
+    assert part_path(path) != part_path(path)
+    assert part_path(path).parent == path.parent
+    assert len(os.fsencode(part_path(path).name)) <= 255
