@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+from numba import njit
 
 TEXT = ("target_id", "obs_id", "band", "filename")
 PER_IMAGE = (
@@ -117,17 +118,84 @@ def read_lines(path: str | os.PathLike) -> pa.Table:
         The columns `SORT_KEYS`, and ``line``: the row's line in a light curve, to the
         letter as it stands in the table, with its line feed.
     """
+    with open(path, "rb") as file:
+        text = bytearray(file.read())
+    header = csv_header(PER_IMAGE)
+    body = np.frombuffer(text, np.uint8)[len(header) :]
+    columns = None
+    # Without quotes, a comma is a comma and a line feed the end of a row.
+    if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
+        columns = _cut_lines(body)
+    if columns is None:
+        columns = _parse_lines(path)
+    columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
+    return pa.table(columns)
+
+
+def _parse_lines(path: str | os.PathLike) -> dict[str, pa.Array]:
+    """Find the columns of `read_lines` in any CSV file that has those of a per-image table."""
     texts = _read(path, pa.schema([(name, pa.large_string()) for name in PER_IMAGE]))
-    columns = {name: texts.column(name).combine_chunks() for name in PER_IMAGE}
-    return pa.table(
-        {
-            "target_id": pc.cast(columns["target_id"], pa.string()),
-            "mjd": pc.cast(columns["mjd"], pa.float64()),
-            "obs_id": pc.cast(columns["obs_id"], pa.string()),
-            "band": pc.cast(columns["band"], pa.string()),
-            "line": pc.cast(csv_lines({name: columns[name] for name in LIGHT_CURVE}), pa.string()),
-        }
-    )
+    texts = {name: texts.column(name).combine_chunks() for name in PER_IMAGE}
+    lines = csv_lines({name: texts[name] for name in LIGHT_CURVE})
+    found = {name: texts[name] for name in SORT_KEYS} | {"line": lines}
+    return {name: pc.cast(column, pa.string()) for name, column in found.items()}
+
+
+def _cut_lines(body: np.ndarray) -> dict[str, pa.Array] | None:
+    """Cut the columns of `read_lines` out of rows as we write them; None if they are not so."""
+    marks = np.empty((np.count_nonzero(body == ord("\n")), len(PER_IMAGE) + 1), np.int64)
+    if not _find_commas(body, marks):
+        return None
+
+    def between(first: str, last: str, beyond: int = 0) -> pa.Array:
+        starts, stops = marks[:, PER_IMAGE.index(first)], marks[:, PER_IMAGE.index(last) + 1]
+        offsets = np.zeros(len(marks) + 1, np.int32)
+        np.cumsum(stops - starts - 1 + beyond, out=offsets[1:])
+        out = np.empty(offsets[-1], np.uint8)
+        _copy_pieces(body, starts + 1, offsets, out)
+        return pa.StringArray.from_buffers(len(marks), pa.py_buffer(offsets), pa.py_buffer(out))
+
+    found = {name: between(name, name) for name in SORT_KEYS}
+    found["target_id"].validate(full=True)
+    # A light curve's columns stand side by side; the comma behind them becomes the line feed.
+    body[marks[:, PER_IMAGE.index(LIGHT_CURVE[-1]) + 1]] = ord("\n")
+    found["line"] = between(LIGHT_CURVE[0], LIGHT_CURVE[-1], beyond=1)
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _find_commas(body, marks):
+    """Fill in, for each row, what stands before each field and after the last.
+
+    Returns whether every row has as many fields as `marks` has room for.
+    """
+    last = marks.shape[1] - 1
+    row = field = 0
+    before = -1
+    for i in range(len(body)):
+        if body[i] == 44 or body[i] == 10:
+            if field == 0:
+                marks[row, 0] = before
+            field += 1
+            if field > last:
+                return False
+            marks[row, field] = i
+            if body[i] == 10:
+                if field != last:
+                    return False
+                row += 1
+                field = 0
+                before = i
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _copy_pieces(body, starts, offsets, out):
+    """Copy pieces of `body`, from `starts` on, one behind the other."""
+    for row in range(len(starts)):
+        shift = starts[row] - offsets[row]
+        for i in range(offsets[row], offsets[row + 1]):
+            out[i] = body[i + shift]
 
 
 def _read(source, schema: pa.Schema) -> pa.Table:

@@ -247,3 +247,49 @@ def test_every_line_of_a_large_table_comes_back(path):
 @settings(deadline=None)
 def test_unsigned_flags(flag):
     assert csv_lines({"flag": np.array([flag], np.uint32)}).to_pylist() == [f"{flag}\n"]
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_lines_for_regrouping_are_the_text_of_the_table(tmp_path, quoted):
+    rows = [
+        ["39633458707826492", "1", "2", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"],
+        ["é;x", "1e-7", "-2", "o_1", "D4", "61000.5", *[""] * 12, "b.fits"],
+    ]
+    if quoted:
+        rows[0][0], rows[1][0] = 'say "a, b"', "two\nlines"
+    path = tmp_path / "table.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([tables.PER_IMAGE, *rows])
+    got = tables.read_lines(path)
+    assert got.column_names == ["target_id", "mjd", "obs_id", "band", "line"]
+    assert got.column("target_id").to_pylist() == [row[0] for row in rows]
+    assert got.column("mjd").to_pylist() == [61000.25, 61000.5]
+    assert got.column("obs_id").to_pylist() == ["o_1", "o_1"]
+    assert got.column("band").to_pylist() == ["D3", "D4"]
+    assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n" for row in rows]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b"\n", b"\r\n"),
+        lambda text: text[:-1],
+        lambda text: text.replace(b"target_id,ra,dec", b"ra,dec,target_id"),
+    ],
+)
+def test_lines_of_tables_by_other_writers(tmp_path, change):
+    row = ["7", "8", "9", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"]
+    text = change((",".join(tables.PER_IMAGE) + "\n" + ",".join(row) + "\n").encode())
+    (tmp_path / "table.csv").write_bytes(text)
+    got = tables.read_lines(tmp_path / "table.csv")
+    assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n"]
+    assert got.column("target_id").to_pylist() == (["9"] if text.startswith(b"ra,") else ["7"])
+
+
+def test_lines_of_an_empty_table_and_of_a_broken_one(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(tables.csv_header(tables.PER_IMAGE))
+    assert len(tables.read_lines(path)) == 0
+    path.write_bytes(tables.csv_header(tables.PER_IMAGE) + b"a,1,2\n")
+    with pytest.raises(pa.ArrowInvalid, match="Expected 19 columns, got 3"):
+        tables.read_lines(path)

@@ -12,6 +12,7 @@ import numpy as np
 
 from spxdask.errors import FrameError
 from spxdask.science.fits import Hdu, Header, scan
+from spxdask.science.rice import decompress, is_row_compressed
 from spxdask.science.wcs import TanSip
 
 # Flag bits by name, for files whose headers do not list them (pipelines 6 and 7).
@@ -217,7 +218,9 @@ def open_frame(path: str | os.PathLike) -> Frame:
 
     image = _plane(mapped, hdus["IMAGE"], -32, ">f4")
     flags_hdu = hdus["FLAGS"]
-    if flags_hdu.header.get("ZIMAGE") is True:
+    if is_row_compressed(flags_hdu):
+        flags = decompress(mapped, flags_hdu)
+    elif flags_hdu.header.get("ZIMAGE") is True:
         flags = _compressed_flags(path)
     else:
         flags = _plane(mapped, flags_hdu, 32, ">i4")
@@ -265,8 +268,8 @@ def _plane(mapped: mmap.mmap, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
 
 
 def _compressed_flags(path: Path) -> np.ndarray:
-    """Read tile-compressed flags, as QR3 and later have them."""
-    from astropy.io import fits  # slow to import, and QR2 frames do without
+    """Read flags that are compressed in another way than QR3's, which is possible."""
+    from astropy.io import fits  # slow to import, and hardly ever needed
 
     try:
         with fits.open(path) as hdus:

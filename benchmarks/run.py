@@ -1,0 +1,425 @@
+"""Measure spxdask beside its peer, and how it scales.
+
+One command does all::
+
+    python benchmarks/run.py            # the table and the plot of the README
+    python benchmarks/run.py --quick    # within five minutes
+
+Both sides run in processes of their own, take turns on the same files, and report the
+time of the work alone, without starting up. The peer, spxquery 0.4.1, gets a virtual
+environment of its own, or is found with --peer-python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import workloads
+from matplotlib.figure import Figure
+
+from spxdask.simulate.archive import SimulatedArchive
+
+HERE = Path(__file__).parent
+PEER = "spxquery==0.4.1"
+# One thread a process, for either side.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class Side:
+    """A process that runs one side's work on command."""
+
+    def __init__(self, python: str, script: str) -> None:
+        self.process = subprocess.Popen(
+            [python, str(HERE / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=ENVIRONMENT,
+        )
+
+    def call(self, name: str, **arguments) -> dict:
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
+        self.process.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args} ended while it ran {name}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    work: str
+    ours: list[float]
+    peer: list[float] = field(default_factory=list)
+    floor: float | None = None
+    rows: int = 0
+    peak_mb: float = 0.0
+    target: str = ""
+    notes: str = ""
+
+
+def spread(seconds: list[float]) -> str:
+    """Return a median with half of the interquartile range."""
+    middle = float(np.median(seconds))
+    unit, scale = ("ms", 1e3) if middle < 1 else ("s", 1.0)
+    low, high = np.percentile(seconds, [25, 75])
+    return f"{middle * scale:.3g} +- {(high - low) / 2 * scale:.1g} {unit}"
+
+
+def table(rows: list[Row]) -> str:
+    """Return the table in Markdown."""
+    lines = [
+        "| work | ours | peer | ratio | asked | floor | rows/s | peak MB | rows compared |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = float(np.median(row.ours))
+        ratio = f"**{np.median(row.peer) / ours:.1f}x**" if row.peer else "-"
+        floor = f"{ours / row.floor:.2f} x {row.floor * 1e3:.3g} ms" if row.floor else "-"
+        rate = f"{row.rows / ours:,.0f}" if row.rows else "-"
+        lines.append(
+            f"| {row.work} | {spread(row.ours)} | {spread(row.peer) if row.peer else '-'} | "
+            f"{ratio} | {row.target} | {floor} | {rate} | {row.peak_mb:,.0f} | {row.notes} |"
+        )
+    return "\n".join(lines)
+
+
+def in_turn(repeats: int, *runs: Callable[[], dict]) -> list[list[dict]]:
+    """Run each once to warm up, then all in turn, `repeats` times."""
+    for run in runs:
+        run()
+    return [
+        list(results)
+        for results in zip(*([run() for run in runs] for _ in range(repeats)), strict=True)
+    ]
+
+
+def seconds(results: list[dict]) -> list[float]:
+    return [result["seconds"] for result in results]
+
+
+def compare_tables(ours: str, peer: str, n_on_frame: int) -> str:
+    """Say how the peer's table of a frame agrees with ours."""
+    read = {"dtype": {"target_id": str}}
+    a, b = (pd.read_csv(path, **read).set_index("target_id") for path in (ours, peer))
+    common = a.index.intersection(b.index)
+    only_ours, only_peer = len(a) - len(common), len(b) - len(common)
+    a, b = a.loc[common], b.loc[common]
+    background = np.abs(a["bg_level"] - b["bg_level"]).max()
+    # The peer takes the product of two pixel scales for the area, 0.08 % more.
+    ratio = np.nanmedian(b["flux"] / a["flux"])
+    said = [f"{len(common):,} the same", f"flux {100 * (ratio - 1):+.2f} %"]
+    said.append(f"background to {background:.0e}")
+    if only_peer:
+        said.append(f"{only_peer:,} of the peer's are not on the frame")
+    if only_ours:
+        said.append(f"{only_ours:,} only ours")
+    assert len(a) >= n_on_frame - only_ours
+    return ", ".join(said)
+
+
+def compare_curves(ours: str, peer: str) -> str:
+    """Say how the peer's light curves agree with ours."""
+    a, b = ({p.name for p in Path(folder).glob("*.csv")} for folder in (ours, peer))
+    said = [f"{len(a):,} curves, the peer {len(b):,}"]
+    if len(a) > len(b):
+        said.append("whose ids collide in double precision")
+    return " ".join(said)
+
+
+def bench_extract(ours: Side, peer: Side, work: Path, repeats: int, quick: bool) -> list[Row]:
+    image = workloads.frame(work, workloads.exposure())
+    rows = []
+    cases = [(10, 0, "10x, 2 floors"), (100, 0, "15x"), (1000, 0, "50x, 2.5 floors")]
+    if not quick:
+        cases += [(10_000, 0, "90x"), (1000, 1_000_000, "60x")]
+    for n, elsewhere, target in cases:
+        catalogue = workloads.catalogue(work, n, elsewhere)
+        ours.call("load", catalogue=catalogue)
+        peer.call("load", catalogue=catalogue)
+        folders = work / "extract-ours", work / "extract-peer"
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        arguments = {"image": image, "catalogue": catalogue}
+        floors, mine, theirs = in_turn(
+            3 if n == 10_000 else repeats,
+            partial(ours.call, "floor", image=image),
+            partial(ours.call, "extract", folder=folders[0], **arguments),
+            partial(peer.call, "extract", folder=folders[1], **arguments),
+        )
+        name = f"extract, {n:,} sources on the frame"
+        rows.append(
+            Row(
+                work=name + (f" of {elsewhere:,} all-sky" if elsewhere else ""),
+                ours=seconds(mine),
+                peer=seconds(theirs),
+                floor=float(np.median(seconds(floors))),
+                rows=mine[-1]["rows"],
+                peak_mb=mine[-1]["peak_mb"],
+                target=target,
+                notes=compare_tables(mine[-1]["table"], theirs[-1]["table"], n),
+            )
+        )
+        print(table(rows).splitlines()[-1], flush=True)
+    compressed = workloads.frame(work, workloads.exposure(1, release="qr3", version=30))
+    catalogue = workloads.catalogue(work, 1000)
+    (mine,) = in_turn(
+        repeats,
+        partial(
+            ours.call,
+            "extract",
+            image=compressed,
+            catalogue=catalogue,
+            folder=work / "extract-ours",
+        ),
+    )
+    rows.append(
+        Row(
+            work="extract, 1,000 sources, QR3 (compressed flags)",
+            ours=seconds(mine),
+            rows=mine[-1]["rows"],
+            peak_mb=mine[-1]["peak_mb"],
+            notes=f"the peer has none; {mine[-1]['rows']:,} rows",
+        )
+    )
+    return rows
+
+
+def bench_aggregate(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
+    ours.call("start_cluster", processes=2)
+    rows = []
+    cases = (
+        [(200_000, 5_000, 5_000)]
+        if quick
+        else [(1_000_000, 5_000, 5_000), (20_000_000, 100_000, 10_000)]
+    )
+    for n, sources, per_frame in cases:
+        tables_ = workloads.per_image_tables(work, n, sources, per_frame)
+        runs = [partial(ours.call, "aggregate", per_image=tables_, folder=work / "agg-ours")]
+        if n <= 1_000_000:
+            runs.append(
+                partial(peer.call, "aggregate", per_image=tables_, folder=work / "agg-peer")
+            )
+        mine, *theirs = in_turn(1 if n > 1_000_000 else 3, *runs)
+        assert mine[-1]["rows"] == n
+        rows.append(
+            Row(
+                work=f"aggregate, {n:,} rows, {sources:,} sources, 2 workers",
+                ours=seconds(mine),
+                peer=seconds(theirs[0]) if theirs else [],
+                rows=n,
+                peak_mb=max(result["worker_peak_mb"] for result in mine),
+                target="15x" if theirs else "1.3 x the time a row, 2 GB",
+                notes=compare_curves(mine[-1]["lightcurves"], theirs[0][-1]["lightcurves"])
+                if theirs
+                else f"{mine[-1]['sources']:,} curves",
+            )
+        )
+        print(table(rows).splitlines()[-1], flush=True)
+    ours.call("stop_cluster")
+    return rows
+
+
+def bench_run(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
+    n_frames, n_sources = (8, 200) if quick else (60, 1000)
+    image = workloads.frame(work, workloads.exposure())
+    catalogue = workloads.catalogue(work, n_sources)
+    options = {
+        "catalog_path": str(catalogue),
+        "center_ra": workloads.CENTER[0],
+        "center_dec": workloads.CENTER[1],
+        "radius": 0.5,
+        "max_download_workers": 4,
+    }
+    # Each name is served from a file that says it is that frame.
+    files = []
+    for number in range(n_frames):
+        path = work / workloads.exposure(number).filename
+        if not path.exists():
+            data = bytearray(image.read_bytes())
+            for key in (b"OBSID   = '",):
+                start = data.index(key) + len(key)
+                name = workloads.exposure(number).obs_id.encode()
+                data[start : start + len(name)] = name
+            path.write_bytes(data)
+        files.append(workloads.archived(number, path))
+    with SimulatedArchive(files) as archive:
+        options |= {"tap_url": archive.tap_url, "archive_url": archive.archive_url}
+        mine, theirs = [], []
+        for _ in range(1 if quick else 2):
+            mine.append(ours.call("run_all", folder=work / "run-ours", **options))
+            theirs.append(peer.call("run_all", folder=work / "run-peer", **options))
+    return [
+        Row(
+            work=f"run_all, {n_frames} frames x {n_sources:,} sources, embedded archive",
+            ours=seconds(mine),
+            peer=seconds(theirs),
+            rows=mine[-1]["rows"],
+            peak_mb=mine[-1]["peak_mb"],
+            target="10x",
+            notes=compare_curves(mine[-1]["lightcurves"], theirs[-1]["lightcurves"]),
+        )
+    ]
+
+
+def bench_scaling(ours: Side, work: Path, quick: bool) -> dict[str, list[tuple[float, float]]]:
+    """Return (size, value) pairs for the plot."""
+    image = workloads.frame(work, workloads.exposure())
+    folder = work / "extract-ours"
+    folder.mkdir(exist_ok=True)
+    scaling: dict[str, list[tuple[float, float]]] = {}
+
+    def extract_ms(catalogue: Path) -> float:
+        (results,) = in_turn(
+            5,
+            partial(ours.call, "extract", image=image, catalogue=catalogue, folder=folder),
+        )
+        return 1e3 * float(np.median(seconds(results)))
+
+    points = scaling["sources on the frame"] = []
+    for n in (10, 100, 1000, 10_000) if quick else (10, 100, 1000, 10_000, 100_000):
+        catalogue = workloads.catalogue(work, n)
+        ours.call("load", catalogue=catalogue)
+        points.append((n, extract_ms(catalogue)))
+    points = scaling["sources in the catalogue"] = []
+    loading = scaling["seconds to load the catalogue"] = []
+    for n in (1000, 10_000, 100_000) if quick else (1000, 10_000, 100_000, 1_000_000, 10_000_000):
+        catalogue = workloads.catalogue(work, 1000, n - 1000)
+        fresh = Side(sys.executable, "side_ours.py")
+        loaded = fresh.call("load", catalogue=catalogue)
+        fresh.close()
+        loading.append((n, loaded["seconds"], loaded["peak_mb"]))
+        points.append((n, extract_ms(catalogue)))
+    points = scaling["processes"] = []
+    catalogue = workloads.catalogue(work, 1000)
+    for n in (1, 2):
+        ours.call("start_cluster", processes=n)
+        images = [str(image)] * 40
+        took = ours.call("frames_per_second", images=images, catalogue=catalogue, folder=folder)
+        points.append((n, len(images) / took["seconds"]))
+    points = scaling["rows to aggregate"] = []
+    cases = [(100_000, 5_000, 5_000), (200_000, 5_000, 5_000)]
+    if not quick:
+        cases += [
+            (1_000_000, 5_000, 5_000),
+            (5_000_000, 25_000, 10_000),
+            (20_000_000, 100_000, 10_000),
+        ]
+    for n, sources, per_frame in cases:
+        tables_ = workloads.per_image_tables(work, n, sources, per_frame)
+        took = ours.call("aggregate", per_image=tables_, folder=work / "agg-ours")
+        points.append((n, n / took["seconds"]))
+    ours.call("stop_cluster")
+    return scaling
+
+
+def plot(scaling: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Draw the scaling, a panel a question."""
+    panels = [
+        ("sources on the frame", "ms a frame", True),
+        ("sources in the catalogue", "ms a frame, 1,000 on it", True),
+        ("processes", "frames/s, 1,000 sources on each", False),
+        ("rows to aggregate", "rows/s, 2 processes", True),
+    ]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    for number, (name, label, logarithmic) in enumerate(panels):
+        axes = figure.add_subplot(2, 2, number + 1)
+        axes.plot(*zip(*scaling[name], strict=True), "o-")
+        axes.set(xlabel=name, ylabel=label)
+        if logarithmic:
+            axes.set_xscale("log")
+        else:
+            axes.set_xticks([1, 2])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def peer_python(work: Path) -> str:
+    """Return the interpreter of an environment that holds the peer."""
+    folder = work / "peer"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", PEER], check=True)
+    return str(python)
+
+
+def machine() -> str:
+    """Describe the machine in a line."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {platform.system()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, within five minutes")
+    parser.add_argument(
+        "--only", nargs="+", choices=["extract", "aggregate", "run", "scaling"], help="some parts"
+    )
+    parser.add_argument("--peer-python", help="interpreter that has spxquery; default: make one")
+    parser.add_argument("--work", type=Path, default=Path("benchmark_data"), help="for the data")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="for table and plot")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    work = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    parts = options.only or ["extract", "aggregate", "run", "scaling"]
+    ours = Side(sys.executable, "side_ours.py")
+    peer = Side(options.peer_python or peer_python(work), "side_peer.py")
+    versions = ours.call("about"), peer.call("about")
+    head = (
+        f"{date.today()}, {machine()}; spxdask {versions[0]['version']} on Python "
+        f"{versions[0]['python']}, spxquery {versions[1]['version']} on Python "
+        f"{versions[1]['python']}; medians and half the interquartile range, page cache warm, "
+        "one thread a process."
+    )
+    print(head, flush=True)
+    rows = []
+    if "extract" in parts:
+        rows += bench_extract(ours, peer, work, options.repeats, options.quick)
+    if "aggregate" in parts:
+        rows += bench_aggregate(ours, peer, work, options.quick)
+    if "run" in parts:
+        rows += bench_run(ours, peer, work, options.quick)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if rows:
+        text = f"{head}\n\n{table(rows)}\n"
+        (options.results / "table.md").write_text(text)
+        print(f"\n{text}")
+    if "scaling" in parts:
+        scaling = bench_scaling(ours, work, options.quick)
+        (options.results / "scaling.json").write_text(json.dumps(scaling, indent=1) + "\n")
+        plot(scaling, options.results / "scaling.png")
+        print(json.dumps(scaling, indent=1))
+    ours.close()
+    peer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Our side of a benchmark: the same commands as the peer's, one a line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from distributed import Client, LocalCluster
+
+import spxdask
+from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
+from spxdask.science.catalogue import Catalogue
+from spxdask.science.frame import open_frame
+from spxdask.stages.extract import ExtractOptions, extract
+
+answers, sys.stdout = sys.stdout, sys.stderr
+
+
+class Ours:
+    def __init__(self) -> None:
+        self.cluster = self.client = None
+
+    def about(self) -> dict:
+        return {"version": spxdask.__version__, "python": sys.version.split()[0]}
+
+    def load(self, catalogue: str) -> dict:
+        """Read the catalogue and lay out its index, once a run."""
+        started = time.perf_counter()
+        Catalogue.from_csv(catalogue).save(f"{catalogue}.arrow")
+        return {"seconds": time.perf_counter() - started}
+
+    def floor(self, image: str) -> dict:
+        """Read the four planes into arrays of the machine's own byte order."""
+        started = time.perf_counter()
+        frame = open_frame(image)
+        planes = (frame.image, frame.variance, frame.zodi, frame.flags)
+        total = sum(int(p.astype(p.dtype.newbyteorder("=")).nbytes) for p in planes)
+        return {"seconds": time.perf_counter() - started, "bytes": total}
+
+    def extract(self, image: str, catalogue: str, folder: str) -> dict:
+        options = ExtractOptions(
+            catalogue=f"{catalogue}.arrow",
+            photometry=PhotometryConfig(),
+            fingerprint="benchmark",
+            serial=False,
+        )
+        started = time.perf_counter()
+        outcome = extract(image, folder, options)
+        seconds = time.perf_counter() - started
+        assert outcome.status == "done", outcome.reason
+        table = Path(folder) / f"{Path(image).stem}_photometry.csv"
+        return {"seconds": seconds, "table": str(table), "rows": outcome.rows}
+
+    def start_cluster(self, processes: int) -> dict:
+        self.stop_cluster()
+        self.cluster = LocalCluster(
+            n_workers=processes,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        )
+        self.client = Client(self.cluster)
+        return {}
+
+    def stop_cluster(self) -> dict:
+        if self.client is not None:
+            self.client.close()
+            self.cluster.close()
+            self.cluster = self.client = None
+        return {}
+
+    def aggregate(self, per_image: str, folder: str) -> dict:
+        """Aggregate on the running cluster; the tables are taken by a link."""
+        out = Path(folder)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        (out / "per_image").symlink_to(per_image)
+        config = BatchConfig(
+            center_ra=0, center_dec=0, radius=1, catalog_path="none.csv", output_dir=out
+        )
+        started = time.perf_counter()
+        report = BatchPipeline(config, client=self.client).run_aggregate()
+        seconds = time.perf_counter() - started
+        memory = self.client.run(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return {
+            "seconds": seconds,
+            "rows": report.rows,
+            "sources": report.total,
+            "lightcurves": str(out / "lightcurves"),
+            "worker_peak_mb": max(memory.values()),
+        }
+
+    def run_all(self, folder: str, **options) -> dict:
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.perf_counter()
+        summary = BatchPipeline(BatchConfig(output_dir=folder, **options)).run_all()
+        return {
+            "seconds": time.perf_counter() - started,
+            "stages": {name: report.seconds for name, report in summary.stages.items()},
+            "rows": summary.stages["aggregate"].rows,
+            "lightcurves": str(Path(folder) / "lightcurves"),
+        }
+
+    def frames_per_second(self, images: list[str], catalogue: str, folder: str) -> dict:
+        """Extract many frames on the running cluster, its workers warm."""
+        options = ExtractOptions(
+            catalogue=f"{catalogue}.arrow",
+            photometry=PhotometryConfig(),
+            fingerprint="benchmark",
+            serial=True,
+        )
+
+        def run() -> float:
+            started = time.perf_counter()
+            futures = self.client.map(
+                extract, images, per_image=folder, options=options, pure=False
+            )
+            assert {o.status for o in self.client.gather(futures)} == {"done"}
+            return time.perf_counter() - started
+
+        run()
+        seconds = [run() for _ in range(3)]
+        return {"seconds": float(np.median(seconds))}
+
+
+def main() -> None:
+    ours = Ours()
+    for line in sys.stdin:
+        command = json.loads(line)
+        result = getattr(ours, command["call"])(**command["arguments"])
+        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result), file=answers, flush=True)
+    ours.stop_cluster()
+
+
+if __name__ == "__main__":
+    main()
