@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
+from decimal import Decimal
 from typing import Any
 
 from spxdask import __version__
@@ -23,7 +25,20 @@ from spxdask.errors import ConfigError, InputError, SpxdaskError
 
 EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE = 0, 1, 2
 
-STAGES = ("query", "download", "extract", "aggregate")
+ALL_OPTIONS = tuple(option.name for option in fields(BatchConfig))
+# The options that each stage reads, and which it therefore takes.
+STAGES = {
+    "query": ALL_OPTIONS,
+    "download": (
+        "output_dir",
+        "max_download_workers",
+        "max_retries",
+        "stall_timeout",
+        "archive_url",
+    ),
+    "extract": ("output_dir", "catalog_path", "max_extract_workers", "photometry"),
+    "aggregate": ("output_dir", "max_extract_workers", "num_buckets", "keep_bucket_files"),
+}
 COMMANDS = {
     "demo": "the four stages on a simulated sky, checked against its truth",
     "run": "all four stages",
@@ -41,7 +56,7 @@ a first run, on a simulated sky, with nothing to download:
   spxdask demo
 
 a real one:
-  spxdask run --catalog sources.csv --ra 270 --dec 66.56 --radius 0.1 --bands D3 D4
+  spxdask run --catalog sources.csv --ra 10.685 --dec 41.269 --radius 0.1 --bands D3 D4
 
 exit status: 0 done, 1 some frames failed, 2 wrong usage or input
 """
@@ -58,7 +73,8 @@ FLAGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_plain_number(a) for a in arguments])
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
@@ -74,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nspxdask: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
+
+
+def _plain_number(argument: str) -> str:
+    """Write -1e-5 as -0.00001, which argparse does not take for a flag."""
+    if re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+", argument):
+        return format(Decimal(argument), "f")
+    return argument
 
 
 def _log(verbose: int) -> None:
@@ -102,17 +125,19 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "-v", "--verbose", action="count", default=0, help="say more; twice for every frame"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="spxdask"
+    )
 
     def add(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[common], description=COMMANDS[name])
         command.set_defaults(run=run)
         return command
 
-    _add_options(add("run", _run))
-    for stage in STAGES:
+    _add_options(add("run", _run), ALL_OPTIONS)
+    for stage, names in STAGES.items():
         command = add(stage, _stage)
-        _add_options(command)
+        _add_options(command, names)
         if stage == "extract":
             command.add_argument(
                 "--all", action="store_true", help="measure again what is already measured"
@@ -124,18 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser, names: Collection[str]) -> None:
     run = command.add_argument_group("run")
-    run.add_argument("--config", metavar="FILE", help="YAML file of options; flags overrule it")
+    if "center_ra" in names:
+        run.add_argument("--config", metavar="FILE", help="YAML file of options; flags overrule it")
     run.add_argument(
         "--scheduler", metavar="ADDRESS", help="Dask scheduler to use; default: one of our own"
     )
     for option in fields(BatchConfig):
-        if option.name != "photometry":
+        if option.name in names and option.name != "photometry":
             _add_option(run, option)
-    photometry = command.add_argument_group("photometry")
-    for option in fields(PhotometryConfig):
-        _add_option(photometry, option)
+    if "photometry" in names:
+        photometry = command.add_argument_group("photometry")
+        for option in fields(PhotometryConfig):
+            _add_option(photometry, option)
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
@@ -175,14 +202,14 @@ def _value(text: str) -> int | float | str:
 
 
 def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
-    """Options from the folder's last run if `saved`, then the file, then the flags."""
+    """Return options from the folder's last run or from a file, overruled by the flags."""
     from spxdask.runfolder import RunFolder
 
     values: dict[str, Any] = {}
-    if saved and options.config is None:
+    if saved:
         output = getattr(options, "output_dir", default_of(_field(BatchConfig, "output_dir")))
         values = RunFolder(output).saved_config().to_dict()
-    if options.config is not None:
+    elif options.config is not None:
         values = read_options(options.config)
     given = vars(options)
     values |= {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
@@ -220,8 +247,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
         summary = pipeline.run_all()
     print(summary)
-    if not summary.stages["query"].total:
-        print("no frame covers the field: check centre, radius, bands and mjd_range")
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
 
 

@@ -6,15 +6,18 @@ import math
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
+from dask import delayed
 from dask.delayed import Delayed
 from distributed import Client, LocalCluster, as_completed
 
 from spxdask.config import BatchConfig
-from spxdask.errors import InputError
+from spxdask.errors import InputError, SpxdaskError
 
 DASHBOARD_PORT = 8787
 _NEEDS_GUARD = (
@@ -33,6 +36,7 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise InputError(_NEEDS_GUARD)
     processes = max(1, min(config.max_extract_workers, available_cores()))
+    environment = dict(os.environ)
     try:
         cluster = LocalCluster(
             n_workers=processes,
@@ -43,6 +47,11 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
         )
     except RuntimeError as error:
         raise InputError(f"the worker processes did not start ({error}); {_NEEDS_GUARD}") from error
+    finally:
+        # Dask sets thread counts for its workers, and leaves them set for this process.
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
     with cluster, Client(cluster) as client:
         yield client
 
@@ -69,9 +78,9 @@ def connect(address: str) -> Client:
 
 
 def run_window(
-    client: Client, tasks: Iterator[tuple[Any, Delayed]], window: int
+    client: Client, tasks: Iterator[tuple[Any, Delayed]], window: Callable[[], int]
 ) -> Iterator[tuple[Any, Any]]:
-    """Run delayed tasks, at most `window` of them at once.
+    """Run delayed tasks, so many of them at once as `window` says.
 
     The bound is kept on this side, so it holds however many workers come and go, and
     results are let go as soon as they are here.
@@ -81,42 +90,72 @@ def run_window(
     client : Client
     tasks : iterator of (item, Delayed)
         Taken from only as fast as tasks end.
-    window : int
+    window : callable
+        Asked again each time a task ends, as a cluster may grow.
 
     Yields
     ------
     item, result
         As tasks end. The result is the exception of a task that raised one.
     """
-    tasks = iter(tasks)
     items = {}
     running = as_completed(loop=client.loop)
 
-    def submit() -> None:
-        for item, task in tasks:
+    def fill() -> None:
+        for item, task in islice(tasks, max(window() - len(items), 0)):
             future = client.compute(task, optimize_graph=False)
             items[future.key] = item
             running.add(future)
-            return
 
     try:
-        for _ in range(window):
-            submit()
+        fill()
         for future in running:
             item = items.pop(future.key)
             failed = future.status != "finished"
             result = future.exception() if failed else future.result()
             future.release()
-            submit()
+            fill()
             yield item, result
     finally:
         for future in list(running.futures):
             future.cancel()
 
 
-def run_one(client: Client, task: Delayed) -> Any:
-    """Run one delayed task and return its result."""
-    return client.compute(task, optimize_graph=False).result()
+def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> Any:
+    """Run one call on the cluster and return its result or raise its error.
+
+    Errors of ours travel as values: Dask would log them, with a traceback, where the
+    user sees it.
+    """
+    task = delayed(_error_as_value, pure=False)(function, *arguments, dask_key_name=key)
+    result = client.compute(task, optimize_graph=False).result()
+    if isinstance(result, SpxdaskError):
+        raise result
+    return result
+
+
+def _error_as_value(function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except SpxdaskError as error:
+        return error
+
+
+def busy_threads(client: Client) -> Callable[[], int]:
+    """Return a window that keeps every thread of a cluster busy, and the next task at hand.
+
+    The scheduler is asked at most once a second.
+    """
+    asked, window = -math.inf, 0
+
+    def look() -> int:
+        nonlocal asked, window
+        if time.monotonic() - asked > 1.0:
+            window = 2 * max(1, sum(client.nthreads().values()))
+            asked = time.monotonic()
+        return window
+
+    return look
 
 
 def _free_port(port: int) -> int:

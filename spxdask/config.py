@@ -7,6 +7,7 @@ command line's flags and the commented template that ``spxdask config`` writes.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import textwrap
@@ -344,6 +345,23 @@ class PhotometryConfig(_Options):
                 f"zodi_scale_max is {self.zodi_scale_max!r}; allowed is a number above "
                 f"zodi_scale_min, which is {self.zodi_scale_min!r}"
             )
+
+        radius = self.aperture_diameter / 2
+        height, width = self.window_shape
+        if self.aperture_method == "fixed" and self.background_method == "annulus":
+            if radius + self.annulus_inner_offset >= self.max_outer_radius:
+                raise ConfigError(
+                    f"max_outer_radius is {self.max_outer_radius!r}; allowed is a number above "
+                    "aperture_diameter / 2 + annulus_inner_offset, which is "
+                    f"{radius + self.annulus_inner_offset!r}"
+                )
+        elif self.aperture_method == "fixed":
+            room = height * width - math.pi * (radius + 0.707) ** 2
+            if room < self.min_usable_pixels:
+                raise ConfigError(
+                    f"window_size is {self.window_size!r}; allowed is one that has "
+                    f"min_usable_pixels, {self.min_usable_pixels}, outside the aperture"
+                )
 
     @property
     def window_shape(self) -> tuple[int, int]:

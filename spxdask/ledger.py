@@ -28,7 +28,7 @@ class Outcome:
     seconds : float
         Time in the task.
     bytes : int
-        Bytes fetched.
+        Bytes fetched, or written as a table.
     attempts : int
         Requests a download took.
     rows : int

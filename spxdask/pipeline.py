@@ -6,7 +6,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 from dask.delayed import Delayed
 from distributed import Client, as_completed
 
-from spxdask.cluster import connect, embedded_client, run_one, run_window
+from spxdask.cluster import busy_threads, connect, embedded_client, run_one, run_window
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError, RunFolderError, SpxdaskError
 from spxdask.ledger import Outcome
@@ -83,6 +83,8 @@ class BatchPipeline:
             raise ConfigError(f"config is {config!r}; allowed is a BatchConfig")
         if client is not None and scheduler is not None:
             raise ConfigError("give a client or a scheduler's address, not both")
+        if client is not None and (not isinstance(client, Client) or client.asynchronous):
+            raise ConfigError(f"client is {client!r}; allowed is a synchronous distributed.Client")
         self.config = config
         self.folder = RunFolder(config.output_dir)
         self.reports: dict[str, StageReport] = {}
@@ -91,9 +93,7 @@ class BatchPipeline:
         self._scheduler = scheduler
         self._client: Client | None = None
         self._open = ExitStack()
-        self._progress: Progress = (
-            progress if not isinstance(progress, bool) else Bars() if progress else Silent()
-        )
+        self._progress: Progress = Bars() if progress is True else progress or Silent()
 
     def __enter__(self) -> BatchPipeline:
         self._open.enter_context(self._cluster())
@@ -151,11 +151,11 @@ class BatchPipeline:
         # First, so that a mistake in it costs no query.
         _ = self.catalogue
         with self._stage("query", 1, "query") as (report, client):
-            task = dask.delayed(query.find_observations)(
-                self.config, dask_key_name=("query", uuid.uuid4().hex)
+            found = run_one(
+                client, query.find_observations, self.config, key=("query", uuid.uuid4().hex)
             )
-            found = run_one(client, task)
             self.folder.save_query(found, self.config)
+            self.folder.save_config(self.config)
             report.total = report.done = len(found)
             report.bytes = sum(o.size_bytes or 0 for o in found)
             self._progress.advance()
@@ -174,15 +174,19 @@ class BatchPipeline:
         options = download.FetchOptions(
             max_retries=self.config.max_retries, stall_timeout=self.config.stall_timeout
         )
-        missing = [o for o in observations if not download.is_complete(o, images)]
-        with self._stage("download", len(missing), "frames") as (report, client):
+        with self._stage("download", len(observations), "frames") as (report, client):
             report.total = len(observations)
-            report.reused = len(observations) - len(missing)
-            tasks = (
-                (o.filename, _task("download", download.download, o.filename, o, images, options))
-                for o in _walk(_bag(missing))
-            )
-            self._collect(client, report, tasks, self.config.max_download_workers)
+
+            def tasks() -> Iterator[tuple[str, Delayed]]:
+                for o in _walk(_bag(observations)):
+                    if download.is_complete(o, images):
+                        report.reused += 1
+                        self._progress.advance()
+                    else:
+                        call = (download.download, o.filename, o, images, options)
+                        yield o.filename, _task("download", *call)
+
+            self._collect(client, report, tasks(), lambda: self.config.max_download_workers)
         return report
 
     def run_extract(self, skip_existing: bool = True) -> StageReport:
@@ -200,42 +204,29 @@ class BatchPipeline:
             Failed frames, and those not on disk, are in it with their reasons.
         """
         observations = self._observations()
-        options = extract.ExtractOptions(
-            catalogue=str(self.folder.save_catalogue(self.catalogue)),
-            photometry=self.config.photometry,
-            fingerprint=self._fingerprint,
-            serial=self._embedded,
-        )
-        todo, reused, absent = [], [], {}
-        for observation in observations:
-            outcome = self._measured(observation) if skip_existing else None
-            if outcome is not None:
-                reused.append(outcome)
-            elif download.is_complete(observation, str(self.folder.images)):
-                todo.append(observation)
-            else:
-                absent[observation.filename] = self._why_absent(observation)
-        with self._stage("extract", len(todo), "frames") as (report, client):
+        images, per_image = self.folder.images, str(self.folder.per_image)
+        with self._stage("extract", len(observations), "frames") as (report, client):
             report.total = len(observations)
-            report.failed |= absent
-            for outcome in reused:
-                report.reused += 1
-                _account(report, outcome)
-            tasks = (
-                (
-                    o.filename,
-                    _task(
-                        "extract",
-                        extract.extract,
-                        o.filename,
-                        str(self.folder.images / o.filename),
-                        str(self.folder.per_image),
-                        options,
-                    ),
-                )
-                for o in _walk(_bag(todo))
+            options = extract.ExtractOptions(
+                catalogue=str(self.folder.save_catalogue(self.catalogue)),
+                photometry=self.config.photometry,
+                fingerprint=self._fingerprint,
+                serial=self._embedded,
             )
-            self._collect(client, report, tasks, _extract_window(client))
+
+            def tasks() -> Iterator[tuple[str, Delayed]]:
+                for o in _walk(_bag(observations)):
+                    outcome = self._measured(o) if skip_existing else None
+                    if outcome is not None:
+                        report.reused += 1
+                        self._account(report, outcome)
+                    elif not download.is_complete(o, str(images)):
+                        self._account(report, self._absent(o))
+                    else:
+                        call = (extract.extract, o.filename, str(images / o.filename), per_image)
+                        yield o.filename, _task("extract", *call, options)
+
+            self._collect(client, report, tasks(), busy_threads(client))
         return report
 
     def run_aggregate(self) -> StageReport:
@@ -261,12 +252,14 @@ class BatchPipeline:
             buckets.mkdir(parents=True, exist_ok=True)
         with self._stage("aggregate", self.config.num_buckets, "buckets") as (report, client):
             groups = aggregate.group(found)
-            written = pd.DataFrame({"target_id": [], "rows": []})
+            written = aggregate.WRITTEN
             if groups:
-                frame = aggregate.light_curves(
-                    groups, str(folder), str(buckets) if keep else None, self.config.num_buckets
-                )
-                written = self._write(client, frame)
+                # The graph of a shuffle is tied to the client that is current.
+                with client.as_current():
+                    frame = aggregate.light_curves(
+                        groups, str(folder), str(buckets) if keep else None, self.config.num_buckets
+                    )
+                    written = self._write(client, frame)
             report.rows = int(written["rows"].sum())
             report.total = report.done = len(written)
             expected = [table.rows for table in found]
@@ -276,9 +269,8 @@ class BatchPipeline:
                     "the light curves are not to be trusted, run aggregate again"
                 )
             # What the disk says counts, not what the tasks said of it.
-            missing = aggregate.keep_only(
-                str(folder), {aggregate.light_curve_name(t) for t in written["target_id"]}
-            )
+            names = {aggregate.light_curve_name(t) for t in written["target_id"]}
+            missing = aggregate.keep_only(str(folder), names, aggregate.is_light_curve)
             if missing:
                 raise SpxdaskError(
                     f"{len(missing):,} light curves were written and are not in {folder}, "
@@ -286,7 +278,8 @@ class BatchPipeline:
                 )
             if buckets.exists():
                 names = {aggregate.bucket_name(n) for n in range(self.config.num_buckets)}
-                aggregate.keep_only(str(buckets), names if keep and groups else set())
+                names = names if keep and groups else set()
+                aggregate.keep_only(str(buckets), names, aggregate.is_bucket)
         return report
 
     def run_all(self) -> RunSummary:
@@ -297,15 +290,16 @@ class BatchPipeline:
         RunSummary
             Its text is what the command line prints.
         """
+        self.reports = {}
         with self:
-            self.run_query()
-            self.run_download()
-            self.run_extract()
-            aggregated = self.run_aggregate()
+            # Nothing found is more often a mistake than a reason to drop light curves.
+            if self.run_query():
+                self.run_download()
+                self.run_extract()
+                self.run_aggregate()
         self.summary = RunSummary(
-            stages=dict(self.reports),
+            stages=self.reports,
             n_sources=len(self.catalogue),
-            n_measured=aggregated.total,
             output=str(self.folder.path),
         )
         return self.summary
@@ -331,10 +325,11 @@ class BatchPipeline:
     @contextmanager
     def _stage(self, name: str, total: int, unit: str) -> Iterator[tuple[StageReport, Client]]:
         """Time a stage and keep its report."""
-        self.folder.prepare(self.config)
         report = StageReport(stage=name)
         started = time.monotonic()
-        with self._cluster() as client:
+        with self.folder.locked(), self._cluster() as client:
+            if name != "query":
+                self.folder.save_config(self.config)
             self._progress.start(name, total, unit)
             try:
                 yield report, client
@@ -348,7 +343,7 @@ class BatchPipeline:
         client: Client,
         report: StageReport,
         tasks: Iterator[tuple[str, Delayed]],
-        window: int,
+        window: Callable[[], int],
     ) -> None:
         """Run the tasks of a stage, and put what became of each in ledger and report."""
         for filename, outcome in run_window(client, tasks, window):
@@ -359,11 +354,22 @@ class BatchPipeline:
                     filename=filename,
                     status="failed",
                     reason=f"{type(outcome).__name__}: {outcome}",
+                    fingerprint=self._fingerprint if report.stage == "extract" else None,
                 )
             self.folder.ledger.add(outcome)
-            _account(report, outcome)
             report.done += outcome.status == "done"
-            self._progress.advance(failed=outcome.status == "failed")
+            self._account(report, outcome)
+
+    def _account(self, report: StageReport, outcome: Outcome) -> None:
+        """Add what became of a frame to the report."""
+        report.rows += outcome.rows
+        report.bytes += outcome.bytes
+        report.skipped.update(outcome.skipped)
+        if outcome.warnings:
+            report.warnings[outcome.filename] = outcome.warnings
+        if outcome.status == "failed":
+            report.failed[outcome.filename] = outcome.reason
+        self._progress.advance(failed=outcome.status == "failed")
 
     def _write(self, client: Client, frame) -> pd.DataFrame:
         """Compute the light curves, partition by partition as they end."""
@@ -373,12 +379,18 @@ class BatchPipeline:
             for _, result in as_completed(futures, with_results=True):
                 written.append(result)
                 self._progress.advance()
+        except RuntimeError as error:
+            # A shuffle tells of a table that cannot be read as of its own failure.
+            if isinstance(error.__cause__, SpxdaskError):
+                raise error.__cause__ from None
+            raise
         finally:
             client.cancel(futures)
         return pd.concat(written, ignore_index=True)
 
     def _observations(self) -> list[Observation]:
-        observations = self.folder.load_observations()
+        """Return the last query's frames, at the archive that the configuration names."""
+        observations = self.folder.load_observations(self.config)
         if observations is None:
             raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
         return observations
@@ -396,38 +408,55 @@ class BatchPipeline:
             and outcome.status == "done"
             and outcome.fingerprint == self._fingerprint
             and table.exists()
+            and table.stat().st_size == outcome.bytes
         ):
             return outcome
         return None
 
-    def _why_absent(self, observation: Observation) -> str:
-        outcome = self.folder.ledger.get("download", observation.filename)
-        if outcome is not None and outcome.status == "failed":
-            return f"not downloaded: {outcome.reason}"
-        return "not downloaded: run download first"
+    def _absent(self, observation: Observation) -> Outcome:
+        """Put it down that a frame cannot be measured as it is not on disk."""
+        fetched = self.folder.ledger.get("download", observation.filename)
+        failed = fetched is not None and fetched.status == "failed"
+        outcome = Outcome(
+            stage="extract",
+            filename=observation.filename,
+            status="failed",
+            reason=f"not downloaded: {fetched.reason if failed else 'run download first'}",
+            fingerprint=self._fingerprint,
+        )
+        self.folder.ledger.add(outcome)
+        return outcome
 
     def _tables(self) -> list[aggregate.Table]:
         """The per-image tables to aggregate, and how many rows each must have."""
-        observations = self.folder.load_observations()
-        if observations is None:
+        if not self.folder.observations.exists():
             paths = sorted(self.folder.per_image.glob("*_photometry.csv"))
             if not paths:
                 raise RunFolderError(f"no per-image tables in {self.folder.per_image}: run extract")
             return [aggregate.Table(path=str(path), rows=None) for path in paths]
         found, stale = [], []
-        for observation in observations:
+        for observation in self._observations():
             path = self.folder.per_image / extract.table_name(observation.filename)
             outcome = self._measured(observation)
             if outcome is not None:
                 found.append(aggregate.Table(path=str(path), rows=outcome.rows))
-            elif path.exists():
+            elif path.exists() and not self._failed(observation):
                 stale.append(path.name)
         if stale:
             raise RunFolderError(
-                f"{len(stale)} of {len(observations)} per-image tables were made with another "
-                f"catalogue or other options, {stale[0]} for one: run extract first"
+                f"{len(stale)} per-image tables are not those of this catalogue and these "
+                f"options, or were changed since, {stale[0]} for one: run extract first"
             )
         return found
+
+    def _failed(self, observation: Observation) -> bool:
+        """Tell whether a frame was tried with this catalogue and these options, in vain."""
+        outcome = self.folder.ledger.get("extract", observation.filename)
+        return (
+            outcome is not None
+            and outcome.status == "failed"
+            and outcome.fingerprint == self._fingerprint
+        )
 
 
 def run_batch(
@@ -498,18 +527,3 @@ def _task(stage: str, function, filename: str, *arguments: Any) -> Delayed:
     """
     key = (stage, f"{Path(filename).stem}-{uuid.uuid4().hex[:8]}")
     return dask.delayed(function, pure=False)(*arguments, dask_key_name=key)
-
-
-def _extract_window(client: Client) -> int:
-    """Frames in flight while extracting: every thread busy, and the next frame at hand."""
-    return 2 * max(1, sum(client.nthreads().values()))
-
-
-def _account(report: StageReport, outcome: Outcome) -> None:
-    report.rows += outcome.rows
-    report.bytes += outcome.bytes
-    report.skipped.update(outcome.skipped)
-    if outcome.warnings:
-        report.warnings[outcome.filename] = outcome.warnings
-    if outcome.status == "failed":
-        report.failed[outcome.filename] = outcome.reason

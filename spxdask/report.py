@@ -54,16 +54,20 @@ class RunSummary:
     ----------
     stages : dict of str to StageReport
         Those that ran, by name.
-    n_sources, n_measured : int
-        Sources in the catalogue, and those with a light curve.
+    n_sources : int
+        Sources in the catalogue.
     output : str
         The output folder.
     """
 
     stages: dict[str, StageReport]
     n_sources: int
-    n_measured: int
     output: str
+
+    @property
+    def n_measured(self) -> int:
+        """Sources with a light curve."""
+        return self.stages["aggregate"].total if "aggregate" in self.stages else 0
 
     @property
     def failed(self) -> dict[str, str]:
@@ -101,7 +105,9 @@ def describe(report: StageReport) -> str:
     rate = max(report.seconds, 1e-9)
     kept = f" ({report.reused:,} already there)" if report.reused else ""
     if report.stage == "query":
-        text = f"{report.total:,} frames found, {report.bytes / 1e9:.2f} GB"
+        text = f"{report.total:,} frames found, {report.bytes / 1e9:.3g} GB"
+        if not report.total:
+            text = "no frame covers the field: check centre, radius, bands and mjd_range"
         speed = ""
     elif report.stage == "download":
         text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import json
+import logging
 import os
+import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +26,8 @@ from spxdask.ledger import Ledger
 from spxdask.observation import Observation
 from spxdask.science.catalogue import Catalogue
 from spxdask.storage import remove_parts, whole_file
+
+logger = logging.getLogger(__name__)
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -41,16 +48,47 @@ class RunFolder:
         self.config = self.state / "config.yaml"
         self.observations = self.state / "observations.parquet"
 
-    def prepare(self, config: BatchConfig) -> None:
-        """Make the folder, keep the configuration in it, clear what killed writers left."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it for as long as the block lasts.
+
+        Raises
+        ------
+        RunFolderError
+            If the folder cannot be made, or another run is at work in it.
+        """
         try:
-            for folder in (
-                self.path, self.images, self.per_image, self.lightcurves, self.state
-            ):  # fmt: skip
+            for folder in (self.images, self.per_image, self.lightcurves, self.state):
                 folder.mkdir(parents=True, exist_ok=True)
-                remove_parts(folder)
+            lock = open(self.state / "lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise RunFolderError(
+                    f"another run is at work in {self.path} ({lock.read().strip()}); wait for "
+                    "its end, or give this one another output_dir"
+                ) from error
+            except OSError as error:
+                # Some network file systems have no locks.
+                logger.warning("%s cannot be locked: %s", self.path, error.strerror)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            for folder in (self.path, self.images, self.per_image, self.lightcurves, self.state):
+                remove_parts(folder)
+            yield
+
+    def save_config(self, config: BatchConfig) -> None:
+        """Keep the configuration for later stages, wherever they are started from."""
+        config = dataclasses.replace(
+            config,
+            output_dir=str(self.path),
+            catalog_path=os.path.abspath(config.catalog_path),
+        )
         with whole_file(self.config) as part:
             config.to_yaml(part)
 
@@ -61,7 +99,8 @@ class RunFolder:
                 f"{self.path} is not the output folder of a run: start with `spxdask run` or "
                 "`spxdask query`, or name the folder with --output"
             )
-        return BatchConfig.from_yaml(self.config)
+        # The folder may have been moved.
+        return dataclasses.replace(BatchConfig.from_yaml(self.config), output_dir=str(self.path))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -84,16 +123,42 @@ class RunFolder:
         names = [option.name for option in dataclasses.fields(Observation)]
         columns = {name: [getattr(o, name) for o in observations] for name in names}
         with whole_file(self.observations) as part:
-            pq.write_table(pa.table(columns, schema=_OBSERVATION_SCHEMA), part)
+            asked = {"query": json.dumps(_query_options(config))}
+            schema = _OBSERVATION_SCHEMA.with_metadata(asked)
+            pq.write_table(pa.table(columns, schema=schema), part)
         with whole_file(self.query_summary) as part, open(part, "w", encoding="utf-8") as file:
             summary = summarise(observations, config)
             yaml.dump(summary, file, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
 
-    def load_observations(self) -> list[Observation] | None:
-        """Return the last query's result, None before the first."""
+    def load_observations(self, config: BatchConfig) -> list[Observation] | None:
+        """Return the last query's result, None before the first.
+
+        Raises
+        ------
+        RunFolderError
+            If it is the result of another query than the configuration asks for.
+        """
         if not self.observations.exists():
             return None
-        return [Observation(**row) for row in pq.read_table(self.observations).to_pylist()]
+        table = pq.read_table(self.observations)
+        asked = json.loads(table.schema.metadata[b"query"])
+        for name, value in _query_options(config).items():
+            if asked[name] != value:
+                raise RunFolderError(
+                    f"the frames in {self.path} were found with {name} {asked[name]!r}, the "
+                    f"configuration says {value!r}: run query first"
+                )
+        return [
+            Observation(**row | {"download_url": f"{config.archive_url}/{row['uri']}"})
+            for row in table.to_pylist()
+        ]
+
+
+def _query_options(config: BatchConfig) -> dict[str, Any]:
+    """Return the options that decide which frames are found."""
+    options = config.to_dict()
+    names = ("center_ra", "center_dec", "radius", "coverage_mode", "bands", "mjd_range", "release")
+    return {name: options[name] for name in names}
 
 
 _OBSERVATION_SCHEMA = pa.schema(

@@ -76,6 +76,20 @@ def test_stages_find_the_saved_configuration(run, tmp_path):
     assert "already there" not in out
 
 
+def test_stages_take_only_the_options_they_read(run):
+    assert run("query", *FIELD)[0] == 0
+    status, _, err = run("download", "--bands", "D1")
+    assert status == 2
+    assert "--bands" in err
+
+
+def test_small_negative_coordinates(run, tmp_path):
+    arguments = ["run", *FIELD[:4], "--dec", "-1e-5", *FIELD[6:]]
+    assert run(*arguments)[0] == 0
+    summary = yaml.safe_load((tmp_path / "batch_output" / "query_summary.yaml").read_text())
+    assert summary["region"]["center_dec"] == -1e-5
+
+
 def test_failed_frames_show_in_the_exit_status(run, frames):
     uri = frames[1][0].exposure.uri
     run.archive.add_faults(uri, [Fault(status=404)])

@@ -318,6 +318,9 @@ PHOTOMETRY = st.fixed_dictionaries(
         "pixel_scale_fallback": between(0, 1000, exclude_min=True),
         "bad_flags": st.lists(st.integers(0, 31)),
     },
+).map(
+    # A fixed aperture has to leave room for its background; that is tested by itself.
+    lambda options: {k: v for k, v in options.items() if k != "aperture_method" or v == "fwhm"}
 )
 PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text) | st.sampled_from(
     [
@@ -501,3 +504,19 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     path.write_text("\n".join([*lines, "radius: 2"]))
     with pytest.raises(ConfigError, match="radius is given more than once"):
         BatchConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"aperture_diameter": 10.0, "background_method": "annulus"},
+            "max_outer_radius is 5.0; allowed is a number above",
+        ),
+        ({"aperture_diameter": 8.0, "window_size": 8}, "window_size is 8; allowed is one that has"),
+    ],
+)
+def test_fixed_apertures_leave_room_for_their_background(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        PhotometryConfig(aperture_method="fixed", **options)
+    assert PhotometryConfig(aperture_method="fwhm", **options)

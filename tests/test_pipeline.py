@@ -261,7 +261,7 @@ def test_other_options_and_catalogues_never_mix(make_config, client):
 
     fixed = make_config(photometry=PhotometryConfig(aperture_method="fixed"))
     second = BatchPipeline(fixed, client=client)
-    with pytest.raises(RunFolderError, match="6 of 6 per-image tables were made with another"):
+    with pytest.raises(RunFolderError, match="6 per-image tables are not those of this catalogue"):
         second.run_aggregate()
     assert contents(first.folder.lightcurves) == old
     assert second.run_extract().done == 6
@@ -278,6 +278,67 @@ def test_other_options_and_catalogues_never_mix(make_config, client):
     assert summary.n_sources == summary.n_measured == 3
     # Nothing is left of the sources that are gone.
     assert len(list(third.folder.lightcurves.iterdir())) == 3
+
+
+def test_a_frame_that_fails_does_not_hold_up_new_options(make_config, client):
+    first = BatchPipeline(make_config(), client=client)
+    rows = first.run_all().stages["extract"].rows
+    broken = next(first.folder.images.iterdir())
+    data = bytearray(broken.read_bytes())
+    data[:2880] = bytes(2880)
+    broken.write_bytes(data)
+    fixed = make_config(photometry=PhotometryConfig(aperture_method="fixed"))
+    second = BatchPipeline(fixed, client=client)
+    summary = second.run_all()
+    assert list(summary.failed) == [broken.name]
+    assert 0 < summary.stages["aggregate"].rows < rows
+    # The next run fetches it again.
+    assert BatchPipeline(fixed, client=client).run_all().stages["aggregate"].rows == rows
+
+
+def test_a_table_that_was_changed_is_made_again(make_config, client):
+    pipeline = BatchPipeline(make_config(), client=client)
+    pipeline.run_all()
+    before = contents(pipeline.folder.lightcurves)
+    table = max(pipeline.folder.per_image.iterdir(), key=lambda path: path.stat().st_size)
+    table.write_bytes(table.read_bytes()[:1000])
+    with pytest.raises(RunFolderError, match=f"{table.name} for one: run extract first"):
+        pipeline.run_aggregate()
+    assert pipeline.run_all().stages["extract"].done == 1
+    assert contents(pipeline.folder.lightcurves) == before
+
+
+def test_files_of_the_user_stay(make_config, client):
+    pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
+    pipeline.run_all()
+    (pipeline.folder.lightcurves / "notes.txt").write_text("mine")
+    (pipeline.folder.lightcurves / "star.csv").write_text("a,b\n1,2\n")
+    curves = contents(pipeline.folder.lightcurves)
+    pipeline.run_aggregate()
+    assert contents(pipeline.folder.lightcurves) == curves
+    # Finding nothing is a mistake more often than not.
+    BatchPipeline(make_config(center_dec=-60.0), client=client).run_all()
+    assert contents(pipeline.folder.lightcurves) == curves
+
+
+def test_two_runs_in_one_folder(make_config, client):
+    pipeline = BatchPipeline(make_config(), client=client)
+    said = f"another run is at work .*process {os.getpid()}"
+    with pipeline.folder.locked(), pytest.raises(RunFolderError, match=said):
+        BatchPipeline(make_config(), client=client).run_query()
+    assert BatchPipeline(make_config(), client=client).run_query()
+
+
+def test_stages_of_another_query_are_refused(make_config, client):
+    BatchPipeline(make_config(bands=["D3"]), client=client).run_query()
+    other = BatchPipeline(make_config(bands=["D4"]), client=client)
+    with pytest.raises(RunFolderError, match=r"found with bands \['D3'\], the configuration says"):
+        other.run_download()
+
+
+def test_client_that_is_not_the_default(make_config, client):
+    with Client(client.scheduler.address, set_as_default=False) as own:
+        assert BatchPipeline(make_config(bands=["D6"]), client=own).run_all().n_measured > 0
 
 
 def test_frame_without_sources_leaves_a_header(make_config, client, tmp_path):
@@ -323,8 +384,9 @@ def test_one_bad_frame_does_not_cost_the_run(make_config, client, survey):
         aggregated = pipeline.run_aggregate()
         assert aggregated.rows == extracted.rows > 0
 
-        # The next run has what the archive did not give; the broken one is whole on disk.
-        path.unlink()
+        # The next run has what the archive did not give, and what broke here.
+        assert not path.exists()
+        assert path.with_name(f"{path.name}.unreadable").exists()
         summary = BatchPipeline(config, client=client).run_all()
     assert summary.failed == {}
     assert summary.stages["download"].done == 2
@@ -395,7 +457,8 @@ def test_nothing_found_is_said(make_config, client):
     pipeline = BatchPipeline(make_config(center_dec=-60.0), client=client)
     summary = pipeline.run_all()
     assert summary.stages["query"].total == 0
-    assert "0 frames found" in str(summary)
+    assert "no frame covers the field" in str(summary)
+    assert list(summary.stages) == ["query"]
     assert load_query_summary(pipeline.config.output_dir)["n_observations"] == 0
     assert pipeline.observations.count().compute(scheduler="sync") == 0
 
@@ -444,6 +507,8 @@ def test_usage_errors(make_config, client):
     config = make_config()
     with pytest.raises(ConfigError, match="not both"):
         BatchPipeline(config, client=client, scheduler="tcp://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="allowed is a synchronous"):
+        BatchPipeline(config, client="tcp://127.0.0.1:1")
     with pytest.raises(ConfigError, match="allowed is a BatchConfig"):
         BatchPipeline({"radius": 1})
     with pytest.raises(ConfigError, match="not both: radius"):

@@ -186,7 +186,10 @@ def _corner(x, y, r):
 
 @njit(**_COMPILE)
 def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_variance):
-    """Exact-fraction sums in a circle, and the flags of the pixel centres within it."""
+    """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
+
+    The sums are NaN when a pixel inside is not finite, or the circle leaves the frame.
+    """
     ny, nx = image.shape
     low_column, high_column = max(math.floor(x - r + 0.5), 0), min(math.ceil(x + r - 0.5), nx - 1)
     low_row, high_row = max(math.floor(y - r + 0.5), 0), min(math.ceil(y + r - 0.5), ny - 1)
@@ -219,7 +222,8 @@ def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_varianc
                 repaired = repaired or flag != 0
             total += fraction * (value * unit)
             total_variance += fraction * (v * unit * unit)
-    if not (_is_finite(total) and _is_finite(total_variance)):
+    outside = x - r < -0.5 or y - r < -0.5 or x + r > nx - 0.5 or y + r > ny - 0.5
+    if outside or not (_is_finite(total) and _is_finite(total_variance)):
         total = total_variance = math.nan
     return total, total_variance, flag_or, repaired
 
@@ -336,11 +340,14 @@ def _clipped(values, size, sigma, iterations, scratch):
     count, mean, deviation = _moments(values, size, low, high, mean, first, second)
     for _ in range(iterations):
         limit = sigma * deviation
-        low, high = max(low, mean - limit), min(high, mean + limit)
-        before = count
-        count, mean, deviation = _moments(values, size, low, high, mean, first, second)
-        if count == before:
+        inner_low, inner_high = max(low, mean - limit), min(high, mean + limit)
+        left, left_mean, left_deviation = _moments(
+            values, size, inner_low, inner_high, mean, first, second
+        )
+        # A round that would leave nothing, as those below one sigma can, is not done.
+        if left == 0 or left == count:
             break
+        low, high, count, mean, deviation = inner_low, inner_high, left, left_mean, left_deviation
     return _median(values, size, low, high, count, mean, deviation, scratch), deviation
 
 

@@ -10,9 +10,11 @@ configured flag bits.
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
 - **Background**: median, after clipping about the mean, of usable pixels in a window or
-  an annulus; its error is their standard deviation / sqrt(number before clipping).
+  an annulus; its error is their standard deviation / sqrt(number before clipping). A
+  round of clipping that would leave no pixel is not done.
 - **Flux**: exact-fraction sum of I' in the circle minus background x pi r^2, times the
   pixel area; the error adds the variances so summed and (background error x pi r^2)^2.
+  Both are NaN when a pixel inside is not finite, or the circle leaves the frame.
 - **Magnitude**: AB, -2.5 log10(f_nu / (erg s^-1 cm^-2 Hz^-1)) - 48.6.
 - **Flag**: bitwise OR over pixels whose centre is within r.
 """

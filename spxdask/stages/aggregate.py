@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,10 @@ def read_tables(group: Sequence[Table]) -> pd.DataFrame:
     """Read a group of per-image tables; raise FrameError for one that lost rows."""
     read = []
     for table in group:
-        rows = tables.read_lines(table.path)
+        try:
+            rows = tables.read_lines(table.path)
+        except pa.ArrowException as error:
+            raise FrameError(f"{table.path} is not a per-image table: {error}") from error
         if table.rows is not None and len(rows) != table.rows:
             raise FrameError(
                 f"{table.path} has {len(rows)} rows, {table.rows} were measured; extract it again"
@@ -161,8 +164,8 @@ def bucket_name(number: int) -> str:
     return f"bucket-{number:05d}.parquet"
 
 
-def keep_only(folder: str, names: set[str]) -> set[str]:
-    """Remove from a folder the files of other names, which an older run left.
+def keep_only(folder: str, names: set[str], is_ours: Callable[[Path], bool]) -> set[str]:
+    """Remove from a folder what an older run left there; a user's own files stay.
 
     Returns
     -------
@@ -174,6 +177,18 @@ def keep_only(folder: str, names: set[str]) -> set[str]:
         for entry in entries:
             if entry.name in names:
                 missing.discard(entry.name)
-            elif entry.is_file(follow_symlinks=False):
+            elif entry.is_file(follow_symlinks=False) and is_ours(Path(entry.path)):
                 os.unlink(entry.path)
     return missing
+
+
+def is_light_curve(path: Path) -> bool:
+    """Tell whether a file is a light curve that we wrote, by its first line."""
+    header = tables.csv_header(tables.LIGHT_CURVE)
+    with open(path, "rb") as file:
+        return path.suffix == ".csv" and file.read(len(header)) == header
+
+
+def is_bucket(path: Path) -> bool:
+    """Tell whether a file is named as a kept partition is."""
+    return path.suffix == ".parquet" and path.stem.startswith("bucket-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import threading
 import time
 from contextlib import nullcontext
@@ -83,16 +84,16 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     """
     started = time.monotonic()
     filename = Path(image).name
-    rows, skipped, warnings, reason = 0, {}, (), None
+    rows, size, skipped, warnings, reason = 0, 0, {}, (), None
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            frame = open_frame(image)
+            frame = _open(image)
             columns, skipped, warnings = measure_catalogue(
                 frame, _catalogue(options.catalogue), options.photometry
             )
             rows = len(columns["target_id"])
             with whole_file(Path(per_image) / table_name(filename)) as part:
-                part.write_bytes(
+                size = part.write_bytes(
                     tables.csv_header(tables.PER_IMAGE)
                     + tables.lines_to_bytes(tables.csv_lines(columns))
                 )
@@ -108,11 +109,25 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
         status="failed" if reason else "done",
         reason=reason,
         seconds=time.monotonic() - started,
+        bytes=0 if reason else size,
         rows=0 if reason else rows,
         skipped=skipped,
         warnings=warnings,
         fingerprint=options.fingerprint,
     )
+
+
+def _open(image: str) -> Frame:
+    """Open a frame; set one aside that does not open, so that it is fetched again.
+
+    It did open when it was fetched, so what is wrong with it happened here.
+    """
+    try:
+        return open_frame(image)
+    except FrameError as error:
+        aside = f"{image}.unreadable"
+        os.replace(image, aside)
+        raise FrameError(f"{error}; set aside as {Path(aside).name}") from error
 
 
 def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: PhotometryConfig):

@@ -328,3 +328,29 @@ def test_errors_are_the_scatter_for_wide_apertures_and_cautious_for_small():
         scatter[diameter] = np.std(columns["flux"] / columns["flux_error"])
     assert scatter[2.12] == pytest.approx(0.79, abs=0.05)
     assert scatter[8.0] == pytest.approx(0.96, abs=0.05)
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 0.01, 0.1, 0.9])
+def test_clipping_that_would_leave_nothing_stops(sigma):
+    frame = make_frame(13)
+    ra, dec = frame.wcs.pixel_to_sky(*positions(13, 20))
+    config = PhotometryConfig(bg_sigma_clip_sigma=sigma, bg_sigma_clip_maxiters=50)
+    columns = photometry.measure(frame, ra, dec, config).columns
+    assert np.isfinite(columns["bg_level"]).all()
+    unclipped = photometry.measure(
+        frame, ra, dec, PhotometryConfig(bg_sigma_clip_maxiters=0)
+    ).columns
+    assert (columns["bg_error"] <= unclipped["bg_error"]).all()
+
+
+def test_circle_that_leaves_the_frame_has_no_flux():
+    """Only a wide fwhm aperture can: the margin does not know its radius."""
+    ones = np.ones((SIZE, SIZE), ">f4")
+    frame = dataclasses.replace(make_frame(14), image=ones, variance=ones, zodi=ones)
+    x, y = np.array([80.0, 15.5, 80.0]), np.array([80.0, 80.0, 143.5])
+    ra, dec = frame.wcs.pixel_to_sky(x, y)
+    config = PhotometryConfig(window_size=29, fwhm_multiplier=39.0, min_usable_pixels=1)
+    got = photometry.measure(frame, ra, dec, config).columns
+    assert 16 < got["aperture_radius"][0] < 17
+    assert np.isnan(got["flux"]).tolist() == np.isnan(got["flux_error"]).tolist()
+    assert np.isnan(got["flux"]).tolist() == [False, True, True]

@@ -130,9 +130,20 @@ def test_empty_partition(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keep_only(tmp_path):
-    for name in ("a.csv", "b.csv", ".b.csv.123.part"):
-        (tmp_path / name).touch()
+def test_keep_only_spares_what_is_not_ours(tmp_path):
+    ours = tables.csv_header(tables.LIGHT_CURVE)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_bytes(ours + b"x\n")
+    (tmp_path / "star.csv").write_text("ra,dec\n1,2\n")
+    (tmp_path / "notes.txt").write_bytes(ours)
     (tmp_path / "folder").mkdir()
-    assert aggregate.keep_only(str(tmp_path), {"a.csv", "c.csv"}) == {"c.csv"}
-    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "folder"}
+    missing = aggregate.keep_only(str(tmp_path), {"a.csv", "c.csv"}, aggregate.is_light_curve)
+    assert missing == {"c.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "star.csv", "notes.txt", "folder"}
+
+
+def test_table_of_another_kind_is_named(tmp_path):
+    (tmp_path / "x_photometry.csv").write_text("a,b\n1,2\n")
+    table = aggregate.Table(path=str(tmp_path / "x_photometry.csv"), rows=None)
+    with pytest.raises(FrameError, match=r"x_photometry.csv is not a per-image table"):
+        aggregate.read_tables([table])
