@@ -37,6 +37,8 @@ def test_demo_leaves_a_real_run_alone(tmp_path, capsys):
         catalog_path="x.csv",
         tap_url="https://example.org/TAP",
     )
-    RunFolder(tmp_path).prepare(config)
+    folder = RunFolder(tmp_path)
+    with folder.locked():
+        folder.save_config(config)
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "holds a real run" in capsys.readouterr().err
