@@ -124,13 +124,11 @@ def zodi_sums(image, variance, zodi, flags, excluded):
         Pixels with a finite IMAGE; pixels with a valid variance.
     """
     ny, nx = image.shape
-    izw = zzw = iz = zz = 0.0
     clear = unflagged = finite = valid = 0
-    izw_columns, zzw_columns = np.zeros(nx), np.zeros(nx)
+    # Sums a column, and no branch: the loop runs on vectors, and the order of the
+    # additions, so the result, does not depend on how long they are.
+    izw, zzw, iz, zz = np.zeros(nx), np.zeros(nx), np.zeros(nx), np.zeros(nx)
     for row in range(ny):
-        odd = 0
-        # Sums a column, and no branch: the loop runs on vectors, and the order of the
-        # additions, so the result, does not depend on how long they are.
         for column in range(nx):
             flag = _swap(flags[row, column])
             v = _real(variance[row, column])
@@ -141,29 +139,22 @@ def zodi_sums(image, variance, zodi, flags, excluded):
             valid += is_valid
             clear += is_clear
             finite += _is_finite(i)
-            odd += not is_valid
-            use = is_clear & is_valid & _is_finite(i) & _is_finite(z)
-            weighted = z / v if use else 0.0
-            izw_columns[column] += (i if use else 0.0) * weighted
-            zzw_columns[column] += (z if use else 0.0) * weighted
-        if odd == 0:
-            continue
-        for column in range(nx):
-            v = _real(variance[row, column])
-            if v > 0.0 and v < math.inf:
-                continue
-            flag = _swap(flags[row, column])
-            if flag == 0:
-                unflagged += 1
-            elif flag & excluded == 0:
-                i, z = _real(image[row, column]), _real(zodi[row, column])
-                if _is_finite(i) and _is_finite(z):
-                    iz += i * z
-                    zz += z * z
+            unflagged += (not is_valid) & (flag == 0)
+            use = is_clear & _is_finite(i) & _is_finite(z)
+            i, z = (i if use else 0.0), (z if use else 0.0)
+            weighted = z / v if is_valid else 0.0
+            izw[column] += i * weighted
+            zzw[column] += z * weighted
+            plain = z if (not is_valid) & (flag != 0) else 0.0
+            iz[column] += i * plain
+            zz[column] += z * plain
+    sums = np.zeros(4)
     for column in range(nx):
-        izw += izw_columns[column]
-        zzw += zzw_columns[column]
-    return izw, zzw, iz, zz, clear, unflagged, finite, valid
+        sums[0] += izw[column]
+        sums[1] += zzw[column]
+        sums[2] += iz[column]
+        sums[3] += zz[column]
+    return sums[0], sums[1], sums[2], sums[3], clear, unflagged, finite, valid
 
 
 @njit(inline="always", **_COMPILE)
@@ -335,9 +326,10 @@ def _clipped(values, size, sigma, iterations, scratch):
     pivot = 0
     while not _is_finite(values[pivot]):
         pivot += 1
-    _, mean, _ = _moments(values, size, low, high, values[pivot], first, second)
-    # From so near, the second look has no rounding error to speak of.
-    count, mean, deviation = _moments(values, size, low, high, mean, first, second)
+    count, mean, deviation = _moments(values, size, low, high, values[pivot], first, second)
+    if abs(mean - values[pivot]) > 4.0 * deviation:
+        # From near, the second look has no rounding error to speak of.
+        count, mean, deviation = _moments(values, size, low, high, mean, first, second)
     for _ in range(iterations):
         limit = sigma * deviation
         inner_low, inner_high = max(low, mean - limit), min(high, mean + limit)
