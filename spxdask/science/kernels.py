@@ -273,35 +273,27 @@ def _moments(values, size, low, high, pivot, first, second):
 
 
 @njit(**_COMPILE)
-def _count_below(values, size, low, limit):
-    """Return how many values are from low to below limit."""
-    count = 0
-    for i in range(size):
-        count += (values[i] >= low) & (values[i] < limit)
-    return count
-
-
-@njit(**_COMPILE)
-def _median(values, size, low, high, count, mean, deviation, scratch):
-    """Return the median of the `count` values from low to high.
+def _median(values, size, count, mean, deviation, scratch):
+    """Return the median of values, of which `count` are not NaN.
 
     A count and a Gaussian's density bring a guess close to it. The values about the guess
     are then picked out, wider and wider until the middle ranks are among them, and only
     those are put in order.
     """
-    below = _count_below(values, size, low, mean)
+    below = 0
+    for i in range(size):
+        below += values[i] < mean
     guess = mean + (0.5 * count - below) / count * 2.5 * deviation
-    guess = min(max(guess, low), high)
     lower_rank, upper_rank = (count - 1) // 2, count // 2
     half = 0.05 * deviation
     while True:
-        start, stop = max(guess - half, low), min(guess + half, high)
-        before = _count_below(values, size, low, start)
-        picked = 0
+        before = picked = 0
         for i in range(size):
-            # No branch, which would be guessed wrong every other time.
+            before += values[i] - guess < -half
+        for i in range(size):
+            # No branch, which would be guessed wrong now and then.
             scratch[picked] = values[i]
-            picked += (values[i] >= start) & (values[i] <= stop)
+            picked += abs(values[i] - guess) <= half
         if before <= lower_rank and upper_rank < before + picked:
             break
         # A spread that rounding made zero must not stop the widening.
@@ -340,7 +332,9 @@ def _clipped(values, size, sigma, iterations, scratch):
         if left == 0 or left == count:
             break
         low, high, count, mean, deviation = inner_low, inner_high, left, left_mean, left_deviation
-    return _median(values, size, low, high, count, mean, deviation, scratch), deviation
+    for i in range(size):
+        values[i] = values[i] if (values[i] >= low) & (values[i] <= high) else math.nan
+    return _median(values, size, count, mean, deviation, scratch), deviation
 
 
 @njit(**_COMPILE)
