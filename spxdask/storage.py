@@ -40,6 +40,24 @@ def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
         part.unlink(missing_ok=True)
 
 
+def write_whole(path: str, data) -> None:
+    """Write a small file as `whole_file` does, not durable: the quick form for thousands."""
+    folder, name = os.path.split(path)
+    part = f"{folder}/.{name}.{uuid.uuid4().hex[:12]}.part"
+    try:
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            data = memoryview(data)
+            while data:
+                data = data[os.write(file, data) :]
+        finally:
+            os.close(file)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what writers that were killed left in a folder."""
     for part in folder.glob(f".*.{'[0-9a-f]' * 12}.part"):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from spxdask import tables
 from spxdask.errors import FrameError
-from spxdask.storage import file_stem, whole_file
+from spxdask.storage import file_stem, whole_file, write_whole
 
 TEXT = pd.ArrowDtype(pa.string())
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
@@ -131,8 +131,8 @@ def write_lightcurves(
     header = tables.csv_header(tables.LIGHT_CURVE)
     targets = ids.take(pa.array(starts))
     for target, start, stop in zip(targets.to_pylist(), starts, stops, strict=True):
-        with whole_file(Path(folder) / light_curve_name(target), durable=False) as part:
-            part.write_bytes(header + tables.lines_to_bytes(lines, start, stop))
+        text = header + tables.lines_to_bytes(lines, start, stop)
+        write_whole(f"{folder}/{light_curve_name(target)}", text)
     return pd.DataFrame(
         {"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": stops - starts}
     )
