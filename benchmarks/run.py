@@ -127,10 +127,11 @@ def compare_tables(ours: str, peer: str, n_on_frame: int) -> str:
     only_ours, only_peer = len(a) - len(common), len(b) - len(common)
     a, b = a.loc[common], b.loc[common]
     background = np.abs(a["bg_level"] - b["bg_level"]).max()
-    # The peer takes the product of two pixel scales for the area, 0.08 % more.
+    # The peer takes the product of two pixel scales for the area, 0.08 % more, so that its
+    # aperture is smaller by half of that.
     ratio = np.nanmedian(b["flux"] / a["flux"])
-    said = [f"{len(common):,} the same", f"flux {100 * (ratio - 1):+.2f} %"]
-    said.append(f"background to {background:.0e}")
+    said = [f"{len(common):,} in both", f"the peer's flux {100 * (ratio - 1):+.2f} %"]
+    said.append(f"background within {background:.0e}")
     if only_peer:
         said.append(f"{only_peer:,} of the peer's are not on the frame")
     if only_ours:
