@@ -84,7 +84,9 @@ def spread(seconds: list[float]) -> str:
     middle = float(np.median(seconds))
     unit, scale = ("ms", 1e3) if middle < 1 else ("s", 1.0)
     low, high = np.percentile(seconds, [25, 75])
-    return f"{middle * scale:.3g} +- {(high - low) / 2 * scale:.1g} {unit}"
+    if len(seconds) == 1:
+        return f"{middle * scale:.3g} {unit}"
+    return f"{middle * scale:.3g} +- {(high - low) / 2 * scale:.2g} {unit}"
 
 
 def table(rows: list[Row]) -> str:

@@ -291,7 +291,7 @@ class BatchPipeline:
             Its text is what the command line prints.
         """
         self.reports = {}
-        with self:
+        with self._cluster():
             # Nothing found is more often a mistake than a reason to drop light curves.
             if self.run_query():
                 self.run_download()
@@ -310,7 +310,7 @@ class BatchPipeline:
 
     @contextmanager
     def _cluster(self) -> Iterator[Client]:
-        """The client in use, or a new one for as long as the block lasts."""
+        """Give the client in use, or a new one for as long as the block lasts."""
         if self._client is not None or self._given_client is not None:
             yield self._client or self._given_client
             return

@@ -338,6 +338,8 @@ PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text) | st.sampled_f
         "a\nb",
         "é",
         "\udc80",
+        "\x85",
+        "a\u2028b",
     ]
 )
 BATCH = st.fixed_dictionaries(

@@ -180,8 +180,8 @@ def _publish(observation: Observation, part: Path, path: Path) -> None:
     if observation.size_bytes not in (None, size):
         raise FrameError(f"{size} bytes came, the archive says {observation.size_bytes}")
     frame = open_frame(part)
-    if (frame.obs_id, frame.band) != (observation.obs_id, observation.band):
-        raise FrameError(f"the file holds {frame.obs_id} {frame.band}, another frame")
+    if frame.band != observation.band:
+        raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

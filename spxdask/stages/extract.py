@@ -19,6 +19,7 @@ from spxdask import tables
 from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.ledger import Outcome
+from spxdask.observation import filename_identity, is_level2_name
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.frame import Frame, open_frame
 from spxdask.science.photometry import measure
@@ -145,6 +146,9 @@ def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: Photometry
     near = catalogue.within(*frame.cap)
     ra, dec = catalogue.ra[near], catalogue.dec[near]
     measured = measure(frame, ra, dec, photometry)
+    warnings = measured.warnings
+    if is_level2_name(frame.filename) and filename_identity(frame.filename)[0] != frame.obs_id:
+        warnings += (f"the header says that this is {frame.obs_id}",)
     index = measured.index
     n = len(index)
     columns = {
@@ -157,7 +161,7 @@ def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: Photometry
         **measured.columns,
         "filename": pa.repeat(frame.filename, n),
     }
-    return columns, measured.skipped, measured.warnings
+    return columns, measured.skipped, warnings
 
 
 @functools.lru_cache(maxsize=2)

@@ -279,7 +279,7 @@ def test_another_frame_is_not_taken(frame, other, images, known):
             frame.uri, itertools.repeat(Fault(redirect=f"{archive.url}/{other.uri}"))
         )
         outcome = fetch(archive, frame, images, **{} if known else {"size_bytes": None})
-        assert_failed(outcome, images, "the file holds 2025W51_1A_0684_2 D1, another frame", 4)
+        assert_failed(outcome, images, "the file is of band D1, not D", 4)
 
 
 @pytest.mark.parametrize("off", [-1, 1, 2880])

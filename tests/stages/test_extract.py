@@ -162,3 +162,13 @@ def test_fingerprint_depends_on_catalogue_and_every_option(catalogue):
     assert fingerprint(catalogue, PhotometryConfig()) == base
     assert fingerprint(catalogue, PhotometryConfig(aperture_diameter=3.1)) != base
     assert fingerprint(catalogue, PhotometryConfig(bad_flags=[0])) != base
+
+
+def test_a_frame_that_says_it_is_another_is_told(frames, options, tmp_path):
+    original = frames[1][0].path
+    assert extract(str(original), str(tmp_path), options).warnings == ()
+    other = tmp_path / original.name.replace("2025W51_1A_0000_1", "2025W51_1A_0009_1")
+    other.write_bytes(original.read_bytes())
+    outcome = extract(str(other), str(tmp_path), options)
+    assert outcome.status == "done"
+    assert outcome.warnings == ("the header says that this is 2025W51_1A_0000_1",)
