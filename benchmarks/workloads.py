@@ -96,18 +96,5 @@ def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int)
 
 
 def archived(number: int, path: Path) -> ArchivedFrame:
-    """Return an entry of the archive: many names may share one file."""
-    one = exposure(number)
-    shortest, longest = one.wavelength_limits_um
-    return ArchivedFrame(
-        obs_id=one.obs_id,
-        detector=one.detector,
-        collection=one.collection,
-        uri=one.uri,
-        path=path,
-        mjd_begin=one.mjd_begin,
-        mjd_end=one.mjd_end,
-        wavelength_min_um=shortest,
-        wavelength_max_um=longest,
-        polygon=one.footprint(),
-    )
+    """Return an entry of the archive."""
+    return ArchivedFrame.of(exposure(number), path)

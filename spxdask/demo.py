@@ -146,19 +146,6 @@ def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
     path = folder / exposure.uri
     path.parent.mkdir(parents=True, exist_ok=True)
     write_frame(path, exposure, planes)
-    shortest, longest = exposure.wavelength_limits_um
-    archived = ArchivedFrame(
-        obs_id=exposure.obs_id,
-        detector=exposure.detector,
-        collection=exposure.collection,
-        uri=exposure.uri,
-        path=path,
-        mjd_begin=exposure.mjd_begin,
-        mjd_end=exposure.mjd_end,
-        wavelength_min_um=shortest,
-        wavelength_max_um=longest,
-        polygon=exposure.footprint(),
-    )
     truth = pd.DataFrame(
         {
             "filename": exposure.filename,
@@ -170,7 +157,7 @@ def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
             "fwhm_pixels": exposure.fwhm_pixels,
         }
     )
-    return DemoFrame(archived, truth)
+    return DemoFrame(ArchivedFrame.of(exposure, path), truth)
 
 
 def _target_id(number: int) -> str:

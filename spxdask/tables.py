@@ -15,28 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numba import njit
 
+from spxdask.science.photometry import MEASURED
+
 TEXT = ("target_id", "obs_id", "band", "filename")
-PER_IMAGE = (
-    "target_id",
-    "ra",
-    "dec",
-    "obs_id",
-    "band",
-    "mjd",
-    "x",
-    "y",
-    "flux",
-    "flux_error",
-    "mag_ab",
-    "mag_ab_error",
-    "wavelength",
-    "bandwidth",
-    "flag",
-    "bg_level",
-    "bg_error",
-    "aperture_radius",
-    "filename",
-)
+PER_IMAGE = ("target_id", "ra", "dec", "obs_id", "band", "mjd", *MEASURED, "filename")
 LIGHT_CURVE = tuple(c for c in PER_IMAGE if c not in ("target_id", "ra", "dec", "filename"))
 # Total order of the rows of a light curve.
 SORT_KEYS = ("target_id", "mjd", "obs_id", "band")

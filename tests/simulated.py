@@ -34,19 +34,7 @@ class SimulatedFrame:
 
     @property
     def archived(self) -> ArchivedFrame:
-        shortest, longest = self.exposure.wavelength_limits_um
-        return ArchivedFrame(
-            obs_id=self.exposure.obs_id,
-            detector=self.exposure.detector,
-            collection=self.exposure.collection,
-            uri=self.exposure.uri,
-            path=self.path,
-            mjd_begin=self.exposure.mjd_begin,
-            mjd_end=self.exposure.mjd_end,
-            wavelength_min_um=shortest,
-            wavelength_max_um=longest,
-            polygon=self.exposure.footprint(WINDOW),
-        )
+        return ArchivedFrame.of(self.exposure, self.path, WINDOW)
 
 
 def exposure(number: int, detector: int = 3, **options) -> Exposure:

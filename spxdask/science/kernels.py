@@ -62,6 +62,16 @@ def _polynomial(coefficients, u, v):
 
 
 @njit(**_COMPILE)
+def distort(u, v, a, b):
+    """Add the SIP distortion to pixel offsets; (n,) arrays in and out."""
+    new_u, new_v = np.empty_like(u), np.empty_like(v)
+    for k in range(len(u)):
+        new_u[k] = u[k] + _polynomial(a, u[k], v[k])
+        new_v[k] = v[k] + _polynomial(b, u[k], v[k])
+    return new_u, new_v
+
+
+@njit(**_COMPILE)
 def sky_to_pixel(ra, dec, rotation, inverse, crpix, a, b):
     """Project positions onto the detector; see `spxdask.science.wcs.TanSip`."""
     n = len(ra)

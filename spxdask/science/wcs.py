@@ -90,7 +90,9 @@ class TanSip:
         """Return the ICRS position (deg) of 0-based pixel coordinates, arrays of one shape."""
         u = np.asarray(x, float) - self.crpix[0]
         v = np.asarray(y, float) - self.crpix[1]
-        u, v = u + _polynomial(self.a, u, v), v + _polynomial(self.b, u, v)
+        shape = np.broadcast_shapes(u.shape, v.shape)
+        u, v = (np.broadcast_to(offset, shape).ravel() for offset in (u, v))
+        u, v = (offset.reshape(shape) for offset in kernels.distort(u, v, self.a, self.b))
         xi, eta = np.deg2rad(np.tensordot(self.matrix, np.stack([u, v]), axes=1))
         direction = np.tensordot(self._rotation().T, np.stack([-eta, xi, np.ones_like(xi)]), axes=1)
         return (
@@ -154,15 +156,3 @@ def _coefficients(header: Header, name: str) -> np.ndarray:
         for q in range(order + 1 - p):
             matrix[p, q] = header.number(f"{name}_{p}_{q}", 0.0)
     return matrix
-
-
-def _polynomial(coefficients: np.ndarray, u, v):
-    """Sum of coefficients[p, q] u^p v^q over p + q <= order, by Horner's rule."""
-    order = len(coefficients) - 1
-    total = np.zeros_like(u)
-    for p in range(order, -1, -1):
-        inner = np.zeros_like(u)
-        for q in range(order - p, -1, -1):
-            inner = inner * v + coefficients[p, q]
-        total = total * u + inner
-    return total

@@ -26,6 +26,7 @@ from xml.sax.saxutils import escape, quoteattr
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from spxdask.simulate.frames import Exposure, Window
 from spxdask.simulate.tap import (
     TABLE_COLUMNS,
     QueryError,
@@ -82,6 +83,23 @@ class ArchivedFrame:
     wavelength_min_um: float
     wavelength_max_um: float
     polygon: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, exposure: Exposure, path: Path, window: Window | None = None) -> ArchivedFrame:
+        """Describe the file that holds an exposure, or a window of it."""
+        shortest, longest = exposure.wavelength_limits_um
+        return cls(
+            obs_id=exposure.obs_id,
+            detector=exposure.detector,
+            collection=exposure.collection,
+            uri=exposure.uri,
+            path=path,
+            mjd_begin=exposure.mjd_begin,
+            mjd_end=exposure.mjd_end,
+            wavelength_min_um=shortest,
+            wavelength_max_um=longest,
+            polygon=exposure.footprint(window),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
