@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import dask
 from dask import delayed
 from dask.delayed import Delayed
 from distributed import Client, LocalCluster, as_completed
@@ -20,6 +21,12 @@ from spxdask.config import BatchConfig
 from spxdask.errors import InputError, SpxdaskError
 
 DASHBOARD_PORT = 8787
+# Dask has its workers give freed memory back at once, so that every buffer of a transfer
+# comes as fresh pages, which takes longer than the transfer.
+_KEEP_FREED_MEMORY = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 128 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 16 << 20,
+}
 _NEEDS_GUARD = (
     "worker processes import the script that starts them: in a script, put what it does under "
     "if __name__ == '__main__':"
@@ -38,13 +45,14 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     processes = max(1, min(config.max_extract_workers, available_cores()))
     environment = dict(os.environ)
     try:
-        cluster = LocalCluster(
-            n_workers=processes,
-            threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
-        )
+        with dask.config.set(_KEEP_FREED_MEMORY):
+            cluster = LocalCluster(
+                n_workers=processes,
+                threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
+            )
     except RuntimeError as error:
         raise InputError(f"the worker processes did not start ({error}); {_NEEDS_GUARD}") from error
     finally:

@@ -434,6 +434,9 @@ class BatchConfig(_Options):
         500, _integer(1), "more frames than this is an error, before any download"
     )
     output_dir: str = _option("batch_output", _path, "folder of everything the run writes")
+    keep_images: bool = _option(
+        True, _flag, "keep the frames in images/; else each is let go once it is measured"
+    )
     max_download_workers: int = _option(
         4, _integer(1, 1000), "connections to the archive at once, for the whole cluster"
     )

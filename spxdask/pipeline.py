@@ -27,7 +27,7 @@ from spxdask.progress import Bars, Progress, Silent
 from spxdask.report import RunSummary, StageReport
 from spxdask.runfolder import RunFolder
 from spxdask.science.catalogue import Catalogue
-from spxdask.stages import aggregate, download, extract, query
+from spxdask.stages import aggregate, download, extract, query, stream
 
 # Observations a partition of the bag, and partitions at the most: few enough that walking
 # over them costs nothing, many enough to spread.
@@ -150,7 +150,7 @@ class BatchPipeline:
         """
         # First, so that a mistake in it costs no query.
         _ = self.catalogue
-        with self._stage("query", 1, "query") as (report, client):
+        with self._work("query", 1, "query") as (client, report):
             found = run_one(
                 client, query.find_observations, self.config, key=("query", uuid.uuid4().hex)
             )
@@ -169,25 +169,10 @@ class BatchPipeline:
         StageReport
             Failed frames are in it with their reasons.
         """
-        observations = self._observations()
-        images = str(self.folder.images)
-        options = download.FetchOptions(
-            max_retries=self.config.max_retries, stall_timeout=self.config.stall_timeout
-        )
-        with self._stage("download", len(observations), "frames") as (report, client):
-            report.total = len(observations)
-
-            def tasks() -> Iterator[tuple[str, Delayed]]:
-                for o in _walk(_bag(observations)):
-                    if download.is_complete(o, images):
-                        report.reused += 1
-                        self._progress.advance()
-                    else:
-                        call = (download.download, o.filename, o, images, options)
-                        yield o.filename, _task("download", *call)
-
-            self._collect(client, report, tasks(), lambda: self.config.max_download_workers)
-        return report
+        if not self.config.keep_images:
+            raise ConfigError("keep_images is false: only a whole run can do without images/")
+        self._frames("download")
+        return self.reports["download"]
 
     def run_extract(self, skip_existing: bool = True) -> StageReport:
         """Measure the catalogue in every frame that is in images/.
@@ -203,31 +188,8 @@ class BatchPipeline:
         StageReport
             Failed frames, and those not on disk, are in it with their reasons.
         """
-        observations = self._observations()
-        images, per_image = self.folder.images, str(self.folder.per_image)
-        with self._stage("extract", len(observations), "frames") as (report, client):
-            report.total = len(observations)
-            options = extract.ExtractOptions(
-                catalogue=str(self.folder.save_catalogue(self.catalogue)),
-                photometry=self.config.photometry,
-                fingerprint=self._fingerprint,
-                serial=self._embedded,
-            )
-
-            def tasks() -> Iterator[tuple[str, Delayed]]:
-                for o in _walk(_bag(observations)):
-                    outcome = self._measured(o) if skip_existing else None
-                    if outcome is not None:
-                        report.reused += 1
-                        self._account(report, outcome)
-                    elif not download.is_complete(o, str(images)):
-                        self._account(report, self._absent(o))
-                    else:
-                        call = (extract.extract, o.filename, str(images / o.filename), per_image)
-                        yield o.filename, _task("extract", *call, options)
-
-            self._collect(client, report, tasks(), busy_threads(client))
-        return report
+        self._frames("extract", skip_existing=skip_existing)
+        return self.reports["extract"]
 
     def run_aggregate(self) -> StageReport:
         """Turn the per-image tables into one light curve a source.
@@ -250,7 +212,7 @@ class BatchPipeline:
         keep = self.config.keep_bucket_files
         if keep:
             buckets.mkdir(parents=True, exist_ok=True)
-        with self._stage("aggregate", self.config.num_buckets, "buckets") as (report, client):
+        with self._work("aggregate", self.config.num_buckets, "buckets") as (client, report):
             groups = aggregate.group(found)
             written = aggregate.WRITTEN
             if groups:
@@ -294,8 +256,7 @@ class BatchPipeline:
         with self._cluster():
             # Nothing found is more often a mistake than a reason to drop light curves.
             if self.run_query():
-                self.run_download()
-                self.run_extract()
+                self._frames("download", "extract")
                 self.run_aggregate()
         self.summary = RunSummary(
             stages=self.reports,
@@ -323,42 +284,102 @@ class BatchPipeline:
                 self._client = None
 
     @contextmanager
-    def _stage(self, name: str, total: int, unit: str) -> Iterator[tuple[StageReport, Client]]:
-        """Time a stage and keep its report."""
-        report = StageReport(stage=name)
+    def _work(self, name: str, total: int, unit: str, *stages: str) -> Iterator[tuple]:
+        """Give the client and a report for each stage, and time what is done to them.
+
+        `stages` are those that `name` stands for, if it is none itself.
+        """
+        reports = [StageReport(stage=stage) for stage in stages or (name,)]
         started = time.monotonic()
         with self.folder.locked(), self._cluster() as client:
             if name != "query":
                 self.folder.save_config(self.config)
             self._progress.start(name, total, unit)
             try:
-                yield report, client
+                yield client, *reports
             finally:
                 self._progress.finish()
-        report.seconds = time.monotonic() - started
-        self.reports[name] = report
+        for report in reports:
+            report.seconds = time.monotonic() - started
+            self.reports[report.stage] = report
+
+    def _frames(self, *stages: str, skip_existing: bool = True) -> None:
+        """Do download, or extract, or both at once: the stages that go frame by frame."""
+        observations = self._observations()
+        name = stages[0] if len(stages) == 1 else "frames"
+        with self._work(name, len(observations), "frames", *stages) as (client, *reports):
+            report = {each.stage: each for each in reports}
+            images, per_image = str(self.folder.images), str(self.folder.per_image)
+            keep = images if self.config.keep_images else None
+            fetch, measure = self._fetch_options(), None
+            if "extract" in report:
+                measure = self._extract_options()
+            to_extract, to_fetch = [], []
+            for each in reports:
+                each.total = len(observations)
+            for o in _walk(_bag(observations)):
+                on_disk = download.is_complete(o, images)
+                outcome = self._measured(o) if measure and skip_existing else None
+                unmeasured = measure is not None and outcome is None
+                wanted = "download" in report and not on_disk and (keep or unmeasured)
+                if "download" in report and not wanted:
+                    report["download"].reused += 1
+                if outcome is not None:
+                    report["extract"].reused += 1
+                    self._account(report["extract"], outcome)
+                if wanted:
+                    to_fetch.append((o, unmeasured))
+                elif unmeasured and on_disk:
+                    to_extract.append(o)
+                else:
+                    if unmeasured:
+                        self._account(report["extract"], self._absent(o))
+                    self._progress.advance(failed=unmeasured)
+
+            def extractions() -> Iterator[tuple[Observation, Delayed]]:
+                for o in _walk(_bag(to_extract)):
+                    call = (extract.extract, f"{images}/{o.filename}", per_image, measure)
+                    yield o, _task("extract", o, *call)
+
+            def downloads() -> Iterator[tuple[Observation, Delayed]]:
+                for o, unmeasured in _walk(_bag(to_fetch)):
+                    if unmeasured:
+                        call = (stream.stream, o, keep, per_image, fetch, measure)
+                    else:
+                        call = (download.download, o, images, fetch)
+                    yield o, _task("download-extract" if unmeasured else "download", o, *call)
+
+            # What is on disk first: it waits for nobody.
+            self._collect(client, report, extractions(), busy_threads(client))
+            self._collect(client, report, downloads(), lambda: self.config.max_download_workers)
 
     def _collect(
         self,
         client: Client,
-        report: StageReport,
-        tasks: Iterator[tuple[str, Delayed]],
+        report: dict[str, StageReport],
+        tasks: Iterator[tuple[Observation, Delayed]],
         window: Callable[[], int],
     ) -> None:
-        """Run the tasks of a stage, and put what became of each in ledger and report."""
-        for filename, outcome in run_window(client, tasks, window):
-            if isinstance(outcome, BaseException):
+        """Run tasks, and put what became of each frame in the ledger and the reports."""
+        for observation, result in run_window(client, tasks, window):
+            if isinstance(result, BaseException):
                 # The task itself reports what it can; this is a worker that died of it.
-                outcome = Outcome(
-                    stage=report.stage,
-                    filename=filename,
+                result = Outcome(
+                    stage=list(report)[-1],
+                    filename=observation.filename,
                     status="failed",
-                    reason=f"{type(outcome).__name__}: {outcome}",
-                    fingerprint=self._fingerprint if report.stage == "extract" else None,
+                    reason=f"{type(result).__name__}: {result}",
+                    fingerprint=self._fingerprint if "extract" in report else None,
                 )
-            self.folder.ledger.add(outcome)
-            report.done += outcome.status == "done"
-            self._account(report, outcome)
+            outcomes = result if isinstance(result, list) else [result]
+            for outcome in outcomes:
+                self.folder.ledger.add(outcome)
+                report[outcome.stage].done += outcome.status == "done"
+                self._account(report[outcome.stage], outcome)
+            failed = outcomes[-1].status == "failed"
+            if failed and "extract" in report and outcomes[-1].stage == "download":
+                self._account(report["extract"], self._absent(observation))
+            self._progress.advance(failed=failed)
 
     def _account(self, report: StageReport, outcome: Outcome) -> None:
         """Add what became of a frame to the report."""
@@ -369,7 +390,19 @@ class BatchPipeline:
             report.warnings[outcome.filename] = outcome.warnings
         if outcome.status == "failed":
             report.failed[outcome.filename] = outcome.reason
-        self._progress.advance(failed=outcome.status == "failed")
+
+    def _fetch_options(self) -> download.FetchOptions:
+        return download.FetchOptions(
+            max_retries=self.config.max_retries, stall_timeout=self.config.stall_timeout
+        )
+
+    def _extract_options(self) -> extract.ExtractOptions:
+        return extract.ExtractOptions(
+            catalogue=str(self.folder.save_catalogue(self.catalogue)),
+            photometry=self.config.photometry,
+            fingerprint=self._fingerprint,
+            serial=self._embedded,
+        )
 
     def _write(self, client: Client, frame) -> pd.DataFrame:
         """Compute the light curves, partition by partition as they end."""
@@ -509,21 +542,21 @@ def run_batch(
     return pipeline
 
 
-def _bag(observations: list[Observation]) -> db.Bag:
+def _bag(observations: list) -> db.Bag:
     size = max(PARTITION, math.ceil(len(observations) / MAX_PARTITIONS))
     return db.from_sequence(observations, partition_size=size)
 
 
-def _walk(bag: db.Bag) -> Iterable[Observation]:
+def _walk(bag: db.Bag) -> Iterable:
     """Yield the items of a bag partition by partition, so that few are in memory."""
     for partition in bag.to_delayed():
         yield from partition.compute(scheduler="sync")
 
 
-def _task(stage: str, function, filename: str, *arguments: Any) -> Delayed:
+def _task(stage: str, observation: Observation, function, *arguments: Any) -> Delayed:
     """A delayed call that the dashboard shows under the stage's name.
 
     The key is new each time: one still known to the scheduler would not run again.
     """
-    key = (stage, f"{Path(filename).stem}-{uuid.uuid4().hex[:8]}")
+    key = (stage, f"{Path(observation.filename).stem}-{uuid.uuid4().hex[:8]}")
     return dask.delayed(function, pure=False)(*arguments, dask_key_name=key)

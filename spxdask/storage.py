@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import mmap
 import os
 import re
 import uuid
@@ -56,6 +59,39 @@ def write_whole(path: str, data) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+def write_large(path: str | os.PathLike, data: memoryview) -> None:
+    """Write a large block of page-aligned memory as `whole_file` does, durable.
+
+    Past the page cache where the system can: what is not read soon need not be there, and
+    to fill it with fresh pages takes longer than a good disk.
+    """
+    with whole_file(path) as part:
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            written = _write_pages(file, data)
+            while written < len(data):
+                written += os.write(file, data[written:])
+        finally:
+            os.close(file)
+
+
+def _write_pages(file: int, data: memoryview) -> int:
+    """Write the whole pages of `data` past the page cache; return how much was written."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    pages = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
+    written = 0
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+        while written < pages:
+            written += os.write(file, data[written:pages])
+    except OSError as error:
+        # Not every file system can, nor go on from where a short write ended.
+        if error.errno != errno.EINVAL:
+            raise
+    fcntl.fcntl(file, fcntl.F_SETFL, flags)
+    return written
 
 
 def remove_parts(folder: Path) -> None:

@@ -233,7 +233,7 @@ def test_observations_are_a_bag(finished):
 
 def test_dashboard_names_read_as_the_pipeline_does(finished, client):
     prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
-    assert {"query", "download", "extract", "write-lightcurves"} <= prefixes
+    assert {"query", "download-extract", "write-lightcurves"} <= prefixes
     assert any(prefix.startswith("shuffle") for prefix in prefixes)
     tasks = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
     assert tasks == 0
@@ -252,6 +252,45 @@ def test_running_again_does_nothing_twice(finished, client, archive):
     assert {p: p.stat().st_mtime_ns for p in finished.folder.per_image.iterdir()} == tables
     assert contents(finished.folder.lightcurves) == before
     assert [r.path for r in archive.requests[asked:]] == ["/TAP/sync"]
+
+
+def test_stage_by_stage_is_the_same_run(finished, make_config, client):
+    pipeline = BatchPipeline(make_config(keep_bucket_files=True), client=client)
+    pipeline.run_query()
+    assert (pipeline.run_download().done, pipeline.run_extract().done) == (6, 6)
+    pipeline.run_aggregate()
+    prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert {"download", "extract"} <= prefixes
+    for folder in ("images", "per_image", "lightcurves", "buckets"):
+        ours, theirs = (contents(getattr(p.folder, folder)) for p in (pipeline, finished))
+        assert ours == theirs, folder
+
+
+def test_images_that_are_not_kept(finished, make_config, client, archive):
+    pipeline = BatchPipeline(make_config(keep_images=False), client=client)
+    with pytest.raises(ConfigError, match="keep_images is false"):
+        pipeline.run_download()
+    asked = len(archive.requests)
+    summary = pipeline.run_all()
+    assert not summary.failed
+    assert len(archive.requests) - asked == 1 + 6
+    assert summary.stages["download"].bytes == finished.summary.stages["download"].bytes
+    assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
+    assert list(pipeline.folder.images.iterdir()) == []
+    # What is measured is not fetched again, unless it is to be kept.
+    summary = pipeline.run_all()
+    assert (summary.stages["download"].done, summary.stages["extract"].reused) == (0, 6)
+    kept = BatchPipeline(make_config(), client=client).run_all()
+    assert (kept.stages["download"].done, kept.stages["extract"].reused) == (6, 6)
+    assert contents(pipeline.folder.images) == contents(finished.folder.images)
+    # Frames that are there are used, and left there.
+    tables = sorted(pipeline.folder.per_image.iterdir())
+    tables[0].unlink()
+    asked = len(archive.requests)
+    summary = BatchPipeline(make_config(keep_images=False), client=client).run_all()
+    assert (summary.stages["download"].reused, summary.stages["extract"].done) == (6, 1)
+    assert len(archive.requests) - asked == 1
+    assert len(list(pipeline.folder.images.iterdir())) == 6
 
 
 def test_other_options_and_catalogues_never_mix(make_config, client):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import string
@@ -14,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from spxdask.storage import file_stem, part_path, remove_parts, whole_file
+from spxdask.memory import Memory
+from spxdask.storage import file_stem, part_path, remove_parts, whole_file, write_large
 
 LIMIT_BYTES = 200
 HOSTILE = st.text(st.sampled_from("./\\%~aA2EFe\x00\x1f\x7f\x85\n é\u2028\ud800\udcff"), max_size=8)
@@ -255,3 +258,60 @@ def test_part_names_fit_a_directory_entry(target_id):
     assert part_path(path) != part_path(path)
     assert part_path(path).parent == path.parent
     assert len(os.fsencode(part_path(path).name)) <= 255
+
+
+# Large files
+
+
+@pytest.fixture
+def page_aligned():
+    with Memory().take(10 << 20) as block:
+        for i in range(0, len(block), 1000):
+            block[i] = i % 251
+        yield block
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 5_000_000])
+def test_a_large_file_is_what_was_given(tmp_path, page_aligned, size):
+    path = tmp_path / "frame.fits"
+    write_large(path, page_aligned[:size])
+    assert path.read_bytes() == page_aligned[:size]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("refused", ["the flag", "the first write", "a later write"])
+def test_a_system_that_insists_on_its_page_cache(tmp_path, page_aligned, monkeypatch, refused):
+    direct, written = False, 0
+    write, control = os.write, fcntl.fcntl
+
+    def set_flags(file, command, *flags):
+        nonlocal direct
+        if command == fcntl.F_SETFL:
+            direct = bool(flags[0] & os.O_DIRECT)
+            if direct and refused == "the flag":
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return None
+        return control(file, command, *flags)
+
+    def write_some(file, data):
+        nonlocal written
+        if direct and (refused == "the first write" or written):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        written += write(file, data[:100_001])
+        return min(len(data), 100_001)
+
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(os, "write", write_some)
+    write_large(tmp_path / "frame.fits", page_aligned)
+    assert (tmp_path / "frame.fits").read_bytes() == page_aligned
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_large_file_that_fails_leaves_nothing(tmp_path, page_aligned, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_large(tmp_path / "frame.fits", page_aligned)
+    assert os.listdir(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -164,19 +165,22 @@ def angular_distance(ra1, dec1, ra2, dec2) -> np.ndarray:
     return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
 
 
-def open_frame(path: str | os.PathLike) -> Frame:
+def open_frame(source: str | os.PathLike | memoryview, filename: str | None = None) -> Frame:
     """Open a Level 2 file of any release.
 
     Parameters
     ----------
-    path : path
-        A local file in the QR2 layout (flags as plain integers) or the QR3 layout (flags
-        compressed). Extensions are found by name.
+    source : path or memoryview
+        A local file, or its content, in the QR2 layout (flags as plain integers) or the QR3
+        layout (flags compressed). Extensions are found by name.
+    filename : str, optional
+        The archive's own name of the file; default: that of the path.
 
     Returns
     -------
     Frame
-        Its planes are mapped: nothing is read before it is used.
+        Its planes lie where they are, in the mapped file or the memory given: nothing is
+        read before it is used.
 
     Raises
     ------
@@ -185,11 +189,11 @@ def open_frame(path: str | os.PathLike) -> Frame:
     OSError
         If the file cannot be opened.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise FrameError("the file is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if isinstance(source, memoryview):
+        mapped = source
+    else:
+        filename = filename or Path(source).name
+        mapped = _map(source)
     hdus: dict[str, Hdu] = {}
     for hdu in scan(mapped):
         hdus.setdefault(hdu.name, hdu)
@@ -221,7 +225,7 @@ def open_frame(path: str | os.PathLike) -> Frame:
     if is_row_compressed(flags_hdu):
         flags = decompress(mapped, flags_hdu)
     elif flags_hdu.header.get("ZIMAGE") is True:
-        flags = _compressed_flags(path)
+        flags = _compressed_flags(mapped)
     else:
         flags = _plane(mapped, flags_hdu, 32, ">i4")
     planes = {
@@ -234,7 +238,7 @@ def open_frame(path: str | os.PathLike) -> Frame:
             raise FrameError(f"{name} is {plane.shape} pixels, IMAGE is {image.shape}")
 
     return Frame(
-        filename=path.name,
+        filename=filename,
         obs_id=obs_id,
         band=f"D{detector}",
         mjd=(header.number("MJD-BEG") + header.number("MJD-END")) / 2,
@@ -251,7 +255,14 @@ def open_frame(path: str | os.PathLike) -> Frame:
     )
 
 
-def _plane(mapped: mmap.mmap, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
+def _map(path: str | os.PathLike) -> memoryview:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise FrameError("the file is empty")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _plane(mapped: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
     """Map a two-dimensional image where it lies in the file."""
     header = hdu.header
     if header.get("NAXIS") != 2 or header.get("BITPIX") != bitpix:
@@ -267,12 +278,12 @@ def _plane(mapped: mmap.mmap, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
     return np.frombuffer(mapped, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
 
 
-def _compressed_flags(path: Path) -> np.ndarray:
+def _compressed_flags(mapped: memoryview) -> np.ndarray:
     """Read flags that are compressed in another way than QR3's, which is possible."""
     from astropy.io import fits  # slow to import, and hardly ever needed
 
     try:
-        with fits.open(path) as hdus:
+        with fits.open(io.BytesIO(mapped)) as hdus:
             flags = hdus["FLAGS"].data
     except Exception as error:
         # The decoder has errors of its own, derived from Exception and from nothing nearer.
@@ -283,7 +294,7 @@ def _compressed_flags(path: Path) -> np.ndarray:
     return flags.astype(">i4")
 
 
-def _wavelength_table(mapped: mmap.mmap, hdu: Hdu) -> WavelengthTable:
+def _wavelength_table(mapped: memoryview, hdu: Hdu) -> WavelengthTable:
     """Read the one row of WCS-WAVE: control points X and Y, VALUES (2, nx, ny)."""
     header = hdu.header
     types = {"J": ">i4", "I": ">i2", "K": ">i8", "E": ">f4", "D": ">f8"}

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +18,17 @@ from fsspec.asyn import sync
 from spxdask import retry
 from spxdask.errors import ArchiveError, FrameError
 from spxdask.ledger import Outcome
+from spxdask.memory import Memory
 from spxdask.observation import Observation
-from spxdask.science.frame import open_frame
-from spxdask.storage import part_path
+from spxdask.science.frame import Frame, open_frame
+from spxdask.storage import write_large
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20
+# Level 2 files have 71.6 MB (QR2) or less; what is longer than this is none.
+MAX_FRAME_BYTES = 256 << 20
+
+frame_memory = Memory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +55,55 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         ``done`` when the frame is there whole, ``failed`` with the reason when it could
         not be had.
     """
+    with fetched(observation, images, options) as (outcome, _):
+        return outcome
+
+
+@contextmanager
+def fetched(
+    observation: Observation, images: str | None, options: FetchOptions
+) -> Iterator[tuple[Outcome, Frame | None]]:
+    """Fetch one frame into memory, and to the images folder if one is given.
+
+    Disk and page cache are slower than memory by far, and a frame is looked at once.
+
+    Yields
+    ------
+    outcome : Outcome
+        As `download` returns it.
+    frame : Frame or None
+        Open until the block ends; None when it could not be had.
+    """
     started = time.monotonic()
-    path = Path(images) / observation.filename
+    frame, reason, size = None, None, observation.size_bytes or MAX_FRAME_BYTES
     # With the proxies of the environment, which compute nodes may need, as the query has.
     filesystem = fsspec.filesystem(
         observation.download_url.partition(":")[0], client_kwargs={"trust_env": True}
     )
-    part = _Part(path=part_path(path))
-    try:
-        # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
-        # heartbeats, and take a slot all the same.
-        sync(filesystem.loop, _fetch, filesystem, observation, part, path, options)
-    except (ArchiveError, OSError) as error:
-        status, reason = "failed", str(error)
-    else:
-        status, reason = "done", None
-    return Outcome(
-        stage="download",
-        filename=observation.filename,
-        status=status,
-        reason=reason,
-        seconds=time.monotonic() - started,
-        bytes=path.stat().st_size if status == "done" else 0,
-        attempts=part.attempts,
-    )
+    with frame_memory.take(min(size, MAX_FRAME_BYTES)) as memory:
+        part = _Part(memory=memory)
+        try:
+            if size > MAX_FRAME_BYTES:
+                raise ArchiveError(f"{observation.download_url}: {size} bytes are no frame")
+            # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
+            # heartbeats, and take a slot all the same.
+            frame = sync(filesystem.loop, _fetch, filesystem, observation, part, options)
+            if images is not None:
+                write_large(Path(images) / observation.filename, part.content)
+        except (ArchiveError, OSError) as error:
+            frame, reason = None, str(error)
+        yield (
+            Outcome(
+                stage="download",
+                filename=observation.filename,
+                status="failed" if reason else "done",
+                reason=reason,
+                seconds=time.monotonic() - started,
+                bytes=0 if reason else part.size,
+                attempts=part.attempts,
+            ),
+            frame,
+        )
 
 
 def is_complete(observation: Observation, images: str) -> bool:
@@ -88,55 +119,50 @@ def is_complete(observation: Observation, images: str) -> bool:
 class _Part:
     """What has come of a file so far, and the tag of the version that it is of."""
 
-    path: Path
+    memory: memoryview
+    size: int = 0
     tag: str | None = None
     attempts: int = 0
 
     @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
+    def content(self) -> memoryview:
+        return self.memory[: self.size]
 
 
-async def _fetch(
-    filesystem, observation: Observation, part: _Part, path: Path, options: FetchOptions
-) -> None:
+async def _fetch(filesystem, observation: Observation, part: _Part, options: FetchOptions) -> Frame:
     """Fetch until the frame is whole."""
     url = observation.download_url
-    try:
-        while True:
-            part.attempts += 1
-            retry_after = None
-            try:
-                await _transfer(filesystem, observation, part, options.stall_timeout)
-                await asyncio.to_thread(_publish, observation, part.path, path)
-                return
-            except aiohttp.TooManyRedirects as error:
-                raise ArchiveError(f"{url}: redirected without end") from error
-            except aiohttp.ClientResponseError as error:
-                failure = f"HTTP {error.status} {error.message}"
-                if error.status == 416:
-                    # Nothing is left to send of what was to go on.
-                    part.path.unlink(missing_ok=True)
-                elif error.status not in retry.TRANSIENT_STATUS:
-                    raise ArchiveError(f"{url}: {failure}") from error
-                retry_after = (error.headers or {}).get("Retry-After")
-            except TimeoutError:
-                failure = f"no byte for {options.stall_timeout:g} s"
-            except aiohttp.ClientPayloadError:
-                failure = f"the transfer broke off after {part.size} bytes"
-            except (aiohttp.ClientError, ConnectionError) as error:
-                failure = f"{type(error).__name__}: {error}"
-            except FrameError as error:
-                # Starting over is the only cure for wrong content.
-                part.path.unlink(missing_ok=True)
-                failure = str(error)
-            if part.attempts > options.max_retries:
-                raise ArchiveError(f"{url}: {failure} (after {part.attempts} attempts)")
-            pause = retry.delay(part.attempts, retry_after)
-            logger.info("%s: %s, again in %.1f s", url, failure, pause)
-            await asyncio.sleep(pause)
-    finally:
-        part.path.unlink(missing_ok=True)
+    while True:
+        part.attempts += 1
+        retry_after = None
+        try:
+            await _transfer(filesystem, observation, part, options.stall_timeout)
+            return await asyncio.to_thread(_open, observation, part.content)
+        except aiohttp.TooManyRedirects as error:
+            raise ArchiveError(f"{url}: redirected without end") from error
+        except aiohttp.ClientResponseError as error:
+            failure = f"HTTP {error.status} {error.message}"
+            if error.status == 416:
+                # Nothing is left to send of what was to go on.
+                part.size = 0
+            elif error.status not in retry.TRANSIENT_STATUS:
+                raise ArchiveError(f"{url}: {failure}") from error
+            retry_after = (error.headers or {}).get("Retry-After")
+        except TimeoutError:
+            failure = f"no byte for {options.stall_timeout:g} s"
+        except aiohttp.ClientPayloadError:
+            failure = f"the transfer broke off after {part.size} bytes"
+        except (aiohttp.ClientError, ConnectionError) as error:
+            failure = f"{type(error).__name__}: {error}"
+        except FrameError as error:
+            # Starting over is the only cure for wrong content.
+            part.size = 0
+            failure = str(error)
+        if part.attempts > options.max_retries:
+            raise ArchiveError(f"{url}: {failure} (after {part.attempts} attempts)")
+        pause = retry.delay(part.attempts, retry_after)
+        logger.info("%s: %s, again in %.1f s", url, failure, pause)
+        await asyncio.sleep(pause)
 
 
 async def _transfer(
@@ -147,10 +173,9 @@ async def _transfer(
     Bytes of two versions are never joined: the server is asked to go on only if the file
     still is the one that the tag names, and to send all of it otherwise.
     """
-    have = part.size
     headers = {"Accept-Encoding": "identity"}
-    if have and part.tag:
-        headers |= {"Range": f"bytes={have}-", "If-Range": part.tag}
+    if part.size and part.tag:
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": part.tag}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_timeout, sock_read=stall_timeout)
     # Not `open_async`, whose file forgets the headers and the timeout (fsspec 2026.9).
     session = await filesystem.set_session()
@@ -164,24 +189,32 @@ async def _transfer(
         if goes_on and (
             "Range" not in headers
             or tag != part.tag
-            or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            or not response.headers.get("Content-Range", "").startswith(f"bytes {part.size}-")
         ):
             raise FrameError("the server sent another range than was asked for")
-        with open(part.path, "ab" if goes_on else "wb") as file:
-            # A weak tag says nothing about bytes.
-            part.tag = tag if tag and not tag.startswith("W/") else None
-            while chunk := await response.content.read(CHUNK_BYTES):
-                file.write(chunk)
+        if not goes_on:
+            part.size = 0
+        if response.content_length is not None:
+            _check_length(observation, part.size + response.content_length)
+        # A weak tag says nothing about bytes.
+        part.tag = tag if tag and not tag.startswith("W/") else None
+        async for chunk in response.content.iter_any():
+            size = part.size + len(chunk)
+            if size > len(part.memory):
+                raise FrameError(f"more than {len(part.memory)} bytes came")
+            part.memory[part.size : size] = chunk
+            part.size = size
 
 
-def _publish(observation: Observation, part: Path, path: Path) -> None:
-    """Give a fetched file its name once it is whole, opens as a frame, and is on disk."""
-    size = part.stat().st_size
-    if observation.size_bytes not in (None, size):
-        raise FrameError(f"{size} bytes came, the archive says {observation.size_bytes}")
-    frame = open_frame(part)
+def _open(observation: Observation, content: memoryview) -> Frame:
+    """Open a fetched frame, once it is whole and the right one."""
+    _check_length(observation, len(content))
+    frame = open_frame(content, observation.filename)
     if frame.band != observation.band:
         raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    return frame
+
+
+def _check_length(observation: Observation, size: int) -> None:
+    if observation.size_bytes not in (None, size):
+        raise FrameError(f"{size} bytes came, the archive says {observation.size_bytes}")

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,21 +84,30 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     Outcome
         ``failed`` with the reason for a frame that cannot be measured.
     """
+    return _extract(Path(image).name, lambda: _open(image), per_image, options)
+
+
+def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
+    """Measure a frame that is open; otherwise as `extract`."""
+    return _extract(frame.filename, lambda: frame, per_image, options)
+
+
+def _extract(
+    filename: str, opened: Callable[[], Frame], per_image: str, options: ExtractOptions
+) -> Outcome:
     started = time.monotonic()
-    filename = Path(image).name
     rows, size, skipped, warnings, reason = 0, 0, {}, (), None
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            frame = _open(image)
             columns, skipped, warnings = measure_catalogue(
-                frame, _catalogue(options.catalogue), options.photometry
+                opened(), _catalogue(options.catalogue), options.photometry
             )
             rows = len(columns["target_id"])
-            with whole_file(Path(per_image) / table_name(filename)) as part:
-                size = part.write_bytes(
-                    tables.csv_header(tables.PER_IMAGE)
-                    + tables.lines_to_bytes(tables.csv_lines(columns))
-                )
+            text = tables.csv_header(tables.PER_IMAGE) + tables.lines_to_bytes(
+                tables.csv_lines(columns)
+            )
+        with whole_file(Path(per_image) / table_name(filename)) as part:
+            size = part.write_bytes(text)
     except (FrameError, OSError) as error:
         reason = str(error)
     except Exception as error:
