@@ -13,13 +13,16 @@ environment of its own, or is found with --peer-python.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -115,6 +118,18 @@ def in_turn(repeats: int, *runs: Callable[[], dict]) -> list[list[dict]]:
         list(results)
         for results in zip(*([run() for run in runs] for _ in range(repeats)), strict=True)
     ]
+
+
+@contextmanager
+def fresh_folders(work: Path, side: str) -> Iterator[Iterator[Path]]:
+    """Give a new folder each time one is asked for, and remove them all at the end.
+
+    Not before: ext4 is slow to make files soon after others were removed.
+    """
+    parent = work / f"out-{side}"
+    shutil.rmtree(parent, ignore_errors=True)
+    yield (parent / str(number) for number in itertools.count())
+    shutil.rmtree(parent, ignore_errors=True)
 
 
 def seconds(results: list[dict]) -> list[float]:
@@ -219,26 +234,30 @@ def bench_aggregate(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row
     )
     for n, sources, per_frame in cases:
         tables_ = workloads.per_image_tables(work, n, sources, per_frame)
-        runs = [partial(ours.call, "aggregate", per_image=tables_, folder=work / "agg-ours")]
-        if n <= 1_000_000:
-            runs.append(
-                partial(peer.call, "aggregate", per_image=tables_, folder=work / "agg-peer")
+        with fresh_folders(work, "ours") as mine_in, fresh_folders(work, "peer") as theirs_in:
+
+            def our_turn(tables_=tables_, into=mine_in) -> dict:
+                return ours.call("aggregate", per_image=tables_, folder=next(into))
+
+            def their_turn(tables_=tables_, into=theirs_in) -> dict:
+                return peer.call("aggregate", per_image=tables_, folder=next(into))
+
+            runs = [our_turn] if n > 1_000_000 else [our_turn, their_turn]
+            mine, *theirs = in_turn(1 if n > 1_000_000 else 5, *runs)
+            assert mine[-1]["rows"] == n
+            rows.append(
+                Row(
+                    work=f"aggregate, {n:,} rows, {sources:,} sources, 2 workers",
+                    ours=seconds(mine),
+                    peer=seconds(theirs[0]) if theirs else [],
+                    rows=n,
+                    peak_mb=max(result["worker_peak_mb"] for result in mine),
+                    target="15x" if theirs else "1.3 x the time a row, 2 GB",
+                    notes=compare_curves(mine[-1]["lightcurves"], theirs[0][-1]["lightcurves"])
+                    if theirs
+                    else f"{mine[-1]['sources']:,} curves",
+                )
             )
-        mine, *theirs = in_turn(1 if n > 1_000_000 else 3, *runs)
-        assert mine[-1]["rows"] == n
-        rows.append(
-            Row(
-                work=f"aggregate, {n:,} rows, {sources:,} sources, 2 workers",
-                ours=seconds(mine),
-                peer=seconds(theirs[0]) if theirs else [],
-                rows=n,
-                peak_mb=max(result["worker_peak_mb"] for result in mine),
-                target="15x" if theirs else "1.3 x the time a row, 2 GB",
-                notes=compare_curves(mine[-1]["lightcurves"], theirs[0][-1]["lightcurves"])
-                if theirs
-                else f"{mine[-1]['sources']:,} curves",
-            )
-        )
         print(table(rows).splitlines()[-1], flush=True)
     ours.call("stop_cluster")
     return rows
@@ -267,23 +286,46 @@ def bench_run(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
                 data[start : start + len(name)] = name
             path.write_bytes(data)
         files.append(workloads.archived(number, path))
-    with SimulatedArchive(files) as archive:
+    rows = []
+    with (
+        SimulatedArchive(files) as archive,
+        fresh_folders(work, "ours") as mine_in,
+        fresh_folders(work, "peer") as theirs_in,
+    ):
         options |= {"tap_url": archive.tap_url, "archive_url": archive.archive_url}
-        mine, theirs = [], []
-        for _ in range(1 if quick else 2):
-            mine.append(ours.call("run_all", folder=work / "run-ours", **options))
-            theirs.append(peer.call("run_all", folder=work / "run-peer", **options))
-    return [
-        Row(
-            work=f"run_all, {n_frames} frames x {n_sources:,} sources, embedded archive",
-            ours=seconds(mine),
-            peer=seconds(theirs),
-            rows=mine[-1]["rows"],
-            peak_mb=mine[-1]["peak_mb"],
-            target="10x",
-            notes=compare_curves(mine[-1]["lightcurves"], theirs[-1]["lightcurves"]),
+
+        def run(side: Side, into: Iterator[Path], **more) -> Callable[[], dict]:
+            return lambda: side.call("run_all", folder=next(into), **options, **more)
+
+        ours.call("start_cluster", processes=2)
+        warm = in_turn(
+            1 if quick else 3,
+            run(ours, mine_in),
+            run(ours, mine_in, keep_images=False),
+            run(peer, theirs_in),
         )
-    ]
+        ours.call("stop_cluster")
+        (cold,) = in_turn(1 if quick else 3, run(ours, mine_in))
+        theirs = warm.pop()
+        cases = (
+            (warm[0], "", "10x"),
+            (warm[1], ", frames not kept", ""),
+            (cold, ", and to start and stop the cluster", ""),
+        )
+        for results, more, target in cases:
+            rows.append(
+                Row(
+                    work=f"run_all, {n_frames} frames x {n_sources:,} sources{more}",
+                    ours=seconds(results),
+                    peer=seconds(theirs),
+                    rows=results[-1]["rows"],
+                    peak_mb=results[-1]["peak_mb"],
+                    target=target,
+                    notes=compare_curves(results[-1]["lightcurves"], theirs[-1]["lightcurves"]),
+                )
+            )
+            print(table(rows).splitlines()[-1], flush=True)
+    return rows
 
 
 def bench_scaling(ours: Side, work: Path, quick: bool) -> dict[str, list[tuple[float, float]]]:
@@ -331,7 +373,8 @@ def bench_scaling(ours: Side, work: Path, quick: bool) -> dict[str, list[tuple[f
         ]
     for n, sources, per_frame in cases:
         tables_ = workloads.per_image_tables(work, n, sources, per_frame)
-        took = ours.call("aggregate", per_image=tables_, folder=work / "agg-ours")
+        with fresh_folders(work, "ours") as into:
+            took = ours.call("aggregate", per_image=tables_, folder=next(into))
         points.append((n, n / took["seconds"]))
     ours.call("stop_cluster")
     return scaling

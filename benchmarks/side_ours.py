@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from distributed import Client, LocalCluster
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
+from spxdask.cluster import embedded_client
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
@@ -23,7 +23,8 @@ answers, sys.stdout = sys.stdout, sys.stderr
 
 class Ours:
     def __init__(self) -> None:
-        self.cluster = self.client = None
+        self.cluster = ExitStack()
+        self.client = None
 
     def about(self) -> dict:
         return {"version": spxdask.__version__, "python": sys.version.split()[0]}
@@ -60,27 +61,26 @@ class Ours:
         return {"seconds": seconds, "table": str(table), "rows": outcome.rows}
 
     def start_cluster(self, processes: int) -> dict:
+        """Start the cluster that a run without one would start."""
         self.stop_cluster()
-        self.cluster = LocalCluster(
-            n_workers=processes,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
+        config = BatchConfig(
+            center_ra=0,
+            center_dec=0,
+            radius=1,
+            catalog_path="none.csv",
+            max_extract_workers=processes,
         )
-        self.client = Client(self.cluster)
+        self.client = self.cluster.enter_context(embedded_client(config))
         return {}
 
     def stop_cluster(self) -> dict:
-        if self.client is not None:
-            self.client.close()
-            self.cluster.close()
-            self.cluster = self.client = None
+        self.cluster.close()
+        self.client = None
         return {}
 
     def aggregate(self, per_image: str, folder: str) -> dict:
         """Aggregate on the running cluster; the tables are taken by a link."""
         out = Path(folder)
-        shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         (out / "per_image").symlink_to(per_image)
         config = BatchConfig(
@@ -99,9 +99,10 @@ class Ours:
         }
 
     def run_all(self, folder: str, **options) -> dict:
-        shutil.rmtree(folder, ignore_errors=True)
+        """Run the four stages, on the running cluster if there is one."""
         started = time.perf_counter()
-        summary = BatchPipeline(BatchConfig(output_dir=folder, **options)).run_all()
+        config = BatchConfig(output_dir=folder, **options)
+        summary = BatchPipeline(config, client=self.client).run_all()
         return {
             "seconds": time.perf_counter() - started,
             "stages": {name: report.seconds for name, report in summary.stages.items()},

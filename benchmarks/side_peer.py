@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import shutil
 import sys
 import time
 import warnings
@@ -52,13 +51,11 @@ class Peer:
 
     def aggregate(self, per_image: str, folder: str) -> dict:
         lightcurves, buckets = Path(folder) / "lightcurves", Path(folder) / "buckets"
-        shutil.rmtree(folder, ignore_errors=True)
         started = time.perf_counter()
         aggregate_lightcurves(Path(per_image), lightcurves, buckets)
         return {"seconds": time.perf_counter() - started, "lightcurves": str(lightcurves)}
 
     def run_all(self, tap_url: str, archive_url: str, folder: str, **options) -> dict:
-        shutil.rmtree(folder, ignore_errors=True)
         spxquery.core.query.TAP_URL = tap_url
         options["catalog_path"] = Path(options["catalog_path"])
         started = time.perf_counter()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from decimal import Decimal
 from typing import Any
@@ -23,7 +26,7 @@ from spxdask.config import (
 )
 from spxdask.errors import ConfigError, InputError, SpxdaskError
 
-EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 ALL_OPTIONS = tuple(option.name for option in fields(BatchConfig))
 # The options that each stage reads, and which it therefore takes.
@@ -46,6 +49,7 @@ COMMANDS = {
     "download": "fetch the frames of the query",
     "extract": "measure the catalogue in every frame",
     "aggregate": "write one light curve a source",
+    "status": "where a run stands",
     "config": "write a commented YAML file of every option",
 }
 HEAD = """\
@@ -58,7 +62,7 @@ a first run, on a simulated sky, with nothing to download:
 a real one:
   spxdask run --catalog sources.csv --ra 10.685 --dec 41.269 --radius 0.1 --bands D3 D4
 
-exit status: 0 done, 1 some frames failed, 2 wrong usage or input
+exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped
 """
 # Options whose flag is not their name.
 FLAGS = {
@@ -80,16 +84,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     _log(options.verbose)
     try:
-        return options.run(options)
+        with _second_interrupt_ends_it():
+            return options.run(options)
     except InputError as error:
         print(f"spxdask: {error}", file=sys.stderr)
         return EXIT_USAGE
     except SpxdaskError as error:
         print(f"spxdask: {error}", file=sys.stderr)
         return EXIT_FRAMES_FAILED
+    except OSError as error:
+        print(f"spxdask: {error}", file=sys.stderr)
+        return EXIT_FRAMES_FAILED
     except KeyboardInterrupt:
-        print("\nspxdask: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+        print("spxdask: stopped; the same command goes on where it was", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _second_interrupt_ends_it() -> Iterator[None]:
+    """Let the first Ctrl-C stop a run in good order, and the next one at once."""
+    asked = 0
+
+    def interrupt(*_) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            # Workers end when this process does; what they were writing has no name yet.
+            print("\nspxdask: stopped at once", file=sys.stderr, flush=True)
+            os._exit(EXIT_INTERRUPTED)
+        print("\nspxdask: stopping; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _plain_number(argument: str) -> str:
@@ -134,7 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    _add_options(add("run", _run), ALL_OPTIONS)
+    run = add("run", _run)
+    _add_options(run, ALL_OPTIONS)
+    run.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="take only the frames of the folder's last query that failed",
+    )
     for stage, names in STAGES.items():
         command = add(stage, _stage)
         _add_options(command, names)
@@ -142,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--all", action="store_true", help="measure again what is already measured"
             )
+    status = add("status", _status)
+    status.add_argument("output_dir", nargs="?", metavar="DIR", default=None)
     demo = add("demo", _demo)
     demo.add_argument("--output", default="demo_output", metavar="DIR", help="default: %(default)s")
     config = add("config", _config)
@@ -242,10 +283,10 @@ def _pipeline(options: argparse.Namespace, *, saved: bool):
 
 
 def _run(options: argparse.Namespace) -> int:
-    pipeline = _pipeline(options, saved=False)
+    pipeline = _pipeline(options, saved=options.retry_failed)
     with pipeline:
         print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
-        summary = pipeline.run_all()
+        summary = pipeline.run_all(retry_failed=options.retry_failed)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
 
@@ -265,6 +306,13 @@ def _stage(options: argparse.Namespace) -> int:
     for filename, reason in report.failed.items():
         print(f"{filename}: {reason}", file=sys.stderr)
     return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE
+
+
+def _status(options: argparse.Namespace) -> int:
+    from spxdask.status import status
+
+    print(status(options.output_dir or default_of(_field(BatchConfig, "output_dir"))))
+    return EXIT_DONE
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -21,11 +22,14 @@ from spxdask.config import BatchConfig
 from spxdask.errors import InputError, SpxdaskError
 
 DASHBOARD_PORT = 8787
+# What is in flight when a run is stopped is waited for this long; a client that closes
+# its cluster needs some seconds more.
+LAST_SECONDS = 4.0
 # Dask has its workers give freed memory back at once, so that every buffer of a transfer
 # comes as fresh pages, which takes longer than the transfer.
 _KEEP_FREED_MEMORY = {
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 128 << 20,
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 16 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
 }
 _NEEDS_GUARD = (
     "worker processes import the script that starts them: in a script, put what it does under "
@@ -45,7 +49,7 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     processes = max(1, min(config.max_extract_workers, available_cores()))
     environment = dict(os.environ)
     try:
-        with dask.config.set(_KEEP_FREED_MEMORY):
+        with dask.config.set(_KEEP_FREED_MEMORY), _out_of_reach_of_interrupts():
             cluster = LocalCluster(
                 n_workers=processes,
                 threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
@@ -62,6 +66,19 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
         os.environ.update(environment)
     with cluster, Client(cluster) as client:
         yield client
+
+
+@contextmanager
+def _out_of_reach_of_interrupts() -> Iterator[None]:
+    """Let what is started meanwhile, and what that starts, never see a Ctrl-C.
+
+    It goes to every process of a terminal; this one decides what becomes of the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def available_cores() -> int:
@@ -104,7 +121,14 @@ def run_window(
     Yields
     ------
     item, result
-        As tasks end. The result is the exception of a task that raised one.
+        As tasks end. The result is the exception of a task that raised one, or that it
+        returned.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After one came: no task is begun any more, and those that end within
+        `LAST_SECONDS` are still yielded.
     """
     items = {}
     running = as_completed(loop=client.loop)
@@ -115,34 +139,45 @@ def run_window(
             items[future.key] = item
             running.add(future)
 
+    def ended(future) -> tuple[Any, Any]:
+        item = items.pop(future.key)
+        failed = future.status != "finished"
+        result = future.exception() if failed else future.result()
+        future.release()
+        return item, result
+
     try:
         fill()
-        for future in running:
-            item = items.pop(future.key)
-            failed = future.status != "finished"
-            result = future.exception() if failed else future.result()
-            future.release()
-            fill()
-            yield item, result
+        try:
+            for future in running:
+                one = ended(future)
+                fill()
+                yield one
+        except KeyboardInterrupt:
+            last = as_completed(list(running.futures), loop=client.loop, timeout=LAST_SECONDS)
+            with suppress(TimeoutError):
+                for future in last:
+                    yield ended(future)
+            raise
     finally:
         for future in list(running.futures):
             future.cancel()
 
 
 def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> Any:
-    """Run one call on the cluster and return its result or raise its error.
-
-    Errors of ours travel as values: Dask would log them, with a traceback, where the
-    user sees it.
-    """
-    task = delayed(_error_as_value, pure=False)(function, *arguments, dask_key_name=key)
+    """Run one call on the cluster and return its result or raise its error."""
+    task = delayed(error_as_value, pure=False)(function, *arguments, dask_key_name=key)
     result = client.compute(task, optimize_graph=False).result()
     if isinstance(result, SpxdaskError):
         raise result
     return result
 
 
-def _error_as_value(function: Callable, *arguments: Any) -> Any:
+def error_as_value(function: Callable, *arguments: Any) -> Any:
+    """Call a function, and return the error if it raises one of ours.
+
+    So errors travel: Dask would log them, with a traceback, where the user sees it.
+    """
     try:
         return function(*arguments)
     except SpxdaskError as error:

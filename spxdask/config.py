@@ -443,7 +443,9 @@ class BatchConfig(_Options):
     max_extract_workers: int = _option(
         12, _integer(1, 10000), "worker processes of the embedded cluster, at most one a core"
     )
-    num_buckets: int = _option(64, _integer(1, 100000), "output partitions of the shuffle")
+    num_buckets: int = _option(
+        64, _integer(1, 100000), "output partitions of the shuffle; more if they would be large"
+    )
     keep_bucket_files: bool = _option(
         False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
     )

@@ -10,6 +10,7 @@ __all__ = [
     "ArchiveError",
     "CatalogueError",
     "ConfigError",
+    "DiskFullError",
     "FrameError",
     "InputError",
     "RunFolderError",
@@ -44,6 +45,10 @@ class ArchiveError(SpxdaskError):
 
 class TruncatedAnswerError(ArchiveError):
     """The archive answered a query only in part."""
+
+
+class DiskFullError(SpxdaskError):
+    """There is no room left for what a run writes."""
 
 
 class FrameError(SpxdaskError):

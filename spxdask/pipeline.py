@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ import pandas as pd
 from dask.delayed import Delayed
 from distributed import Client, as_completed
 
-from spxdask.cluster import busy_threads, connect, embedded_client, run_one, run_window
+from spxdask.cluster import (
+    busy_threads,
+    connect,
+    embedded_client,
+    error_as_value,
+    run_one,
+    run_window,
+)
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError, RunFolderError, SpxdaskError
+from spxdask.errors import ConfigError, DiskFullError, RunFolderError, SpxdaskError
 from spxdask.ledger import Outcome
 from spxdask.observation import Observation
 from spxdask.progress import Bars, Progress, Silent
@@ -28,6 +37,7 @@ from spxdask.report import RunSummary, StageReport
 from spxdask.runfolder import RunFolder
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
+from spxdask.storage import told_when_full
 
 # Observations a partition of the bag, and partitions at the most: few enough that walking
 # over them costs nothing, many enough to spread.
@@ -212,14 +222,15 @@ class BatchPipeline:
         keep = self.config.keep_bucket_files
         if keep:
             buckets.mkdir(parents=True, exist_ok=True)
-        with self._work("aggregate", self.config.num_buckets, "buckets") as (client, report):
-            groups = aggregate.group(found)
+        groups = aggregate.group(found)
+        count = aggregate.partitions(groups, self.config.num_buckets)
+        with self._work("aggregate", count, "buckets") as (client, report):
             written = aggregate.WRITTEN
             if groups:
                 # The graph of a shuffle is tied to the client that is current.
                 with client.as_current():
                     frame = aggregate.light_curves(
-                        groups, str(folder), str(buckets) if keep else None, self.config.num_buckets
+                        groups, str(folder), str(buckets) if keep else None, count
                     )
                     written = self._write(client, frame)
             report.rows = int(written["rows"].sum())
@@ -239,13 +250,19 @@ class BatchPipeline:
                     f"{min(missing)} for one; does its file system tell upper from lower case?"
                 )
             if buckets.exists():
-                names = {aggregate.bucket_name(n) for n in range(self.config.num_buckets)}
+                names = {aggregate.bucket_name(n) for n in range(count)}
                 names = names if keep and groups else set()
                 aggregate.keep_only(str(buckets), names, aggregate.is_bucket)
         return report
 
-    def run_all(self) -> RunSummary:
+    def run_all(self, retry_failed: bool = False) -> RunSummary:
         """Run the four stages.
+
+        Parameters
+        ----------
+        retry_failed : bool
+            Take the frames of the last query that failed, and no others, and bring the
+            light curves up to date.
 
         Returns
         -------
@@ -255,8 +272,8 @@ class BatchPipeline:
         self.reports = {}
         with self._cluster():
             # Nothing found is more often a mistake than a reason to drop light curves.
-            if self.run_query():
-                self._frames("download", "extract")
+            if retry_failed or self.run_query():
+                self._frames("download", "extract", only_failed=retry_failed)
                 self.run_aggregate()
         self.summary = RunSummary(
             stages=self.reports,
@@ -303,9 +320,11 @@ class BatchPipeline:
             report.seconds = time.monotonic() - started
             self.reports[report.stage] = report
 
-    def _frames(self, *stages: str, skip_existing: bool = True) -> None:
+    def _frames(self, *stages: str, skip_existing: bool = True, only_failed: bool = False) -> None:
         """Do download, or extract, or both at once: the stages that go frame by frame."""
         observations = self._observations()
+        if only_failed:
+            observations = [o for o in observations if self.folder.ledger.has_failed(o.filename)]
         name = stages[0] if len(stages) == 1 else "frames"
         with self._work(name, len(observations), "frames", *stages) as (client, *reports):
             report = {each.stage: each for each in reports}
@@ -336,6 +355,9 @@ class BatchPipeline:
                         self._account(report["extract"], self._absent(o))
                     self._progress.advance(failed=unmeasured)
 
+            if keep:
+                self._check_room(o for o, _ in to_fetch)
+
             def extractions() -> Iterator[tuple[Observation, Delayed]]:
                 for o in _walk(_bag(to_extract)):
                     call = (extract.extract, f"{images}/{o.filename}", per_image, measure)
@@ -361,7 +383,13 @@ class BatchPipeline:
         window: Callable[[], int],
     ) -> None:
         """Run tasks, and put what became of each frame in the ledger and the reports."""
+        full: DiskFullError | None = None
+        tasks = takewhile(lambda _: full is None, tasks)
         for observation, result in run_window(client, tasks, window):
+            if isinstance(result, DiskFullError):
+                # What is in flight may still find room; nothing more is begun.
+                full = result
+                continue
             if isinstance(result, BaseException):
                 # The task itself reports what it can; this is a worker that died of it.
                 result = Outcome(
@@ -380,6 +408,19 @@ class BatchPipeline:
             if failed and "extract" in report and outcomes[-1].stage == "download":
                 self._account(report["extract"], self._absent(observation))
             self._progress.advance(failed=failed)
+        if full is not None:
+            raise full
+
+    def _check_room(self, observations: Iterable[Observation]) -> None:
+        """Raise DiskFullError unless there is room for frames to be kept."""
+        needed = sum(o.size_bytes or 0 for o in observations)
+        free = shutil.disk_usage(self.folder.images).free
+        if needed > free:
+            raise DiskFullError(
+                f"the frames to fetch have {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+                f"in {self.folder.images}: make room, choose another output_dir, or do not keep "
+                "them (keep_images=False, --no-keep-images)"
+            )
 
     def _account(self, report: StageReport, outcome: Outcome) -> None:
         """Add what became of a frame to the report."""
@@ -409,14 +450,16 @@ class BatchPipeline:
         futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
         written = []
         try:
-            for _, result in as_completed(futures, with_results=True):
-                written.append(result)
-                self._progress.advance()
-        except RuntimeError as error:
-            # A shuffle tells of a table that cannot be read as of its own failure.
-            if isinstance(error.__cause__, SpxdaskError):
-                raise error.__cause__ from None
-            raise
+            with told_when_full(self.folder.path):
+                try:
+                    for _, result in as_completed(futures, with_results=True):
+                        written.append(result)
+                        self._progress.advance()
+                except RuntimeError as error:
+                    # A shuffle tells of what went wrong in a task as of its own failure.
+                    if isinstance(error.__cause__, SpxdaskError | OSError):
+                        raise error.__cause__ from None
+                    raise
         finally:
             client.cancel(futures)
         return pd.concat(written, ignore_index=True)
@@ -439,12 +482,23 @@ class BatchPipeline:
         if (
             outcome is not None
             and outcome.status == "done"
-            and outcome.fingerprint == self._fingerprint
+            and self._is_current(outcome)
             and table.exists()
             and table.stat().st_size == outcome.bytes
         ):
             return outcome
         return None
+
+    def _is_current(self, outcome: Outcome) -> bool:
+        """Tell whether a frame's rows are those of this catalogue and these options.
+
+        Also when they were made with another catalogue that is the same near the frame.
+        """
+        if outcome.fingerprint == self._fingerprint:
+            return True
+        return outcome.cap is not None and outcome.sources == extract.sources_fingerprint(
+            self.catalogue, outcome.cap, self.config.photometry
+        )
 
     def _absent(self, observation: Observation) -> Outcome:
         """Put it down that a frame cannot be measured as it is not on disk."""
@@ -559,4 +613,4 @@ def _task(stage: str, observation: Observation, function, *arguments: Any) -> De
     The key is new each time: one still known to the scheduler would not run again.
     """
     key = (stage, f"{Path(observation.filename).stem}-{uuid.uuid4().hex[:8]}")
-    return dask.delayed(function, pure=False)(*arguments, dask_key_name=key)
+    return dask.delayed(error_as_value, pure=False)(function, *arguments, dask_key_name=key)

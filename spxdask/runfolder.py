@@ -82,6 +82,19 @@ class RunFolder:
                 remove_parts(folder)
             yield
 
+    def busy(self) -> str | None:
+        """Return which process is at work in the folder, None when there is none."""
+        try:
+            lock = open(self.state / "lock", encoding="utf-8")  # noqa: SIM115
+        except FileNotFoundError:
+            return None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip()
+            return None
+
     def save_config(self, config: BatchConfig) -> None:
         """Keep the configuration for later stages, wherever they are started from."""
         config = dataclasses.replace(

@@ -14,9 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from spxdask.errors import DiskFullError
+
 # A directory entry holds 255 bytes on common file systems, the suffix included.
 MAX_NAME_BYTES = 200
 _UNSAFE = re.compile(r"[/\\%\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\.|\.\.")
+
+
+@contextmanager
+def told_when_full(folder: str | os.PathLike) -> Iterator[None]:
+    """Raise DiskFullError where the system says that there is no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{error.strerror} in {os.fspath(folder)}: make room, then the same command goes on"
+        ) from error
 
 
 def part_path(path: Path) -> Path:

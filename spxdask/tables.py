@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
-from numba import njit
 
+from spxdask.science.compiled import compiled
 from spxdask.science.photometry import MEASURED
 
 TEXT = ("target_id", "obs_id", "band", "filename")
@@ -34,22 +34,33 @@ SCHEMA = pa.schema(
 )
 
 
-def csv_lines(columns: Mapping[str, pa.Array | np.ndarray]) -> pa.Array:
+def csv_lines(columns: Mapping[str, pa.Array | np.ndarray | str | float]) -> pa.Array:
     """Render rows as CSV, each with its line feed.
 
     Parameters
     ----------
-    columns : mapping of str to (n,) array
+    columns : mapping of str to (n,) array or to one value for all rows
         Text, integers or floats; NaN and null are missing. A number may be given as the
-        text that it is to be written as.
+        text that it is to be written as. At least one column is an array.
 
     Returns
     -------
     (n,) pyarrow large_string array
         One line a row, so that any run of rows can be cut out as bytes.
     """
-    texts = [_as_text(pa.array(column), name in TEXT) for name, column in columns.items()]
-    texts[-1] = _joined(texts[-1], _scalar("\n"), separator="")
+    pieces: list[pa.Array | str] = []
+    for name, column in columns.items():
+        one = isinstance(column, str | float)
+        text = _as_text(pa.array([column] if one else column), name in TEXT)
+        text = text[0].as_py() if one else text
+        # Neighbours that are the same in all rows are joined once.
+        if one and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += f",{text}"
+        else:
+            pieces.append(text)
+    last = pieces.pop()
+    last = f"{last}\n" if isinstance(last, str) else _joined(last, _scalar("\n"), separator="")
+    texts = [_scalar(p) if isinstance(p, str) else p for p in (*pieces, last)]
     return _joined(*texts, separator=",")
 
 
@@ -78,8 +89,10 @@ def _as_text(column: pa.Array, may_need_quotes: bool) -> pa.Array:
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     column = pc.fill_null(pc.cast(column, pa.large_string()), "")
     if may_need_quotes:
-        special = pc.match_substring_regex(column, '[",\r\n]')
-        if pc.any(special).as_py():
+        # Hardly any text has to be quoted, and to look through all of it at once is quick.
+        content = bytes(column.buffers()[2] or b"")
+        if any(mark in content for mark in (b'"', b",", b"\r", b"\n")):
+            special = pc.match_substring_regex(column, '[",\r\n]')
             doubled = pc.replace_substring(column, '"', '""')
             quoted = _joined(_scalar('"'), doubled, _scalar('"'), separator="")
             column = pc.if_else(special, quoted, column)
@@ -145,7 +158,7 @@ def _cut_lines(body: np.ndarray) -> dict[str, pa.Array] | None:
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _find_commas(body, marks):
     """Fill in, for each row, what stands before each field and after the last.
 
@@ -171,7 +184,7 @@ def _find_commas(body, marks):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _copy_pieces(body, starts, offsets, out):
     """Copy pieces of `body`, from `starts` on, one behind the other."""
     for row in range(len(starts)):

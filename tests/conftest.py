@@ -11,7 +11,12 @@ from hypothesis import settings
 # The same examples each time where a red run must mean a change; new ones elsewhere.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("here", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "here")
+# For an afternoon of fuzzing.
+settings.register_profile("long", max_examples=20000, deadline=None)
+if os.environ.get("SPXDASK_TESTS") == "long":
+    settings.load_profile("long")
+else:
+    settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,16 @@ class Catalogue:
             **numbers,
         )
 
+    def digest(self, index: np.ndarray) -> bytes:
+        """Return a hash of some sources: their ids and positions, in the order given."""
+        ids = self.target_id.take(pa.array(index))
+        size = 8 * (len(ids) + 1)
+        offsets = np.frombuffer(ids.buffers()[1], np.int64, len(ids) + 1) if len(ids) else [0]
+        digest = hashlib.blake2b(np.asarray(offsets).tobytes()[:size], digest_size=16)
+        for part in ((ids.buffers()[2] or b"")[: offsets[-1]], self.ra[index], self.dec[index]):
+            digest.update(part)
+        return digest.digest()
+
     def within(self, ra: float, dec: float, radius: float) -> np.ndarray:
         """Find the sources in a circle on the sphere.
 

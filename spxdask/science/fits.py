@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from spxdask.errors import FrameError
+from spxdask.science.kernels import word_sum
 
 BLOCK = 2880
 CARD = 80
@@ -104,6 +107,46 @@ def scan(buffer) -> list[Hdu]:
         hdus.append(Hdu(str(name).strip().upper(), header, data_start, data_size))
         start = data_start + -(-data_size // BLOCK) * BLOCK
     return hdus
+
+
+def verify(buffer) -> int:
+    """Check the sums that a file carries, and return its own.
+
+    Parameters
+    ----------
+    buffer : bytes-like
+        The whole file, of a length that is a multiple of four.
+
+    Returns
+    -------
+    int
+        Ones' complement sum of all its 32-bit words.
+
+    Raises
+    ------
+    FrameError
+        If a DATASUM or CHECKSUM card says otherwise (FITS 4.0, section 4.4.2.7).
+    """
+    words = np.frombuffer(buffer, "<u4", len(buffer) // 4)
+    total, start = 0, 0
+    for hdu in scan(buffer):
+        stop = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
+        head = word_sum(words[start // 4 : hdu.data_start // 4])
+        data = word_sum(words[hdu.data_start // 4 : stop // 4])
+        says = str(hdu.header.get("DATASUM") or "").strip()
+        if says and says != str(data):
+            raise FrameError(f"the data of {hdu.name} have the sum {data}, DATASUM says {says}")
+        whole = add_sums(head, data)
+        if hdu.header.get("CHECKSUM") and whole not in (0, 0xFFFFFFFF):
+            raise FrameError(f"{hdu.name} does not have the sum that CHECKSUM makes it have")
+        total, start = add_sums(total, whole), stop
+    return add_sums(total, word_sum(words[start // 4 :]))
+
+
+def add_sums(one: int, other: int) -> int:
+    """Add 32-bit numbers, the carry at the low end."""
+    total = one + other
+    return (total & 0xFFFFFFFF) + (total >> 32)
 
 
 def _read_header(buffer, start: int) -> tuple[Header, int]:

@@ -46,6 +46,10 @@ FLAG_BITS = {
 }
 
 NEEDED = ("IMAGE", "FLAGS", "VARIANCE", "ZODI", "WCS-WAVE")
+# Outside of these, a header says nothing: the PSF is 5 to 6 arcsec wide.
+USABLE_FWHM_ARCSEC = (1.0, 60.0)
+LAST_MJD = 1e6
+LARGEST_ORIGIN = 1e5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,7 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         If the file cannot be opened.
     """
     if isinstance(source, memoryview):
-        mapped = source
+        mapped = source.toreadonly()
     else:
         filename = filename or Path(source).name
         mapped = _map(source)
@@ -209,22 +213,31 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     if not 1 <= detector <= 6:
         raise FrameError(f"DETECTOR is {detector}, 1 to 6 is allowed")
     obs_id = header.get("OBSID")
-    if not isinstance(obs_id, str) or not obs_id:
+    if not isinstance(obs_id, str) or not obs_id or not obs_id.isprintable():
         raise FrameError(f"OBSID is {obs_id!r}, a name is needed")
     warnings = []
     fwhm = header.get("PSF_FWHM")
-    if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not 0 < fwhm < np.inf:
+    low, high = USABLE_FWHM_ARCSEC
+    if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not low <= fwhm <= high:
         fwhm = None
+    mjd = (header.number("MJD-BEG") + header.number("MJD-END")) / 2
+    if not 0 <= mjd <= LAST_MJD:
+        raise FrameError(f"MJD-BEG and MJD-END give the time {mjd}, which is no MJD")
+    origin = (1.0 - header.number("CRPIX1A", 1.0), 1.0 - header.number("CRPIX2A", 1.0))
+    if not max(map(abs, origin)) <= LARGEST_ORIGIN:
+        raise FrameError(f"CRPIX1A and CRPIX2A put the cut-out at {origin}")
     if header.get("FINAST", 0) != 0:
-        warnings.append(f"astrometric solution not good: FINAST is {header['FINAST']}")
+        warnings.append(f"astrometric solution not good: FINAST is {header['FINAST']!r}")
     if header.get("L2DQAFLG", "Pass") != "Pass":
         warnings.append(f"archive's quality check: L2DQAFLG is {header['L2DQAFLG']!r}")
 
     image = _plane(mapped, hdus["IMAGE"], -32, ">f4")
     flags_hdu = hdus["FLAGS"]
     if is_row_compressed(flags_hdu):
+        _check_compressed(flags_hdu.header, image.shape)
         flags = decompress(mapped, flags_hdu)
     elif flags_hdu.header.get("ZIMAGE") is True:
+        _check_compressed(flags_hdu.header, image.shape)
         flags = _compressed_flags(mapped)
     else:
         flags = _plane(mapped, flags_hdu, 32, ">i4")
@@ -237,22 +250,25 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         if plane.shape != image.shape:
             raise FrameError(f"{name} is {plane.shape} pixels, IMAGE is {image.shape}")
 
-    return Frame(
+    frame = Frame(
         filename=filename,
         obs_id=obs_id,
         band=f"D{detector}",
-        mjd=(header.number("MJD-BEG") + header.number("MJD-END")) / 2,
+        mjd=mjd,
         image=image,
         variance=planes["VARIANCE"],
         zodi=planes["ZODI"],
         flags=flags,
         wcs=TanSip.from_header(header),
         wavelengths=_wavelength_table(mapped, hdus["WCS-WAVE"]),
-        origin=(1.0 - header.number("CRPIX1A", 1.0), 1.0 - header.number("CRPIX2A", 1.0)),
+        origin=origin,
         psf_fwhm=None if fwhm is None else float(fwhm),
         flag_bits=_flag_bits(flags_hdu.header),
         warnings=tuple(warnings),
     )
+    if not np.isfinite(frame.cap).all():
+        raise FrameError("no usable celestial WCS: the frame is nowhere on the sky")
+    return frame
 
 
 def _map(path: str | os.PathLike) -> memoryview:
@@ -265,6 +281,8 @@ def _map(path: str | os.PathLike) -> memoryview:
 def _plane(mapped: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
     """Map a two-dimensional image where it lies in the file."""
     header = hdu.header
+    if header.get("XTENSION", "IMAGE") != "IMAGE":
+        raise FrameError(f"{hdu.name} is a {header['XTENSION']!r} extension, 'IMAGE' is needed")
     if header.get("NAXIS") != 2 or header.get("BITPIX") != bitpix:
         raise FrameError(
             f"{hdu.name} has NAXIS {header.get('NAXIS')} and BITPIX {header.get('BITPIX')}, "
@@ -276,6 +294,30 @@ def _plane(mapped: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
     if min(shape) < 2:
         raise FrameError(f"{hdu.name} is only {shape} pixels")
     return np.frombuffer(mapped, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
+
+
+def _check_compressed(header: Header, shape: tuple[int, int]) -> None:
+    """Refuse what a decoder would trust: sizes, and numbers that it does not look at."""
+    found = header.get("ZNAXIS"), header.get("ZNAXIS2"), header.get("ZNAXIS1")
+    if found != (2, *shape):
+        raise FrameError(f"FLAGS is {found[1:]} pixels, IMAGE is {shape}")
+    tile = header.get("ZTILE1", shape[1]), header.get("ZTILE2", 1)
+    parameters = {
+        header[name]: header.get(f"ZVAL{name[5:]}") for name in header if name.startswith("ZNAME")
+    }
+    sound = (
+        header.get("XTENSION") == "BINTABLE"
+        and header.get("ZCMPTYPE") in ("RICE_1", "GZIP_1", "GZIP_2")
+        and header.get("ZBITPIX") in (8, 16, 32)
+        and header.get("TFIELDS") in (1, 2, 3, 4)
+        and all(isinstance(length, int) for length in tile)
+        and 1 <= tile[0] <= shape[1]
+        and 1 <= tile[1] <= shape[0]
+        and parameters.get("BLOCKSIZE", 32) in (16, 32)
+        and parameters.get("BYTEPIX", 4) in (1, 2, 4)
+    )
+    if not sound:
+        raise FrameError("FLAGS cannot be decompressed: not compressed integers of a known kind")
 
 
 def _compressed_flags(mapped: memoryview) -> np.ndarray:
@@ -300,8 +342,8 @@ def _wavelength_table(mapped: memoryview, hdu: Hdu) -> WavelengthTable:
     types = {"J": ">i4", "I": ">i2", "K": ">i8", "E": ">f4", "D": ">f8"}
     columns: dict[str, np.ndarray] = {}
     offset = hdu.data_start
-    if header.get("NAXIS2") != 1:
-        raise FrameError(f"WCS-WAVE has {header.get('NAXIS2')} rows, one is needed")
+    if header.get("XTENSION") != "BINTABLE" or header.get("NAXIS2") != 1:
+        raise FrameError(f"WCS-WAVE has {header.get('NAXIS2')} rows, a table of one is needed")
     for number in range(1, header.integer("TFIELDS") + 1):
         form = str(header.get(f"TFORM{number}", "")).strip()
         if form[-1:] not in types or not (form[:-1] or "1").isdecimal():
@@ -309,6 +351,8 @@ def _wavelength_table(mapped: memoryview, hdu: Hdu) -> WavelengthTable:
         count, dtype = int(form[:-1] or 1), np.dtype(types[form[-1]])
         if offset + count * dtype.itemsize > hdu.data_start + hdu.data_size:
             raise FrameError(f"WCS-WAVE column {number} reaches beyond its row")
+        if header.get(f"TSCAL{number}", 1) != 1 or header.get(f"TZERO{number}", 0) != 0:
+            raise FrameError(f"WCS-WAVE column {number} is scaled by TSCAL and TZERO")
         name = str(header.get(f"TTYPE{number}", "")).strip().upper()
         columns[name] = np.frombuffer(mapped, dtype, count, offset).astype(float)
         offset += count * dtype.itemsize
@@ -321,8 +365,11 @@ def _wavelength_table(mapped: memoryview, hdu: Hdu) -> WavelengthTable:
             f"WCS-WAVE has {len(x)} x {len(y)} control points and {len(values)} values"
         )
     values = values.reshape(len(y), len(x), 2)
-    if not (np.diff(x) > 0).all() or not (np.diff(y) > 0).all() or not np.isfinite(values).all():
+    finite = all(np.isfinite(column).all() for column in (x, y, values))
+    if not finite or not (np.diff(x) > 0).all() or not (np.diff(y) > 0).all():
         raise FrameError("WCS-WAVE has control points out of order or values that are not finite")
+    if not (values > 0).all():
+        raise FrameError("WCS-WAVE has wavelengths or bandwidths that are not positive")
     return WavelengthTable(x=x, y=y, values=values)
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from numba import njit
 from numpy import uint32
 
-_COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
-
+from spxdask.science.compiled import OPTIONS, compiled, inner
 
 # Sums that run side by side in the statistics of a background.
 _LANES = 64
@@ -26,7 +25,7 @@ _LARGEST = uint32(0x7F7FFFFF)
 _SAMPLE_STRIDE = 251
 
 
-@njit(inline="always", **_COMPILE)
+@njit(inline="always", **OPTIONS)
 def _swap(word):
     word = uint32(word)
     return uint32(
@@ -37,7 +36,7 @@ def _swap(word):
     )
 
 
-@njit(inline="always", **_COMPILE)
+@njit(inline="always", **OPTIONS)
 def _real(word):
     return np.float64(_swap(word).view(np.float32))
 
@@ -48,7 +47,7 @@ _TOLERANCE_PIXELS = 1e-10
 _MAX_ITERATIONS = 50
 
 
-@njit(**_COMPILE)
+@inner
 def _polynomial(coefficients, u, v):
     """Sum of coefficients[p, q] u^p v^q over p + q <= order, by Horner's rule."""
     order = len(coefficients) - 1
@@ -61,7 +60,7 @@ def _polynomial(coefficients, u, v):
     return total
 
 
-@njit(**_COMPILE)
+@compiled
 def distort(u, v, a, b):
     """Add the SIP distortion to pixel offsets; (n,) arrays in and out."""
     new_u, new_v = np.empty_like(u), np.empty_like(v)
@@ -71,7 +70,7 @@ def distort(u, v, a, b):
     return new_u, new_v
 
 
-@njit(**_COMPILE)
+@compiled
 def sky_to_pixel(ra, dec, rotation, inverse, crpix, a, b):
     """Project positions onto the detector; see `spxdask.science.wcs.TanSip`."""
     n = len(ra)
@@ -102,13 +101,13 @@ def sky_to_pixel(ra, dec, rotation, inverse, crpix, a, b):
     return x, y
 
 
-@njit(inline="always", **_COMPILE)
+@njit(inline="always", **OPTIONS)
 def _is_finite(value):
     # An infinity or a NaN times zero is a NaN; unlike math.isfinite, this vectorises.
     return value * 0.0 == 0.0
 
 
-@njit(**_COMPILE)
+@compiled
 def zodi_sums(image, variance, zodi, flags, excluded):
     """Return the sums behind the weighted fit of ZODI to IMAGE.
 
@@ -167,7 +166,7 @@ def zodi_sums(image, variance, zodi, flags, excluded):
     return sums[0], sums[1], sums[2], sums[3], clear, unflagged, finite, valid
 
 
-@njit(inline="always", **_COMPILE)
+@njit(inline="always", **OPTIONS)
 def _corner(x, y, r):
     """Area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
     sign = 1.0
@@ -185,7 +184,7 @@ def _corner(x, y, r):
     return sign * (start * y + 0.5 * arc)
 
 
-@njit(**_COMPILE)
+@inner
 def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_variance):
     """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
 
@@ -229,7 +228,7 @@ def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_varianc
     return total, total_variance, flag_or, repaired
 
 
-@njit(**_COMPILE)
+@inner
 def _select(values, n, k):
     """Return the k-th smallest of values[:n] (Hoare's selection); reorders them."""
     low, high = 0, n - 1
@@ -254,7 +253,7 @@ def _select(values, n, k):
     return values[k]
 
 
-@njit(**_COMPILE)
+@inner
 def _moments(values, size, low, high, pivot, first, second):
     """Return number, mean and standard deviation of the values from low to high.
 
@@ -282,17 +281,14 @@ def _moments(values, size, low, high, pivot, first, second):
     return count, pivot + shift, math.sqrt(max(squares / count - shift * shift, 0.0))
 
 
-@njit(**_COMPILE)
-def _median(values, size, count, mean, deviation, scratch):
-    """Return the median of values, of which `count` are not NaN.
+@inner
+def _median(values, size, count, below, mean, deviation, scratch):
+    """Return the median of values, of which `count` are not NaN and `below` below the mean.
 
-    A count and a Gaussian's density bring a guess close to it. The values about the guess
-    are then picked out, wider and wider until the middle ranks are among them, and only
-    those are put in order.
+    The count and a Gaussian's density bring a guess close to it. The values about the
+    guess are then picked out, wider and wider until the middle ranks are among them, and
+    only those are put in order.
     """
-    below = 0
-    for i in range(size):
-        below += values[i] < mean
     guess = mean + (0.5 * count - below) / count * 2.5 * deviation
     lower_rank, upper_rank = (count - 1) // 2, count // 2
     half = 0.05 * deviation
@@ -317,7 +313,7 @@ def _median(values, size, count, mean, deviation, scratch):
     return 0.5 * (lower + upper)
 
 
-@njit(**_COMPILE)
+@inner
 def _clipped(values, size, sigma, iterations, scratch):
     """Return median and standard deviation after clipping about the mean.
 
@@ -325,11 +321,9 @@ def _clipped(values, size, sigma, iterations, scratch):
     """
     first, second = scratch[:_LANES], scratch[_LANES : 2 * _LANES]
     low, high = -math.inf, math.inf
-    pivot = 0
-    while not _is_finite(values[pivot]):
-        pivot += 1
-    count, mean, deviation = _moments(values, size, low, high, values[pivot], first, second)
-    if abs(mean - values[pivot]) > 4.0 * deviation:
+    # With the zodiacal light subtracted, the mean is near zero.
+    count, mean, deviation = _moments(values, size, low, high, 0.0, first, second)
+    if not abs(mean) <= 4.0 * deviation:
         # From near, the second look has no rounding error to speak of.
         count, mean, deviation = _moments(values, size, low, high, mean, first, second)
     for _ in range(iterations):
@@ -342,12 +336,15 @@ def _clipped(values, size, sigma, iterations, scratch):
         if left == 0 or left == count:
             break
         low, high, count, mean, deviation = inner_low, inner_high, left, left_mean, left_deviation
+    below = 0
     for i in range(size):
-        values[i] = values[i] if (values[i] >= low) & (values[i] <= high) else math.nan
-    return _median(values, size, count, mean, deviation, scratch), deviation
+        value = values[i] if (values[i] >= low) & (values[i] <= high) else math.nan
+        below += value < mean
+        values[i] = value
+    return _median(values, size, count, below, mean, deviation, scratch), deviation
 
 
-@njit(**_COMPILE)
+@inner
 def _gather(
     image, variance, zodi, flags, x, y, inner2, outer2, box, scale, unit, excluded, check, values
 ):
@@ -388,7 +385,7 @@ def _gather(
     return size, count
 
 
-@njit(inline="always", **_COMPILE)
+@njit(inline="always", **OPTIONS)
 def _box(ny, nx, y, x, half_height, half_width):
     return (
         max(math.floor(y - half_height), 0),
@@ -398,7 +395,7 @@ def _box(ny, nx, y, x, half_height, half_width):
     )
 
 
-@njit(**_COMPILE)
+@compiled
 def measure_sources(
     image,
     variance,
@@ -506,7 +503,18 @@ def measure_sources(
     return sums, flag, repaired
 
 
-@njit(**_COMPILE)
+@compiled
+def word_sum(words):
+    """Return the ones' complement sum of big-endian 32-bit words, the sum of FITS's DATASUM."""
+    total = np.uint64(0)
+    for i in range(len(words)):
+        total += np.uint64(_swap(words[i]))
+    while total >> np.uint64(32):
+        total = (total & np.uint64(0xFFFFFFFF)) + (total >> np.uint64(32))
+    return total
+
+
+@inner
 def _count_words(pixels, low, high):
     """Return how many positive floats there are, below `low`, and from `low` to `high`."""
     total = before = inside = 0
@@ -519,7 +527,7 @@ def _count_words(pixels, low, high):
     return total, before, inside
 
 
-@njit(**_COMPILE)
+@compiled
 def positive_median(plane):
     """Return the median of the finite positive values of a plane, NaN when there are none.
 

@@ -70,6 +70,8 @@ class Measurement:
     columns : dict of str to (n,) array
         One array for each name in `MEASURED`, in their order. Pixels, uJy, AB mag, um,
         uJy/arcsec^2; `flag` is int64; NaN where a number is missing.
+    radius : float
+        Of the aperture, pixels.
     zodi_scale : float
         The scale that ZODI was subtracted with; 0 when it was not.
     skipped : dict of str to int
@@ -80,6 +82,7 @@ class Measurement:
 
     index: np.ndarray
     columns: dict[str, np.ndarray]
+    radius: float
     zodi_scale: float
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -149,9 +152,7 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
         pixel_area = config.pixel_scale_fallback**2
     radius = _aperture_radius(frame, math.sqrt(pixel_area), config, warnings)
 
-    words = [
-        np.asarray(p).view("<u4") for p in (frame.image, frame.variance, frame.zodi, frame.flags)
-    ]
+    words = [_words(p) for p in (frame.image, frame.variance, frame.zodi, frame.flags)]
     bad = _mask(config.bad_flags)
     source = _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.
@@ -205,6 +206,7 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
     return Measurement(
         index=index,
         columns=dict(zip(MEASURED, values, strict=True)),
+        radius=radius,
         zodi_scale=scale,
         skipped=skipped,
         warnings=tuple(warnings),
@@ -226,6 +228,13 @@ def _aperture_radius(frame: Frame, pixel_scale: float, config, warnings: list[st
         fwhm = FWHM_FALLBACK_ARCSEC
         warnings.append(f"no usable PSF_FWHM, {FWHM_FALLBACK_ARCSEC} arcsec taken")
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
+
+
+def _words(plane: np.ndarray) -> np.ndarray:
+    words = np.asarray(plane).view("<u4")
+    # Like those of a mapped file, so that one compiled form serves all.
+    words.flags.writeable = False
+    return words
 
 
 def _mask(bits: list[int]) -> np.uint32:

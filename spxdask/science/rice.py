@@ -9,10 +9,10 @@ while the rest of a number is a run of zeros.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy import uint32, uint64
 
 from spxdask.errors import FrameError
+from spxdask.science.compiled import compiled
 from spxdask.science.fits import Hdu
 
 BLOCK = 32
@@ -29,7 +29,8 @@ def is_row_compressed(hdu: Hdu) -> bool:
         header.get(f"ZNAME{n}"): header.get(f"ZVAL{n}") for n in (1, 2) if f"ZNAME{n}" in header
     }
     return (
-        header.get("ZCMPTYPE") == "RICE_1"
+        header.get("ZIMAGE") is True
+        and header.get("ZCMPTYPE") == "RICE_1"
         and header.get("ZBITPIX") == 32
         and header.get("ZNAXIS") == 2
         and header.get("ZTILE1", header.get("ZNAXIS1")) == header.get("ZNAXIS1")
@@ -73,7 +74,9 @@ def decompress(mapped, hdu: Hdu) -> np.ndarray:
     if not 0 <= begin <= hdu.data_size:
         raise FrameError(f"FLAGS cannot be decompressed: THEAP is {begin}")
     heap = np.frombuffer(mapped, np.uint8, hdu.data_size - begin, hdu.data_start + begin)
-    if (starts < 0).any() or (lengths < 4).any() or (starts + lengths > len(heap)).any():
+    # Not their sum, which may be too large for an integer.
+    outside = (starts < 0) | (lengths < 4) | (lengths > len(heap)) | (starts > len(heap) - lengths)
+    if outside.any():
         raise FrameError("FLAGS cannot be decompressed: a tile lies outside of the table")
     out = np.empty((ny, nx), np.uint32)
     row = _decompress(heap, starts, lengths, out)
@@ -82,7 +85,7 @@ def decompress(mapped, hdu: Hdu) -> np.ndarray:
     return out.view(">i4")
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+@compiled
 def _decompress(heap, starts, lengths, out):
     """Fill `out` with big-endian words; return the first row whose tile is cut, or -1."""
     ny, nx = out.shape

@@ -7,6 +7,7 @@ first pixel is (0, 0); angles are ICRS degrees.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from spxdask.errors import FrameError
 from spxdask.science import kernels
 from spxdask.science.fits import Header
+
+_MATRIX_OR_PARAMETER = re.compile(r"(CD|PC)[12]_[12]|PV[12]_\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,12 @@ class TanSip:
             raise FrameError(f"no usable celestial WCS: CTYPE1, CTYPE2 are {types}")
         if not any(name in header for name in ("CD1_1", "PC1_1", "CDELT1")):
             raise FrameError("no usable celestial WCS: none of CD1_1, PC1_1 and CDELT1 is there")
+        units = {header.get(name, "deg") for name in ("CUNIT1", "CUNIT2")}
+        if units != {"deg"}:
+            raise FrameError(f"no usable celestial WCS: CUNIT1 and CUNIT2 are {sorted(units)}")
+        kinds = {name[:2] for name in header if _MATRIX_OR_PARAMETER.fullmatch(name)}
+        if "PV" in kinds or kinds == {"CD", "PC"}:
+            raise FrameError(f"no usable celestial WCS: it has {' and '.join(sorted(kinds))} cards")
         if "CD1_1" in header:
             matrix = [[header.number(f"CD{i}_{j}", 0.0) for j in (1, 2)] for i in (1, 2)]
         else:
@@ -75,10 +84,11 @@ class TanSip:
             a=_coefficients(header, "A") if sip else np.zeros((1, 1)),
             b=_coefficients(header, "B") if sip else np.zeros((1, 1)),
         )
-        if not abs(np.linalg.det(wcs.matrix)) > 0 or not abs(wcs.crval[1]) <= 90:
-            raise FrameError(
-                "no usable celestial WCS: its matrix is singular or CRVAL2 off the sky"
-            )
+        if not 0 < wcs.pixel_area_arcsec2 < np.inf:
+            raise FrameError("no usable celestial WCS: its matrix is singular")
+        longitudes = abs(wcs.crval[0]), abs(wcs.lonpole)
+        if not abs(wcs.crval[1]) <= 90 or not max(longitudes) <= 360:
+            raise FrameError("no usable celestial WCS: CRVAL1, CRVAL2 or LONPOLE is off the sky")
         return wcs
 
     @property
@@ -148,9 +158,9 @@ class TanSip:
 
 
 def _coefficients(header: Header, name: str) -> np.ndarray:
-    order = header.integer(f"{name}_ORDER", 0)
-    if not 0 <= order <= 9:
-        raise FrameError(f"header keyword {name}_ORDER is {order}, 0 to 9 is allowed")
+    order = header.integer(f"{name}_ORDER")
+    if not 2 <= order <= 9:
+        raise FrameError(f"header keyword {name}_ORDER is {order}, 2 to 9 is allowed")
     matrix = np.zeros((order + 1, order + 1))
     for p in range(order + 1):
         for q in range(order + 1 - p):

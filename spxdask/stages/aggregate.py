@@ -24,6 +24,8 @@ TEXT = pd.ArrowDtype(pa.string())
 # group must fit a worker many times over.
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
+# One of these is sorted and written at a time by each thread, with some copies of it.
+BUCKET_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,12 @@ def group(found: Sequence[Table]) -> list[list[Table]]:
         groups[-1].append(table)
         size += bytes_
     return groups
+
+
+def partitions(groups: Sequence[Sequence[Table]], num_buckets: int) -> int:
+    """Return how many partitions to shuffle into: more than asked for if they were large."""
+    size = sum(os.stat(table.path).st_size for tables_ in groups for table in tables_)
+    return max(num_buckets, -(-size // BUCKET_BYTES))
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

@@ -7,26 +7,31 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiohttp
 import fsspec
 from fsspec.asyn import sync
+from yarl import URL
 
 from spxdask import retry
 from spxdask.errors import ArchiveError, FrameError
 from spxdask.ledger import Outcome
 from spxdask.memory import Memory
 from spxdask.observation import Observation
+from spxdask.science.fits import verify
 from spxdask.science.frame import Frame, open_frame
-from spxdask.storage import write_large
+from spxdask.storage import told_when_full, write_large
 
 logger = logging.getLogger(__name__)
 
 # Level 2 files have 71.6 MB (QR2) or less; what is longer than this is none.
 MAX_FRAME_BYTES = 256 << 20
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 10
 
 frame_memory = Memory()
 
@@ -89,7 +94,8 @@ def fetched(
             # heartbeats, and take a slot all the same.
             frame = sync(filesystem.loop, _fetch, filesystem, observation, part, options)
             if images is not None:
-                write_large(Path(images) / observation.filename, part.content)
+                with told_when_full(images):
+                    write_large(Path(images) / observation.filename, part.content)
         except (ArchiveError, OSError) as error:
             frame, reason = None, str(error)
         yield (
@@ -101,6 +107,7 @@ def fetched(
                 seconds=time.monotonic() - started,
                 bytes=0 if reason else part.size,
                 attempts=part.attempts,
+                checksum=None if reason else part.checksum,
             ),
             frame,
         )
@@ -123,6 +130,7 @@ class _Part:
     size: int = 0
     tag: str | None = None
     attempts: int = 0
+    checksum: str | None = None
 
     @property
     def content(self) -> memoryview:
@@ -137,9 +145,7 @@ async def _fetch(filesystem, observation: Observation, part: _Part, options: Fet
         retry_after = None
         try:
             await _transfer(filesystem, observation, part, options.stall_timeout)
-            return await asyncio.to_thread(_open, observation, part.content)
-        except aiohttp.TooManyRedirects as error:
-            raise ArchiveError(f"{url}: redirected without end") from error
+            return await asyncio.to_thread(_open, observation, part)
         except aiohttp.ClientResponseError as error:
             failure = f"HTTP {error.status} {error.message}"
             if error.status == 416:
@@ -180,7 +186,7 @@ async def _transfer(
     # Not `open_async`, whose file forgets the headers and the timeout (fsspec 2026.9).
     session = await filesystem.set_session()
     url = filesystem.encode_url(observation.download_url)
-    async with session.get(url, headers=headers, timeout=timeout) as response:
+    async with _followed(session, url, headers=headers, timeout=timeout) as response:
         response.raise_for_status()
         tag = response.headers.get("ETag")
         if response.content_type == "text/html":
@@ -206,10 +212,42 @@ async def _transfer(
             part.size = size
 
 
-def _open(observation: Observation, content: memoryview) -> Frame:
+@asynccontextmanager
+async def _followed(session: aiohttp.ClientSession, url: str, **options):
+    """Get a URL, redirects included, as long as they do not lead into a private network."""
+    archive = url = URL(url, encoded=True)
+    for _ in range(MAX_REDIRECTS + 1):
+        async with session.get(url, allow_redirects=False, **options) as response:
+            if response.status not in REDIRECTS:
+                yield response
+                return
+            target = url.join(URL(response.headers.get("Location", ""), encoded=True))
+        if target.scheme not in ("http", "https"):
+            raise ArchiveError(f"{archive}: redirected to {target}, which is not followed")
+        inwards = target.host != archive.host and await _is_private(target)
+        if inwards and not await _is_private(archive):
+            raise ArchiveError(
+                f"{archive}: redirected to {target}, a private address, which is not followed"
+            )
+        url = target
+    raise ArchiveError(f"{archive}: redirected without end")
+
+
+async def _is_private(url: URL) -> bool:
+    """Tell whether a host is, or may be, one that only our own network knows."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port)
+    except OSError:
+        # Not to be reached from here; behind a proxy, that is the proxy's concern.
+        return False
+    return not all(ip_address(address[0].partition("%")[0]).is_global for *_, address in found)
+
+
+def _open(observation: Observation, part: _Part) -> Frame:
     """Open a fetched frame, once it is whole and the right one."""
-    _check_length(observation, len(content))
-    frame = open_frame(content, observation.filename)
+    _check_length(observation, part.size)
+    frame = open_frame(part.content, observation.filename)
+    part.checksum = f"{verify(part.content):08x}"
     if frame.band != observation.band:
         raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
     return frame

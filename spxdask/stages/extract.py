@@ -13,18 +13,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from spxdask import tables
 from spxdask.config import PhotometryConfig
-from spxdask.errors import FrameError
+from spxdask.errors import DiskFullError, FrameError
 from spxdask.ledger import Outcome
 from spxdask.observation import filename_identity, is_level2_name
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.frame import Frame, open_frame
 from spxdask.science.photometry import measure
-from spxdask.storage import whole_file
+from spxdask.storage import told_when_full, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,17 @@ def fingerprint(catalogue: Catalogue, photometry: PhotometryConfig) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
+def sources_fingerprint(
+    catalogue: Catalogue, cap: tuple[float, float, float], photometry: PhotometryConfig
+) -> str:
+    """Return a hash of all that the rows of a frame within `cap` depend on.
+
+    With another catalogue that is the same near the frame, its table would be the same.
+    """
+    parts = (MEASUREMENT_VERSION, catalogue.digest(catalogue.within(*cap)), photometry.to_yaml())
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
 def table_name(filename: str) -> str:
     """Return the name of a frame's per-image table."""
     return f"{Path(filename).stem}_photometry.csv"
@@ -96,18 +106,21 @@ def _extract(
     filename: str, opened: Callable[[], Frame], per_image: str, options: ExtractOptions
 ) -> Outcome:
     started = time.monotonic()
-    rows, size, skipped, warnings, reason = 0, 0, {}, (), None
+    rows, size, skipped, warnings, reason, cap, sources = 0, 0, {}, (), None, None, None
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            columns, skipped, warnings = measure_catalogue(
-                opened(), _catalogue(options.catalogue), options.photometry
-            )
+            frame, catalogue = opened(), _catalogue(options.catalogue)
+            columns, skipped, warnings = measure_catalogue(frame, catalogue, options.photometry)
+            cap = frame.cap
+            sources = sources_fingerprint(catalogue, cap, options.photometry)
             rows = len(columns["target_id"])
             text = tables.csv_header(tables.PER_IMAGE) + tables.lines_to_bytes(
                 tables.csv_lines(columns)
             )
-        with whole_file(Path(per_image) / table_name(filename)) as part:
+        with told_when_full(per_image), whole_file(Path(per_image) / table_name(filename)) as part:
             size = part.write_bytes(text)
+    except DiskFullError:
+        raise
     except (FrameError, OSError) as error:
         reason = str(error)
     except Exception as error:
@@ -125,6 +138,8 @@ def _extract(
         skipped=skipped,
         warnings=warnings,
         fingerprint=options.fingerprint,
+        sources=None if reason else sources,
+        cap=None if reason else cap,
     )
 
 
@@ -146,7 +161,7 @@ def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: Photometry
 
     Returns
     -------
-    columns : dict of str to (n,) array
+    columns : dict of str to (n,) array or to one value for all rows
         The per-image table, in the order of the catalogue's file.
     skipped : dict of str to int
         Sources on the frame without a row, by reason.
@@ -160,16 +175,16 @@ def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: Photometry
     if is_level2_name(frame.filename) and filename_identity(frame.filename)[0] != frame.obs_id:
         warnings += (f"the header says that this is {frame.obs_id}",)
     index = measured.index
-    n = len(index)
     columns = {
         "target_id": catalogue.target_id.take(pa.array(near[index])),
         "ra": ra[index],
         "dec": dec[index],
-        "obs_id": pa.repeat(frame.obs_id, n),
-        "band": pa.repeat(frame.band, n),
-        "mjd": np.full(n, frame.mjd),
+        "obs_id": frame.obs_id,
+        "band": frame.band,
+        "mjd": frame.mjd,
         **measured.columns,
-        "filename": pa.repeat(frame.filename, n),
+        "aperture_radius": measured.radius,
+        "filename": frame.filename,
     }
     return columns, measured.skipped, warnings
 
