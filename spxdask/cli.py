@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -109,7 +110,9 @@ def _second_interrupt_ends_it() -> Iterator[None]:
         nonlocal asked
         asked += 1
         if asked > 1:
-            # Workers end when this process does; what they were writing has no name yet.
+            # What workers were writing has no name yet.
+            for child in multiprocessing.active_children():
+                child.kill()
             print("\nspxdask: stopped at once", file=sys.stderr, flush=True)
             os._exit(EXIT_INTERRUPTED)
         print("\nspxdask: stopping; Ctrl-C again stops at once", file=sys.stderr, flush=True)
@@ -139,9 +142,6 @@ def _log(verbose: int) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    if not verbose:
-        # It announces each shuffle as a warning.
-        logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,6 +248,8 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
 
     values: dict[str, Any] = {}
     if saved:
+        if getattr(options, "config", None) is not None:
+            raise ConfigError("--retry-failed goes on with the options of the run; drop --config")
         output = getattr(options, "output_dir", default_of(_field(BatchConfig, "output_dir")))
         values = RunFolder(output).saved_config().to_dict()
     elif options.config is not None:
@@ -275,8 +277,14 @@ def _field(options: type, name: str) -> Field:
 
 
 def _pipeline(options: argparse.Namespace, *, saved: bool):
+    # This sets the levels of Dask's loggers.
     from spxdask.pipeline import BatchPipeline
 
+    if not options.verbose:
+        # It announces each shuffle as a warning, and tells of a lost scheduler with a
+        # traceback, and we in a sentence.
+        logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     return BatchPipeline(
         _configuration(options, saved=saved), scheduler=options.scheduler, progress=True
     )

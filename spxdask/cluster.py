@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
 import multiprocessing
 import os
@@ -11,20 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any
 
 import dask
 from dask import delayed
 from dask.delayed import Delayed
-from distributed import Client, LocalCluster, as_completed
+from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, as_completed
 
 from spxdask.config import BatchConfig
-from spxdask.errors import InputError, SpxdaskError
+from spxdask.errors import ClusterError, InputError, SpxdaskError
 
 DASHBOARD_PORT = 8787
 # What is in flight when a run is stopped is waited for this long; a client that closes
 # its cluster needs some seconds more.
-LAST_SECONDS = 4.0
+LAST_SECONDS = 2.5
 # Dask has its workers give freed memory back at once, so that every buffer of a transfer
 # comes as fresh pages, which takes longer than the transfer.
 _KEEP_FREED_MEMORY = {
@@ -54,6 +57,7 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
                 n_workers=processes,
                 threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
                 processes=True,
+                silence_logs=logging.ERROR,
                 host="127.0.0.1",
                 dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
             )
@@ -74,6 +78,8 @@ def _out_of_reach_of_interrupts() -> Iterator[None]:
 
     It goes to every process of a terminal; this one decides what becomes of the others.
     """
+    # When it is started, this lets interrupts through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -141,6 +147,8 @@ def run_window(
 
     def ended(future) -> tuple[Any, Any]:
         item = items.pop(future.key)
+        if future.status == "cancelled":
+            raise lost(client)
         failed = future.status != "finished"
         result = future.exception() if failed else future.result()
         future.release()
@@ -167,10 +175,21 @@ def run_window(
 def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> Any:
     """Run one call on the cluster and return its result or raise its error."""
     task = delayed(error_as_value, pure=False)(function, *arguments, dask_key_name=key)
-    result = client.compute(task, optimize_graph=False).result()
+    try:
+        result = client.compute(task, optimize_graph=False).result()
+    except CancelledError:
+        raise lost(client) from None
     if isinstance(result, SpxdaskError):
         raise result
     return result
+
+
+def lost(client: Client) -> ClusterError:
+    """Return the error that says that a scheduler has left its client."""
+    return ClusterError(
+        f"the Dask scheduler at {client.scheduler.address} is gone; the same command goes on "
+        "where this one was"
+    )
 
 
 def error_as_value(function: Callable, *arguments: Any) -> Any:
@@ -182,6 +201,30 @@ def error_as_value(function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
     except SpxdaskError as error:
         return error
+
+
+class _Ready(WorkerPlugin):
+    """Has a worker import what a shuffle needs before several of its threads do at once.
+
+    A thread could find dask.dataframe half imported by another, and fail.
+    """
+
+    name = "spxdask-ready"
+
+    def setup(self, worker: Any) -> None:
+        importlib.import_module("dask.dataframe")
+
+
+@contextmanager
+def ready_to_shuffle(client: Client) -> Iterator[None]:
+    """Keep the workers ready for a shuffle, those that come meanwhile included."""
+    client.register_plugin(_Ready())
+    try:
+        yield
+    finally:
+        # A scheduler that is gone needs no tidying, and would be waited for.
+        if client.status == "running":
+            client.unregister_worker_plugin(_Ready.name)
 
 
 def busy_threads(client: Client) -> Callable[[], int]:

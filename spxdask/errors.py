@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ArchiveError",
     "CatalogueError",
+    "ClusterError",
     "ConfigError",
     "DiskFullError",
     "FrameError",
@@ -45,6 +46,10 @@ class ArchiveError(SpxdaskError):
 
 class TruncatedAnswerError(ArchiveError):
     """The archive answered a query only in part."""
+
+
+class ClusterError(SpxdaskError):
+    """The Dask cluster that does the work is gone."""
 
 
 class DiskFullError(SpxdaskError):

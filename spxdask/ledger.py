@@ -104,6 +104,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         self._latest[outcome.stage, outcome.filename] = outcome
+        self.last_time = record["time"]
 
 
 def _ends_in_line_feed(path: Path) -> bool:

@@ -18,13 +18,15 @@ import dask
 import dask.bag as db
 import pandas as pd
 from dask.delayed import Delayed
-from distributed import Client, as_completed
+from distributed import CancelledError, Client, KilledWorker, as_completed
 
 from spxdask.cluster import (
     busy_threads,
     connect,
     embedded_client,
     error_as_value,
+    lost,
+    ready_to_shuffle,
     run_one,
     run_window,
 )
@@ -228,7 +230,7 @@ class BatchPipeline:
             written = aggregate.WRITTEN
             if groups:
                 # The graph of a shuffle is tied to the client that is current.
-                with client.as_current():
+                with client.as_current(), ready_to_shuffle(client):
                     frame = aggregate.light_curves(
                         groups, str(folder), str(buckets) if keep else None, count
                     )
@@ -272,7 +274,7 @@ class BatchPipeline:
         self.reports = {}
         with self._cluster():
             # Nothing found is more often a mistake than a reason to drop light curves.
-            if retry_failed or self.run_query():
+            if self._observations() if retry_failed else self.run_query():
                 self._frames("download", "extract", only_failed=retry_failed)
                 self.run_aggregate()
         self.summary = RunSummary(
@@ -316,6 +318,8 @@ class BatchPipeline:
                 yield client, *reports
             finally:
                 self._progress.finish()
+            # Of workers that died on the way.
+            self.folder.tidy()
         for report in reports:
             report.seconds = time.monotonic() - started
             self.reports[report.stage] = report
@@ -387,16 +391,21 @@ class BatchPipeline:
         tasks = takewhile(lambda _: full is None, tasks)
         for observation, result in run_window(client, tasks, window):
             if isinstance(result, DiskFullError):
-                # What is in flight may still find room; nothing more is begun.
+                # What is in flight may still find room; no more is asked for.
                 full = result
                 continue
             if isinstance(result, BaseException):
                 # The task itself reports what it can; this is a worker that died of it.
+                reason = f"{type(result).__name__}: {result}"
+                if isinstance(result, KilledWorker):
+                    reason = (
+                        "each worker that took it died, of too little memory perhaps (KilledWorker)"
+                    )
                 result = Outcome(
                     stage=list(report)[-1],
                     filename=observation.filename,
                     status="failed",
-                    reason=f"{type(result).__name__}: {result}",
+                    reason=reason,
                     fingerprint=self._fingerprint if "extract" in report else None,
                 )
             outcomes = result if isinstance(result, list) else [result]
@@ -405,7 +414,8 @@ class BatchPipeline:
                 report[outcome.stage].done += outcome.status == "done"
                 self._account(report[outcome.stage], outcome)
             failed = outcomes[-1].status == "failed"
-            if failed and "extract" in report and outcomes[-1].stage == "download":
+            absent = failed and outcomes[-1].stage == "download" and "extract" in report
+            if absent and self._measured(observation) is None:
                 self._account(report["extract"], self._absent(observation))
             self._progress.advance(failed=failed)
         if full is not None:
@@ -417,7 +427,7 @@ class BatchPipeline:
         free = shutil.disk_usage(self.folder.images).free
         if needed > free:
             raise DiskFullError(
-                f"the frames to fetch have {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+                f"the frames to fetch have {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free "
                 f"in {self.folder.images}: make room, choose another output_dir, or do not keep "
                 "them (keep_images=False, --no-keep-images)"
             )
@@ -453,6 +463,10 @@ class BatchPipeline:
             with told_when_full(self.folder.path):
                 try:
                     for _, result in as_completed(futures, with_results=True):
+                        if isinstance(result, SpxdaskError):
+                            raise result
+                        if isinstance(result, CancelledError):
+                            raise lost(client)
                         written.append(result)
                         self._progress.advance()
                 except RuntimeError as error:
@@ -496,8 +510,11 @@ class BatchPipeline:
         """
         if outcome.fingerprint == self._fingerprint:
             return True
-        return outcome.cap is not None and outcome.sources == extract.sources_fingerprint(
-            self.catalogue, outcome.cap, self.config.photometry
+        if outcome.cap is None:
+            return False
+        near = self.catalogue.within(*outcome.cap)
+        return outcome.sources == extract.sources_fingerprint(
+            self.catalogue, near, self.config.photometry
         )
 
     def _absent(self, observation: Observation) -> Outcome:

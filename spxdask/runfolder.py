@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +29,9 @@ from spxdask.science.catalogue import Catalogue
 from spxdask.storage import remove_parts, whole_file
 
 logger = logging.getLogger(__name__)
+
+LOCK_ATTEMPTS = 3
+LOCK_PAUSE_S = 0.05
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -65,7 +69,7 @@ class RunFolder:
             raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except BlockingIOError as error:
                 lock.seek(0)
                 raise RunFolderError(
@@ -78,9 +82,20 @@ class RunFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-            for folder in (self.path, self.images, self.per_image, self.lightcurves, self.state):
-                remove_parts(folder)
+            self.tidy()
             yield
+
+    def tidy(self) -> None:
+        """Remove what writers that were killed left; only while nobody writes."""
+        for folder in (
+            self.path,
+            self.images,
+            self.per_image,
+            self.lightcurves,
+            self.buckets,
+            self.state,
+        ):
+            remove_parts(folder)
 
     def busy(self) -> str | None:
         """Return which process is at work in the folder, None when there is none."""
@@ -93,6 +108,8 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return lock.read().strip()
+            except OSError as error:
+                logger.warning("%s cannot be locked: %s", self.path, error.strerror)
             return None
 
     def save_config(self, config: BatchConfig) -> None:
@@ -165,6 +182,15 @@ class RunFolder:
             Observation(**row | {"download_url": f"{config.archive_url}/{row['uri']}"})
             for row in table.to_pylist()
         ]
+
+
+def _lock(file: IO) -> None:
+    """Lock a file for ourselves; one who looks whether it is locked is waited for."""
+    for _ in range(LOCK_ATTEMPTS - 1):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(LOCK_PAUSE_S)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _query_options(config: BatchConfig) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class RunStatus:
         Frames of the last query.
     frame_bytes : int
         Their length.
-    fetched, measured : int
-        Frames in images/, and frames with a table.
+    fetched, measured, pending : int
+        Frames in images/, frames with a table, and frames that neither have one nor failed.
     rows : int
         Rows in these tables.
     lightcurves : int
@@ -53,17 +53,13 @@ class RunStatus:
     frame_bytes: int = 0
     fetched: int = 0
     measured: int = 0
+    pending: int = 0
     rows: int = 0
     lightcurves: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     warnings: Counter = field(default_factory=Counter)
     last: str | None = None
-
-    @property
-    def pending(self) -> int:
-        """Frames that neither have a table nor failed."""
-        return self.n_frames - self.measured - len(self.failed)
 
     def __str__(self) -> str:
         lines = [
@@ -119,14 +115,16 @@ def status(path: str | os.PathLike) -> RunStatus:
         found.fetched += download.is_complete(o, str(folder.images))
         outcomes = [folder.ledger.get(stage, o.filename) for stage in ("download", "extract")]
         failed = next((x for x in outcomes if x is not None and x.status == "failed"), None)
+        if failed is not None:
+            found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
         measured = outcomes[1]
         if measured is not None and _has_table(folder, measured):
             found.measured += 1
             found.rows += measured.rows
             found.skipped.update(measured.skipped)
             found.warnings.update(measured.warnings)
-        elif failed is not None:
-            found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
+        elif failed is None:
+            found.pending += 1
     found.last = folder.ledger.last_time
     return found
 

@@ -7,7 +7,7 @@ values are empty, text is quoted where CSV needs it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -122,17 +122,26 @@ def read_lines(path: str | os.PathLike) -> pa.Table:
     if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
         columns = _cut_lines(body)
     if columns is None:
-        columns = _parse_lines(path)
+        columns = _parse_lines(path, PER_IMAGE)
     columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
     return pa.table(columns)
 
 
-def _parse_lines(path: str | os.PathLike) -> dict[str, pa.Array]:
-    """Find the columns of `read_lines` in any CSV file that has those of a per-image table."""
-    texts = _read(path, pa.schema([(name, pa.large_string()) for name in PER_IMAGE]))
-    texts = {name: texts.column(name).combine_chunks() for name in PER_IMAGE}
+def sort_lines(text: bytes | memoryview) -> bytes:
+    """Put the lines of a light curve, without its header, in order."""
+    source = pa.BufferReader(csv_header(LIGHT_CURVE) + bytes(text))
+    found = pa.table(_parse_lines(source, LIGHT_CURVE))
+    found = found.set_column(0, "mjd", pc.cast(found["mjd"], pa.float64()))
+    order = pc.sort_indices(found, [(name, "ascending") for name in SORT_KEYS[1:]])
+    return "".join(found["line"].take(order).to_pylist()).encode()
+
+
+def _parse_lines(source, columns: Sequence[str]) -> dict[str, pa.Array]:
+    """Find the sort keys, and the lines of a light curve, in any CSV with such columns."""
+    texts = _read(source, pa.schema([(name, pa.large_string()) for name in columns]))
+    texts = {name: texts.column(name).combine_chunks() for name in columns}
     lines = csv_lines({name: texts[name] for name in LIGHT_CURVE})
-    found = {name: texts[name] for name in SORT_KEYS} | {"line": lines}
+    found = {name: texts[name] for name in SORT_KEYS if name in columns} | {"line": lines}
     return {name: pc.cast(column, pa.string()) for name, column in found.items()}
 
 

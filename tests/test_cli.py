@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -101,6 +102,36 @@ def test_failed_frames_show_in_the_exit_status(run, frames):
     assert run("run", *FIELD)[0] == 0
 
 
+def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path):
+    uri = frames[1][0].exposure.uri
+    faults = [Fault(status=404), Fault(status=503, retry_after_s=0)]
+    run.archive.add_faults(uri, [*faults, faults[1], faults[0]])
+    options = ["--output", "o", "--aperture-method", "fixed", "--max-retries", "0"]
+    options += ["--num-buckets", "2"]
+    assert run("run", *FIELD, *options)[0] == 1
+    # From another folder, too.
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    again = ["run", "--retry-failed", "--output", "../o"]
+    for more, status, says in [
+        ([], 1, "HTTP 503 Service Unavailable (after 1 attempts)"),
+        (["--max-retries", "1"], 1, "HTTP 404"),
+        ([], 0, "1 of 1 frames"),
+        ([], 0, "0 of 0 frames"),
+    ]:
+        asked = len(run.archive.requests)
+        ended, out, err = run(*again, *more)
+        assert (ended, says in out) == (status, True), out
+        assert "Traceback" not in err
+        paths = [request.path for request in run.archive.requests[asked:]]
+        assert paths == [f"/{uri}"] * (0 if says.startswith("0 of") else 1 + len(more) // 2)
+    tables = [p.read_text() for p in (tmp_path / "o" / "per_image").iterdir()]
+    assert len(tables) == 2
+    assert all(",1.5,level2_" in table for table in tables)
+    saved = BatchConfig.from_yaml(tmp_path / "o" / "state" / "config.yaml")
+    assert (saved.max_retries, saved.photometry.aperture_method) == (1, "fixed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -115,6 +146,9 @@ def test_failed_frames_show_in_the_exit_status(run, frames):
         (["run", *FIELD, "--config", "no.yaml"], "no.yaml: No such file"),
         (["run", *FIELD, "--max-images", "1"], "max_images allows 1; raise max_images"),
         (["download", "--output", "empty"], "not the output folder of a run"),
+        (["run", "--retry-failed"], "batch_output is not the output folder of a run"),
+        (["run", "--retry-failed", "--output", "empty"], "empty is not the output folder of a run"),
+        (["status"], "batch_output is not the output folder of a run"),
         (["run", *FIELD, "--output", "sources.csv"], "sources.csv: "),
         (["bogus"], "invalid choice: 'bogus'"),
         (["run", *FIELD, "--frob"], "--frob"),

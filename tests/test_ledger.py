@@ -1,3 +1,5 @@
+"""What became of every frame is known again, whatever happened to the file."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,6 +24,9 @@ FULL = Outcome(
     skipped={"too few usable pixels": 2, "margin": 1},
     warnings=("first, with comma", "second\r\n"),
     fingerprint="abc",
+    sources="def",
+    cap=(270.0, -66.56, 2.0 / 3.0),
+    checksum="00ff00ff",
 )
 
 
@@ -45,7 +50,7 @@ def test_every_field_comes_back(path):
     assert ledger.get(FULL.stage, FULL.filename) == FULL
     back = Ledger(str(path)).get(FULL.stage, FULL.filename)
     assert back == FULL
-    assert type(back.warnings) is tuple
+    assert type(back.warnings) is type(back.cap) is tuple
     # So that the test grows with the class.
     plain = outcome()
     assert all(
@@ -55,6 +60,7 @@ def test_every_field_comes_back(path):
 
 
 TEXT = st.text(st.characters())
+DEGREES = st.floats(-360.0, 360.0)
 
 
 @given(
@@ -72,6 +78,9 @@ TEXT = st.text(st.characters())
             skipped=st.dictionaries(TEXT, st.integers(0, 99)),
             warnings=st.lists(TEXT).map(tuple),
             fingerprint=st.none() | TEXT,
+            sources=st.none() | TEXT,
+            cap=st.none() | st.tuples(DEGREES, DEGREES, DEGREES),
+            checksum=st.none() | TEXT,
         ),
         max_size=6,
     )
@@ -100,6 +109,38 @@ def test_the_last_word_counts(path):
         assert seen.get("extract", "a.fits") == outcome(stage="extract", rows=5)
         assert seen.get("download", "b.fits") == outcome("b.fits")
         assert seen.get("extract", "b.fits") is None
+
+
+def test_a_frame_has_failed_when_the_last_word_of_a_stage_is_so(path):
+    ledger = Ledger(path)
+    steps = [
+        (outcome(status="failed"), True),
+        (outcome(), False),
+        (outcome(stage="extract", status="failed"), True),
+        (outcome("b.fits"), True),
+        (outcome(stage="extract"), False),
+        (outcome(status="failed"), True),
+    ]
+    assert not ledger.has_failed("a.fits")
+    for one, failed in steps:
+        ledger.add(one)
+        assert ledger.has_failed("a.fits") == Ledger(path).has_failed("a.fits") == failed
+    assert not ledger.has_failed("b.fits")
+
+
+def test_the_last_time_is_that_of_the_last_whole_line(path):
+    ledger = Ledger(path)
+    assert ledger.last_time is None
+    ledger.add(outcome())
+    line = json.loads(path.read_text())
+    times = ["2001-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
+    path.write_text("".join(json.dumps(line | {"time": time}) + "\n" for time in times))
+    assert Ledger(path).last_time == times[1]
+    path.write_text(path.read_text()[:-5])
+    ledger = Ledger(path)
+    assert ledger.last_time == times[0]
+    ledger.add(outcome("b.fits"))
+    assert ledger.last_time == Ledger(path).last_time > times[1]
 
 
 def test_lines_are_only_appended_and_carry_the_time(path):
@@ -155,6 +196,7 @@ def test_a_torn_line_does_not_undo_an_earlier_one(path):
         b'{"stage": [], "filename": "a.fits", "status": "done"}',
         b'{"stage": "download", "filename": {}, "status": "done"}',
         b'{"stage": "download", "filename": "a.fits", "status": "done", "warnings": 5}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "cap": 5}',
         b'{"stage": "download", "filename": "a.fits", "status": "done", "rows": 9} trailing',
         b"stage: download",
     ],

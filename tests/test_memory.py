@@ -1,3 +1,5 @@
+"""Blocks of memory are lent to one at a time."""
+
 from __future__ import annotations
 
 import mmap

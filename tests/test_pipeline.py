@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
+import itertools
 import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,28 +22,42 @@ import yaml
 from distributed import Client
 
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
-from spxdask.errors import ConfigError, InputError, RunFolderError
+from spxdask.cli import main
+from spxdask.errors import ConfigError, DiskFullError, FrameError, InputError, RunFolderError
 from spxdask.observation import Observation
+from spxdask.runfolder import RunFolder
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
+from spxdask.stages.extract import table_name
 from spxdask.tables import LIGHT_CURVE, PER_IMAGE
 
 IDS = [
     "39633458707826492",
     "39633458707826493",
     "a/b",
-    "../up",
+    "../../etc/passwd",
     ".hidden",
     'quo"te, comma',
     "line\nfeed",
     "100%",
-    "=1+1",
+    "=cmd()|' /C calc'!A0",
+    "bell\a\x01\x7f\r",
     "é" * 150,
     "007",
     "7",
     "7.0",
     "NA",
 ]
+
+
+PLACES = {
+    *("images", "per_image", "lightcurves", "buckets", "state"),
+    "query_summary.yaml",
+}
+
+
+def all_ids(sky) -> list[str]:
+    return IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +86,7 @@ def archive(survey):
 @pytest.fixture
 def make_config(survey, archive, tmp_path):
     sky = survey[0]
-    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
-    catalogue = simulated.write_catalogue(tmp_path / "sources.csv", ids, sky.ra, sky.dec)
+    catalogue = simulated.write_catalogue(tmp_path / "sources.csv", all_ids(sky), sky.ra, sky.dec)
 
     def make(**options) -> BatchConfig:
         defaults = {
@@ -105,9 +122,9 @@ def finished(survey, archive, client, tmp_path_factory):
     """One full run, to look at from all sides."""
     folder = tmp_path_factory.mktemp("finished")
     sky = survey[0]
-    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
+    catalogue = simulated.write_catalogue(folder / "sources.csv", all_ids(sky), sky.ra, sky.dec)
     config = BatchConfig(
-        catalog_path=simulated.write_catalogue(folder / "sources.csv", ids, sky.ra, sky.dec),
+        catalog_path=catalogue,
         center_ra=simulated.CENTER[0],
         center_dec=simulated.CENTER[1],
         radius=0.05,
@@ -135,7 +152,12 @@ def test_all_frames_are_found_once_and_measured(finished, survey):
     assert summary.stages["extract"].rows == len(rows) > 40
     assert tuple(rows.columns) == PER_IMAGE
     assert summary.n_measured == rows["target_id"].nunique()
-    assert summary.n_measured < summary.n_sources == len(IDS) + 26
+    assert summary.n_measured < summary.n_sources == len(survey[0])
+    # Ids are what they were, and none leads out of the folder.
+    ids = all_ids(survey[0])
+    assert {ids.index(target) for target in rows["target_id"]} > set(range(len(IDS)))
+    assert {p.name for p in finished.folder.path.iterdir()} == PLACES
+    assert {p.name for p in finished.folder.path.parent.iterdir()} == {"out", "sources.csv"}
     for frame in frames[:6]:
         one = rows[rows["filename"] == frame.exposure.filename]
         assert set(one["band"]) == {frame.exposure.band}
@@ -148,7 +170,7 @@ def test_all_frames_are_found_once_and_measured(finished, survey):
 def test_recovered_flux_is_the_injected_one(finished, survey):
     sky, frames = survey
     rows = per_image(finished)
-    ids = IDS + [f"s{i}" for i in range(len(sky) - len(IDS))]
+    ids = all_ids(sky)
     pulls = []
     for frame in frames[:6]:
         truth = pd.DataFrame(
@@ -186,7 +208,6 @@ def test_light_curves_are_the_tables_regrouped(finished):
     assert {p.name for p in finished.folder.lightcurves.iterdir()} == names
     assert len(names) == rows["target_id"].nunique()
     assert "39633458707826492.csv" in names
-    assert not (finished.folder.path / "up.csv").exists()
 
 
 def test_bucket_files_hold_the_sorted_partitions(finished):
@@ -541,6 +562,288 @@ def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client,
 def test_saved_configuration_is_the_run(finished):
     assert finished.folder.saved_config() == finished.config
     assert yaml.safe_load(finished.folder.config.read_text())["radius"] == 0.05
+
+
+# Full disks
+
+
+@pytest.fixture
+def spoil(client):
+    """Let a function of a module fail in the workers, when a condition on its calls holds."""
+    spoilt = []
+
+    def spoil(module: str, name: str, fails, error: Exception) -> None:
+        def install() -> None:
+            place, calls = importlib.import_module(module), itertools.count(1)
+            whole = getattr(place, name)
+
+            def spoilt(*arguments, **options):
+                if fails(next(calls), *arguments):
+                    raise error
+                return whole(*arguments, **options)
+
+            spoilt.whole = whole
+            setattr(place, name, spoilt)
+
+        client.run(install)
+        spoilt.append((module, name))
+
+    def mend() -> None:
+        for module, name in spoilt:
+
+            def restore(module=module, name=name) -> None:
+                place = importlib.import_module(module)
+                setattr(place, name, getattr(place, name).whole)
+
+            client.run(restore)
+        spoilt.clear()
+
+    spoil.mend = mend
+    yield spoil
+    mend()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "folder"),
+    [
+        ("spxdask.stages.download", "write_large", "images"),
+        ("spxdask.stages.extract", "whole_file", "per_image"),
+        ("spxdask.stages.aggregate", "write_whole", "lightcurves"),
+    ],
+)
+def test_a_disk_that_fills_stops_the_run(
+    finished, make_config, client, archive, spoil, capsys, module, name, folder
+):
+    pipeline = BatchPipeline(make_config(max_download_workers=1), client=client)
+    asked = len(archive.requests)
+    spoil(module, name, lambda call, *_: call > 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(DiskFullError) as error:
+        pipeline.run_all()
+    place = (pipeline.folder.path / folder).resolve()
+    said = f"No space left on device in {place}: make room, then the same command goes on"
+    assert str(error.value) == said
+    assert not list(pipeline.folder.path.rglob(".*.part"))
+    begun = len(archive.requests) - asked - 1
+
+    def ended() -> int:
+        ledger = RunFolder(pipeline.folder.path).ledger
+        names = {o.filename for o in pipeline.observations.compute(scheduler="sync")}
+        done = {table_name(n) for n in names if ledger.get("extract", n)}
+        assert {p.name for p in pipeline.folder.per_image.iterdir()} == done
+        return len(done)
+
+    if name == "write_whole":
+        assert (begun, ended()) == (6, 6)
+    else:
+        # One in each worker, the one that failed, and the one that was then at hand.
+        assert 0 < ended() < begun <= 4
+
+    run = ["run", "--config", str(pipeline.folder.config)]
+    assert main([*run, "--scheduler", client.scheduler.address]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[1:] == [f"spxdask: {said}"]
+
+    reused = ended()
+    spoil.mend()
+    summary = BatchPipeline(make_config(), client=client).run_all()
+    assert summary.stages["extract"].reused == reused
+    assert not summary.failed
+    assert contents(pipeline.folder.per_image) == contents(finished.folder.per_image)
+    assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
+
+
+def test_room_is_looked_for_before_the_first_request(
+    make_config, client, archive, monkeypatch, finished
+):
+    needed = sum(p.stat().st_size for p in finished.folder.images.iterdir())
+    usage = shutil.disk_usage("/")
+    free = needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    pipeline = BatchPipeline(make_config(), client=client)
+    asked = len(archive.requests)
+    said = f"have {needed / 1e9:.3g} GB, and .* are free in {pipeline.folder.images}: make room"
+    for stage in (pipeline.run_all, pipeline.run_download):
+        with pytest.raises(DiskFullError, match=said):
+            stage()
+    assert [r.path for r in archive.requests[asked:]] == ["/TAP/sync"]
+    # What is there needs no more room, and what is not kept needs none.
+    free = needed
+    pipeline.run_download()
+    free = 0
+    assert pipeline.run_download().reused == 6
+    elsewhere = make_config(keep_images=False, output_dir=pipeline.folder.path / "other")
+    assert BatchPipeline(elsewhere, client=client).run_all().stages["extract"].done == 6
+
+
+# What failed
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_only_what_failed_is_tried_again(
+    finished, make_config, client, survey, spoil, tmp_path, keep
+):
+    lost, unlucky = survey[1][0].exposure, survey[1][2].exposure
+    with SimulatedArchive(
+        [f.archived for f in survey[1]], faults={lost.uri: [Fault(status=404)]}
+    ) as archive:
+        config = make_config(
+            tap_url=archive.tap_url, archive_url=archive.archive_url, keep_images=keep
+        )
+        spoil(
+            "spxdask.stages.extract",
+            "measure_catalogue",
+            lambda call, frame, *_: frame.filename == unlucky.filename,
+            FrameError("bad luck"),
+        )
+        summary = BatchPipeline(config, client=client).run_all()
+        assert summary.failed.keys() == {lost.filename, unlucky.filename}
+        spoil.mend()
+        lacking = contents(RunFolder(config.output_dir).lightcurves)
+        asked = len(archive.requests)
+        config = RunFolder(config.output_dir).saved_config()
+        for wanted in ([lost.uri] if keep else [lost.uri, unlucky.uri]), []:
+            summary = BatchPipeline(config, client=client).run_all(retry_failed=True)
+            assert sorted(r.path for r in archive.requests[asked:]) == [f"/{u}" for u in wanted]
+            asked = len(archive.requests)
+            assert list(summary.stages) == ["download", "extract", "aggregate"]
+            for stage in ("download", "extract"):
+                assert summary.stages[stage].total == (2 if wanted else 0)
+            assert summary.stages["download"].done == len(wanted)
+            assert summary.stages["extract"].done == (2 if wanted else 0)
+            assert summary.failed == {}
+            curves = contents(RunFolder(config.output_dir).lightcurves)
+            assert curves == contents(finished.folder.lightcurves) != lacking
+
+
+def test_without_an_earlier_run_nothing_can_have_failed(make_config, client):
+    with pytest.raises(RunFolderError, match="no query was made in"):
+        BatchPipeline(make_config(), client=client).run_all(retry_failed=True)
+
+
+def test_nothing_found_leaves_nothing_to_try_again(make_config, client):
+    pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
+    pipeline.run_all()
+    curves = contents(pipeline.folder.lightcurves)
+    nowhere = BatchPipeline(make_config(center_dec=-60.0), client=client)
+    nowhere.run_all()
+    nowhere.run_all(retry_failed=True)
+    assert contents(pipeline.folder.lightcurves) == curves
+
+
+# Catalogues that change
+
+APART = 1.0
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory, client):
+    """A run of two frames that nearly coincide, and one a degree north of them."""
+    folder = tmp_path_factory.mktemp("apart")
+    ra, dec = simulated.CENTER
+    sky = simulated.make_sky(
+        ra, dec + APART / 2, 0.75, n_sources=250, min_separation_arcsec=70, seed=3
+    )
+    exposures = [simulated.exposure(number) for number in range(2)]
+    exposures.append(simulated.exposure(2, dec=dec + APART))
+    frames = simulated.simulate(folder, exposures, sky)
+    rng = np.random.default_rng(4)
+    # At the antipode, too, and where the frames' own zones are.
+    far_ra = np.concatenate([rng.uniform(80, 100, 20), rng.uniform(300, 320, 20)])
+    far_dec = np.concatenate([rng.uniform(-70, -60, 20), rng.uniform(66, 68, 20)])
+    far = pd.DataFrame({"targetid": [f"far{i}" for i in range(40)], "ra": far_ra, "dec": far_dec})
+    near = pd.DataFrame(
+        {"targetid": [f"s{i}" for i in range(len(sky))], "ra": sky.ra, "dec": sky.dec}
+    )
+    catalogue = pd.concat([far[:10], near, far[10:30]], ignore_index=True)
+    with SimulatedArchive([f.archived for f in frames]) as archive:
+
+        def run(table, output, **options):
+            path = output.parent / f"{output.name}.csv"
+            table.to_csv(path, index=False)
+            config = BatchConfig(
+                catalog_path=path,
+                center_ra=ra,
+                center_dec=dec + APART / 2,
+                radius=APART / 2 + 0.1,
+                output_dir=output,
+                num_buckets=2,
+                tap_url=archive.tap_url,
+                archive_url=archive.archive_url,
+                **options,
+            )
+            return BatchPipeline(config, client=client).run_all()
+
+        assert run(catalogue, folder / "base").stages["extract"].done == 3
+        tables = pd.concat(pd.read_csv(p) for p in (folder / "base" / "per_image").iterdir())
+        names = [e.filename for e in exposures]
+        on = {i: set(tables.loc[tables["filename"] == names[i], "target_id"]) for i in range(3)}
+        assert not on[2] & (on[0] | on[1])
+        yield folder / "base", run, catalogue, far[30:], [table_name(n) for n in names], on
+
+
+def _nudged(table, ids):
+    table.loc[table["targetid"] == min(ids), "ra"] += 1e-9
+    return table
+
+
+def _swapped(table, ids):
+    places = table.index[table["targetid"].isin(ids)][:2]
+    table.loc[places] = table.loc[places[::-1]].to_numpy()
+    return table
+
+
+def _without(table, ids):
+    return table[~table["targetid"].isin(ids)]
+
+
+def _north_first(table):
+    north = table["dec"] > simulated.CENTER[1] + APART / 2
+    return pd.concat([table[north], table[~north]])
+
+
+FAR_IDS = {f"far{i}" for i in range(40)}
+CHANGES = {
+    "nothing": (lambda table, far, on: table, []),
+    "far added": (lambda table, far, on: pd.concat([far, table, far.assign(targetid=far.ra)]), []),
+    "far removed": (lambda table, far, on: _without(table, FAR_IDS), []),
+    "far moved": (lambda table, far, on: _nudged(table, FAR_IDS), []),
+    "far swapped": (lambda table, far, on: _swapped(table, FAR_IDS), []),
+    "fields swapped": (lambda table, far, on: table.sort_values("dec", kind="stable"), None),
+    "one field first": (lambda table, far, on: _north_first(table), []),
+    "near removed": (lambda table, far, on: _without(table, {min(on[2])}), [2]),
+    "near renamed": (lambda table, far, on: table.replace({"targetid": {min(on[2]): "new"}}), [2]),
+    "near moved": (lambda table, far, on: _nudged(table, on[2]), [2]),
+    "near swapped": (lambda table, far, on: _swapped(table, on[2]), [2]),
+    "near both": (lambda table, far, on: _nudged(table, on[0] & on[1]), [0, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "near added", "options"])
+def test_only_what_changed_is_measured_again(apart, tmp_path, change):
+    base, run, catalogue, far, names, on = apart
+    shutil.copytree(base, tmp_path / "grown")
+    options, again = {}, [2]
+    table = catalogue.copy()
+    if change == "options":
+        options["photometry"], again = PhotometryConfig(fwhm_multiplier=2.4), [0, 1, 2]
+    elif change == "near added":
+        run(_without(catalogue, {min(on[2])}), tmp_path / "grown")
+    else:
+        make, again = CHANGES[change]
+        table = make(table, far, on)
+    again = [0, 1, 2] if again is None else again
+    per_image = tmp_path / "grown" / "per_image"
+    before = {name: (per_image / name).stat().st_mtime_ns for name in names}
+    extracted = run(table, tmp_path / "grown", **options).stages["extract"]
+    assert (extracted.done, extracted.reused) == (len(again), 3 - len(again))
+    for i, name in enumerate(names):
+        assert ((per_image / name).stat().st_mtime_ns == before[name]) == (i not in again), i
+    fresh = run(table, tmp_path / "fresh", **options).stages["extract"]
+    assert (fresh.done, fresh.rows) == (3, extracted.rows)
+    for folder in ("per_image", "lightcurves"):
+        grown, made = (contents(tmp_path / which / folder) for which in ("grown", "fresh"))
+        assert grown == made
 
 
 def test_usage_errors(make_config, client):

@@ -1,3 +1,5 @@
+"""Files are whole or not there, and names stay in their folder, whatever ids and disks do."""
+
 from __future__ import annotations
 
 import errno
@@ -16,8 +18,17 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from spxdask.errors import DiskFullError
 from spxdask.memory import Memory
-from spxdask.storage import file_stem, part_path, remove_parts, whole_file, write_large
+from spxdask.storage import (
+    file_stem,
+    part_path,
+    remove_parts,
+    told_when_full,
+    whole_file,
+    write_large,
+    write_whole,
+)
 
 LIMIT_BYTES = 200
 HOSTILE = st.text(st.sampled_from("./\\%~aA2EFe\x00\x1f\x7f\x85\n é\u2028\ud800\udcff"), max_size=8)
@@ -306,12 +317,52 @@ def test_a_system_that_insists_on_its_page_cache(tmp_path, page_aligned, monkeyp
     assert (tmp_path / "frame.fits").read_bytes() == page_aligned
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_large_file_that_fails_leaves_nothing(tmp_path, page_aligned, monkeypatch, call):
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_a_write_may_come_in_pieces(tmp_path, page_aligned, monkeypatch, size):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:30_001]))
+    (tmp_path / "curve.csv").write_text("old")
+    write_whole(f"{tmp_path}/curve.csv", page_aligned[:size])
+    assert (tmp_path / "curve.csv").read_bytes() == page_aligned[:size]
+    assert os.listdir(tmp_path) == ["curve.csv"]
+
+
+# Full disks
+
+
+@pytest.mark.parametrize(
+    ("writer", "call"),
+    [(write_whole, call) for call in ("write", "replace")]
+    + [(write_large, call) for call in ("write", "fsync", "replace")],
+)
+@pytest.mark.parametrize("before", [None, "old"])
+def test_what_cannot_be_written_leaves_nothing(
+    tmp_path, page_aligned, monkeypatch, writer, call, before
+):
+    path = tmp_path / "frame.fits"
+    if before is not None:
+        path.write_text(before)
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError, match="No space left"):
-        write_large(tmp_path / "frame.fits", page_aligned)
-    assert os.listdir(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            writer(str(path), page_aligned)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([before] if before else [])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_by_its_folder(code):
+    with pytest.raises(DiskFullError) as error, told_when_full(Path("/some/where")):
+        raise OSError(code, os.strerror(code))
+    said = f"{os.strerror(code)} in /some/where: make room, then the same command goes on"
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), ValueError("x")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, told_when_full("/some/where"):
+        raise error
+    assert raised.value is error

@@ -135,10 +135,10 @@ def verify(buffer) -> int:
         data = word_sum(words[hdu.data_start // 4 : stop // 4])
         says = str(hdu.header.get("DATASUM") or "").strip()
         if says and says != str(data):
-            raise FrameError(f"the data of {hdu.name} have the sum {data}, DATASUM says {says}")
+            raise FrameError(f"the data of {hdu.name!r} have the sum {data}, DATASUM says {says!r}")
         whole = add_sums(head, data)
         if hdu.header.get("CHECKSUM") and whole not in (0, 0xFFFFFFFF):
-            raise FrameError(f"{hdu.name} does not have the sum that CHECKSUM makes it have")
+            raise FrameError(f"{hdu.name!r} does not have the sum that CHECKSUM makes it have")
         total, start = add_sums(total, whole), stop
     return add_sums(total, word_sum(words[start // 4 :]))
 

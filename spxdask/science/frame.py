@@ -298,23 +298,26 @@ def _plane(mapped: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
 
 def _check_compressed(header: Header, shape: tuple[int, int]) -> None:
     """Refuse what a decoder would trust: sizes, and numbers that it does not look at."""
-    found = header.get("ZNAXIS"), header.get("ZNAXIS2"), header.get("ZNAXIS1")
-    if found != (2, *shape):
-        raise FrameError(f"FLAGS is {found[1:]} pixels, IMAGE is {shape}")
+    found = header.get("ZNAXIS2"), header.get("ZNAXIS1")
+    if found != shape:
+        raise FrameError(f"FLAGS is {found} pixels, IMAGE is {shape}")
     tile = header.get("ZTILE1", shape[1]), header.get("ZTILE2", 1)
-    parameters = {
-        header[name]: header.get(f"ZVAL{name[5:]}") for name in header if name.startswith("ZNAME")
-    }
+    # All that a decoder may take for its parameters, in whatever case and however often.
+    parameters = [
+        (str(header[name]).upper(), header.get(f"ZVAL{name[5:]}"))
+        for name in header
+        if name.upper().startswith("ZNAME")
+    ]
     sound = (
         header.get("XTENSION") == "BINTABLE"
         and header.get("ZCMPTYPE") in ("RICE_1", "GZIP_1", "GZIP_2")
-        and header.get("ZBITPIX") in (8, 16, 32)
+        and (header.get("ZNAXIS"), header.get("ZBITPIX")) == (2, 32)
         and header.get("TFIELDS") in (1, 2, 3, 4)
         and all(isinstance(length, int) for length in tile)
         and 1 <= tile[0] <= shape[1]
         and 1 <= tile[1] <= shape[0]
-        and parameters.get("BLOCKSIZE", 32) in (16, 32)
-        and parameters.get("BYTEPIX", 4) in (1, 2, 4)
+        and all(value in (16, 32) for name, value in parameters if name == "BLOCKSIZE")
+        and all(value in (1, 2, 4) for name, value in parameters if name == "BYTEPIX")
     )
     if not sound:
         raise FrameError("FLAGS cannot be decompressed: not compressed integers of a known kind")

@@ -291,7 +291,8 @@ def _median(values, size, count, below, mean, deviation, scratch):
     """
     guess = mean + (0.5 * count - below) / count * 2.5 * deviation
     lower_rank, upper_rank = (count - 1) // 2, count // 2
-    half = 0.05 * deviation
+    # Some twenty of 2,500 values; the guess is hardly ever farther off.
+    half = 0.01 * deviation
     while True:
         before = picked = 0
         for i in range(size):

@@ -16,7 +16,7 @@ from spxdask.errors import FrameError
 from spxdask.science import kernels
 from spxdask.science.fits import Header
 
-_MATRIX_OR_PARAMETER = re.compile(r"(CD|PC)[12]_[12]|PV[12]_\d+")
+_MATRIX_OR_PARAMETER = re.compile(r"(CD|PC)[12]_[12]|PV[12]_\d+|CROTA[12]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,15 @@ class TanSip:
             raise FrameError(f"no usable celestial WCS: CTYPE1, CTYPE2 are {types}")
         if not any(name in header for name in ("CD1_1", "PC1_1", "CDELT1")):
             raise FrameError("no usable celestial WCS: none of CD1_1, PC1_1 and CDELT1 is there")
-        units = {header.get(name, "deg") for name in ("CUNIT1", "CUNIT2")}
-        if units != {"deg"}:
-            raise FrameError(f"no usable celestial WCS: CUNIT1 and CUNIT2 are {sorted(units)}")
-        kinds = {name[:2] for name in header if _MATRIX_OR_PARAMETER.fullmatch(name)}
-        if "PV" in kinds or kinds == {"CD", "PC"}:
+        units = tuple(header.get(name, "deg") for name in ("CUNIT1", "CUNIT2"))
+        if units != ("deg", "deg"):
+            raise FrameError(f"no usable celestial WCS: CUNIT1, CUNIT2 are {units}")
+        kinds = {
+            name.rstrip("_0123456789") for name in header if _MATRIX_OR_PARAMETER.fullmatch(name)
+        }
+        if not kinds <= {"CD"} and not kinds <= {"PC"}:
             raise FrameError(f"no usable celestial WCS: it has {' and '.join(sorted(kinds))} cards")
-        if "CD1_1" in header:
+        if "CD" in kinds:
             matrix = [[header.number(f"CD{i}_{j}", 0.0) for j in (1, 2)] for i in (1, 2)]
         else:
             matrix = [

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spxdask import tables
-from spxdask.errors import FrameError
-from spxdask.storage import file_stem, whole_file, write_whole
+from spxdask.errors import DiskFullError, FrameError
+from spxdask.storage import file_stem, told_when_full, whole_file, write_whole
 
 TEXT = pd.ArrowDtype(pa.string())
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
@@ -92,14 +92,18 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
     return table.to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
 
 
+# What is shuffled: the lines of a source from one group of tables in one piece, in order,
+# and what the first and the last of them are ordered by.
 META = _to_pandas(
     pa.schema(
         {
             "target_id": pa.string(),
-            "mjd": pa.float64(),
-            "obs_id": pa.string(),
-            "band": pa.string(),
-            "line": pa.string(),
+            "rows": pa.int64(),
+            "first_mjd": pa.float64(),
+            "first_name": pa.string(),
+            "last_mjd": pa.float64(),
+            "last_name": pa.string(),
+            "lines": pa.string(),
         }
     ).empty_table()
 )
@@ -107,7 +111,13 @@ WRITTEN = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dt
 
 
 def read_tables(group: Sequence[Table]) -> pd.DataFrame:
-    """Read a group of per-image tables; raise FrameError for one that lost rows."""
+    """Read a group of per-image tables; raise FrameError for one that lost rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a source, as `META` has it.
+    """
     read = []
     for table in group:
         try:
@@ -119,31 +129,90 @@ def read_tables(group: Sequence[Table]) -> pd.DataFrame:
                 f"{table.path} has {len(rows)} rows, {table.rows} were measured; extract it again"
             )
         read.append(rows)
-    return _to_pandas(pa.concat_tables(read))
+    return _to_pandas(_bundled(pa.concat_tables(read)))
+
+
+def _bundled(rows: pa.Table) -> pa.Table:
+    """Put the lines of each source into one piece, in order."""
+    columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
+    ranks = [_rank(columns[key]) for key in tables.SORT_KEYS]
+    order = np.lexsort(ranks[::-1])
+    starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
+    bounds = np.append(starts, len(order))
+    first, last = pa.array(order[starts]), pa.array(order[bounds[1:] - 1])
+    lines = columns["line"].take(pa.array(order))
+    offsets = np.frombuffer(lines.buffers()[1], np.int32, len(order) + 1)[bounds]
+    # As no character comes before it, a pair of names sorts as its first, then its second.
+    names = pc.binary_join_element_wise(columns["obs_id"], columns["band"], "\0")
+    return pa.table(
+        {
+            "target_id": columns["target_id"].take(first),
+            "rows": np.diff(bounds),
+            "first_mjd": columns["mjd"].take(first),
+            "first_name": names.take(first),
+            "last_mjd": columns["mjd"].take(last),
+            "last_name": names.take(last),
+            "lines": pa.StringArray.from_buffers(
+                len(starts), pa.py_buffer(offsets), lines.buffers()[2]
+            ),
+        }
+    )
 
 
 def write_lightcurves(
     partition: pd.DataFrame, *, folder: str, buckets: str | None, partition_info=None
 ) -> pd.DataFrame:
-    """Sort a partition and write the light curve of every source in it."""
-    rows = pa.Table.from_pandas(partition, preserve_index=False)
-    columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
-    ranks = [_rank(columns[key]) for key in tables.SORT_KEYS]
-    order = np.lexsort(ranks[::-1])
-    ids = columns["target_id"].take(pa.array(order))
-    lines = pc.cast(columns["line"], pa.large_string()).take(pa.array(order))
-    if buckets is not None and partition_info is not None:
-        _write_bucket(Path(buckets) / bucket_name(partition_info["number"]), ids, lines)
-    starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
-    stops = np.append(starts, len(order))[1:]
-    header = tables.csv_header(tables.LIGHT_CURVE)
-    targets = ids.take(pa.array(starts))
-    for target, start, stop in zip(targets.to_pylist(), starts, stops, strict=True):
-        text = header + tables.lines_to_bytes(lines, start, stop)
-        write_whole(f"{folder}/{light_curve_name(target)}", text)
-    return pd.DataFrame(
-        {"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": stops - starts}
+    """Write the light curve of every source in a partition, its rows in order.
+
+    Returns
+    -------
+    pandas.DataFrame or DiskFullError
+        As `WRITTEN`. An error is returned, as Dask would log it where the user sees it.
+    """
+    number = None if partition_info is None else partition_info["number"]
+    try:
+        with told_when_full(folder):
+            return _write(partition, folder, buckets, number)
+    except DiskFullError as error:
+        return error
+
+
+def _write(
+    partition: pd.DataFrame, folder: str, buckets: str | None, number: int | None
+) -> pd.DataFrame:
+    pieces = pa.Table.from_pandas(partition, preserve_index=False)
+    columns = {name: pieces.column(name).combine_chunks() for name in pieces.column_names}
+    target, n = _rank(columns["target_id"]), len(pieces)
+    names = _rank(pa.concat_arrays([columns["first_name"], columns["last_name"]]))
+    first = columns["first_mjd"].to_numpy(), names[:n]
+    last = columns["last_mjd"].to_numpy(), names[n:]
+    order = np.lexsort((first[1], first[0], target))
+    starts = np.flatnonzero(np.diff(target[order], prepend=-1))
+    stops = np.append(starts, n)[1:]
+
+    # Tables are read in order of time, so that one piece hardly ever begins before
+    # another ends.
+    one, next_ = order[:-1], order[1:]
+    ends_later = (last[0][one] > first[0][next_]) | (
+        (last[0][one] == first[0][next_]) & (last[1][one] > first[1][next_])
     )
+    mixed = set(target[one][(target[one] == target[next_]) & ends_later].tolist())
+
+    lines = pc.cast(columns["lines"], pa.large_string()).take(pa.array(order))
+    texts = [
+        tables.lines_to_bytes(lines, start, stop) for start, stop in zip(starts, stops, strict=True)
+    ]
+    for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))):
+        texts[i] = tables.sort_lines(texts[i])
+    targets = columns["target_id"].take(pa.array(order[starts]))
+    rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)
+    if buckets is not None and number is not None:
+        ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
+        _write_bucket(Path(buckets) / bucket_name(number), ids, texts)
+    header = tables.csv_header(tables.LIGHT_CURVE)
+    for name, text in zip(targets.to_pylist(), texts, strict=True):
+        write_whole(f"{folder}/{light_curve_name(name)}", b"".join((header, text)))
+    return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
 
 
 def _rank(column: pa.Array) -> np.ndarray:
@@ -154,9 +223,9 @@ def _rank(column: pa.Array) -> np.ndarray:
     return rank[encoded.indices.to_numpy()]
 
 
-def _write_bucket(path: Path, ids: pa.Array, lines: pa.Array) -> None:
+def _write_bucket(path: Path, ids: pa.Array, texts: Sequence[memoryview]) -> None:
     """Write a sorted partition as Parquet, its numbers as numbers."""
-    text = tables.csv_header(tables.LIGHT_CURVE) + tables.lines_to_bytes(lines)
+    text = b"".join((tables.csv_header(tables.LIGHT_CURVE), *texts))
     rows = tables.read_csv(pa.BufferReader(text), tables.LIGHT_CURVE)
     with whole_file(path, durable=False) as part:
         pq.write_table(rows.add_column(0, "target_id", ids), part)

@@ -97,7 +97,9 @@ def fetched(
                 with told_when_full(images):
                     write_large(Path(images) / observation.filename, part.content)
         except (ArchiveError, OSError) as error:
-            frame, reason = None, str(error)
+            # In it may be what a server says, which goes into lines and to terminals.
+            plain = (c if c.isprintable() else " " for c in str(error))
+            frame, reason = None, " ".join("".join(plain).split())
         yield (
             Outcome(
                 stage="download",
@@ -201,7 +203,10 @@ async def _transfer(
         if not goes_on:
             part.size = 0
         if response.content_length is not None:
-            _check_length(observation, part.size + response.content_length)
+            size = part.size + response.content_length
+            _check_length(observation, size)
+            if size > MAX_FRAME_BYTES:
+                raise ArchiveError(f"{url}: {size} bytes are no frame")
         # A weak tag says nothing about bytes.
         part.tag = tag if tag and not tag.startswith("W/") else None
         async for chunk in response.content.iter_any():
@@ -221,13 +226,24 @@ async def _followed(session: aiohttp.ClientSession, url: str, **options):
             if response.status not in REDIRECTS:
                 yield response
                 return
-            target = url.join(URL(response.headers.get("Location", ""), encoded=True))
-        if target.scheme not in ("http", "https"):
-            raise ArchiveError(f"{archive}: redirected to {target}, which is not followed")
-        inwards = target.host != archive.host and await _is_private(target)
+            location = response.headers.get("Location", "")
+        try:
+            to = URL(location, encoded=True)
+            target = url.join(to)
+            if not location or (to.scheme in ("http", "https") and not to.host):
+                raise ValueError("a host is missing")
+            # Without a user's name and password, as this goes into the ledger.
+            shown = target.with_user(None) if target.host else f"{target.scheme}:{target.path}"
+            if target.scheme not in ("http", "https"):
+                raise ArchiveError(f"{archive}: redirected to {shown}, which is not followed")
+            inwards = target.host != archive.host and await _is_private(target)
+        except ValueError as error:
+            raise ArchiveError(
+                f"{archive}: redirected to {location!r}, which is no URL: {error}"
+            ) from error
         if inwards and not await _is_private(archive):
             raise ArchiveError(
-                f"{archive}: redirected to {target}, a private address, which is not followed"
+                f"{archive}: redirected to {shown}, a private address, which is not followed"
             )
         url = target
     raise ArchiveError(f"{archive}: redirected without end")

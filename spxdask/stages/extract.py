@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from spxdask import tables
@@ -57,18 +58,19 @@ class ExtractOptions:
 
 def fingerprint(catalogue: Catalogue, photometry: PhotometryConfig) -> str:
     """Return a hash of all that the rows of a frame depend on besides the frame."""
-    parts = (MEASUREMENT_VERSION, catalogue.fingerprint, photometry.to_yaml())
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return _hash(catalogue.fingerprint, photometry)
 
 
-def sources_fingerprint(
-    catalogue: Catalogue, cap: tuple[float, float, float], photometry: PhotometryConfig
-) -> str:
-    """Return a hash of all that the rows of a frame within `cap` depend on.
+def sources_fingerprint(catalogue: Catalogue, near: np.ndarray, photometry) -> str:
+    """Return a hash of all that rows depend on when only some sources are near the frame.
 
     With another catalogue that is the same near the frame, its table would be the same.
     """
-    parts = (MEASUREMENT_VERSION, catalogue.digest(catalogue.within(*cap)), photometry.to_yaml())
+    return _hash(catalogue.digest(near), photometry)
+
+
+def _hash(sources: str | bytes, photometry: PhotometryConfig) -> str:
+    parts = (MEASUREMENT_VERSION, sources, photometry)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -110,9 +112,12 @@ def _extract(
     try:
         with _one_at_a_time if options.serial else nullcontext():
             frame, catalogue = opened(), _catalogue(options.catalogue)
-            columns, skipped, warnings = measure_catalogue(frame, catalogue, options.photometry)
             cap = frame.cap
-            sources = sources_fingerprint(catalogue, cap, options.photometry)
+            near = catalogue.within(*cap)
+            sources = sources_fingerprint(catalogue, near, options.photometry)
+            columns, skipped, warnings = measure_catalogue(
+                frame, catalogue, near, options.photometry
+            )
             rows = len(columns["target_id"])
             text = tables.csv_header(tables.PER_IMAGE) + tables.lines_to_bytes(
                 tables.csv_lines(columns)
@@ -156,8 +161,10 @@ def _open(image: str) -> Frame:
         raise FrameError(f"{error}; set aside as {Path(aside).name}") from error
 
 
-def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: PhotometryConfig):
-    """Measure the sources of a catalogue that are on a frame.
+def measure_catalogue(
+    frame: Frame, catalogue: Catalogue, near: np.ndarray, photometry: PhotometryConfig
+):
+    """Measure those of some sources of a catalogue that are on a frame.
 
     Returns
     -------
@@ -168,7 +175,6 @@ def measure_catalogue(frame: Frame, catalogue: Catalogue, photometry: Photometry
     warnings : tuple of str
         Repairs and fallbacks.
     """
-    near = catalogue.within(*frame.cap)
     ra, dec = catalogue.ra[near], catalogue.dec[near]
     measured = measure(frame, ra, dec, photometry)
     warnings = measured.warnings

@@ -137,3 +137,46 @@ def test_fingerprint_sees_every_field(tmp_path):
     prints.add(Catalogue.from_csv(write(tmp_path, "targetid,ra,dec\na,1,2\nbc,1,2\n")).fingerprint)
     assert len(prints) == 5
     assert make(ra, dec, tmp_path).fingerprint in prints
+
+
+NEAR = [("ab", 10.0, 20.0), ("c", 10.01, 20.01), ("ü, e", 9.99, 19.99), ("7", 10.0, 20.02)]
+FAR = [(f"far{i}", 40.0 * i, -20.0 + 7 * i) for i in range(9)]
+
+
+def digest_near(tmp_path, rows):
+    text = "".join(f'"{name}",{ra!r},{dec!r}\n' for name, ra, dec in rows)
+    catalogue = Catalogue.from_csv(write(tmp_path, "targetid,ra,dec\n" + text))
+    digest = catalogue.digest(catalogue.within(10.0, 20.0, 0.1))
+    catalogue.save(tmp_path / "catalogue.arrow")
+    opened = Catalogue.open(tmp_path / "catalogue.arrow")
+    assert opened.digest(opened.within(10.0, 20.0, 0.1)) == digest
+    return digest
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [FAR + NEAR, NEAR + FAR, [*FAR[:3], *NEAR[:2], *FAR[3:5], *NEAR[2:], *FAR[5:]]],
+    ids=["before", "behind", "between"],
+)
+def test_digest_does_not_see_other_sources(tmp_path, rows):
+    assert digest_near(tmp_path, rows) == digest_near(tmp_path, NEAR)
+
+
+def test_digest_sees_every_field(tmp_path):
+    (ab, *position), (c, *other), *rest = NEAR
+    changed = [
+        NEAR,
+        [("aB", *position), (c, *other), *rest],
+        [("a", *position), ("bc", *other), *rest],
+        [("abc", *position), *rest],
+        [("ab", 10.0 + 1e-14, 20.0), (c, *other), *rest],
+        [("ab", 10.0, 20.0 + 1e-14), (c, *other), *rest],
+        [(c, *other), (ab, *position), *rest],
+        [(c, *position), (ab, *other), *rest],
+        NEAR[1:],
+        NEAR[:-1],
+        [*NEAR, ("d", 10.0, 20.0)],
+        FAR,
+    ]
+    assert len({digest_near(tmp_path, rows) for rows in changed}) == len(changed)
+    assert digest_near(tmp_path, FAR) == digest_near(tmp_path, FAR[:1])

@@ -10,13 +10,17 @@ import pytest
 
 from spxdask.science.compiled import compiled
 
-SLOW_TO_COMPILE = """
+SLOW_TO_COMPILE = (
+    """
 from spxdask.science.compiled import compiled
 
 @compiled
 def polynomial(x):
     total = 0.0
-""" + "".join(f"    total += {k} * x ** {k}\n" for k in range(300)) + "    return total\n"
+"""
+    + "".join(f"    total += {k} * x ** {k}\n" for k in range(300))
+    + "    return total\n"
+)
 
 
 def start(folder, *paths):

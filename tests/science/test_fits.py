@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spxdask.errors import FrameError
-from spxdask.science.fits import BLOCK, scan
+from spxdask.science.fits import BLOCK, add_sums, scan, verify
 from spxdask.science.frame import open_frame
+from spxdask.science.kernels import word_sum
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 
 WINDOW = (900, 900, 40, 30)
@@ -299,3 +301,109 @@ def test_damaged_bytes_raise_frame_error_or_nothing(path, tmp_path_factory, chan
         except FrameError as error:
             message = str(error)
         assert "\n" not in message
+
+
+# Sums.
+
+
+def plain_sum(content: bytes) -> int:
+    total = sum(np.frombuffer(content, ">u4").tolist())
+    while total >> 32:
+        total = (total & 0xFFFFFFFF) + (total >> 32)
+    return total
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [0],
+        [0x01020304],
+        [0xFFFFFFFF],
+        [0xFFFFFFFF, 1],
+        [0xFFFFFFFF] * 1000,
+        np.random.default_rng(6).integers(2**32, size=100_003).tolist(),
+    ],
+    ids=lambda words: f"{words[:2]} {len(words)}",
+)
+def test_sum_of_words(words):
+    content = np.array(words, ">u4").tobytes()
+    for cut in (0, len(words) // 3, len(words)):
+        parts = [np.frombuffer(content, "<u4")[part] for part in (slice(cut), slice(cut, None))]
+        assert add_sums(*map(word_sum, parts)) == plain_sum(content)
+
+
+@pytest.fixture(scope="module", params=["checksum", "datasum"])
+def summed(path, request):
+    """The same file with the cards of the archive's, which astropy finds sound."""
+    other = path.with_name(f"{request.param}_{path.name}")
+    with fits.open(path, disable_image_compression=True) as hdus:
+        hdus.writeto(other, checksum=request.param if request.param == "datasum" else True)
+    with fits.open(other, disable_image_compression=True, checksum=True) as hdus:
+        assert all("DATASUM" in hdu.header for hdu in hdus)
+        assert all(("CHECKSUM" in hdu.header) == (request.param == "checksum") for hdu in hdus)
+    return request.param, other.read_bytes()
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_sound_file_passes(summed):
+    content = summed[1]
+    assert verify(content) == verify(memoryview(content)) == plain_sum(content)
+    tail = content + b"\1\2\3\xff" * 7
+    assert verify(tail) == plain_sum(tail)
+
+
+def test_without_cards_anything_passes(path):
+    content = path.read_bytes()
+    assert verify(content) == plain_sum(content)
+    broken = flipped(content, len(content) - 1)
+    assert verify(broken) == plain_sum(broken) != plain_sum(content)
+
+
+def test_a_flipped_bit_in_the_data_is_found(summed):
+    content = summed[1]
+    for hdu in scan(content):
+        stop = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
+        # First and last byte of the data, and of the padding.
+        edges = hdu.data_start, hdu.data_start + hdu.data_size, stop
+        for place in {e for first, end in itertools.pairwise(edges) for e in (first, end - 1)}:
+            if hdu.data_start <= place < stop:
+                with pytest.raises(FrameError, match=f"^the data of '{hdu.name}' have .* DATASUM"):
+                    verify(flipped(content, place))
+
+
+def test_a_flipped_bit_in_a_header_is_found(summed):
+    kind, content = summed
+    start = 0
+    for hdu in scan(content):
+        # In a comment, and in the blanks behind END.
+        for place in (start + 80 + 50, hdu.data_start - 1):
+            broken = flipped(content, place)
+            if kind == "checksum":
+                with pytest.raises(FrameError, match=f"^'{hdu.name}' does not have the sum"):
+                    verify(broken)
+            else:
+                assert verify(broken) == plain_sum(broken)
+        start = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
+
+
+def test_undefined_sums_are_none(summed):
+    content = summed[1]
+    for keyword in (b"CHECKSUM", b"DATASUM "):
+        at = content.find(keyword + b"= ")
+        while at >= 0:
+            content = content[:at] + (keyword + b"= ''").ljust(80) + content[at + 80 :]
+            at = content.find(keyword + b"= '", at + 80)
+    assert verify(content) == plain_sum(content)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_sums_of_uniform_data(tmp_path, value):
+    hdu = fits.PrimaryHDU(np.full((BLOCK // 4, 3), value, np.int32))
+    hdu.writeto(tmp_path / "uniform.fits", checksum=True)
+    content = (tmp_path / "uniform.fits").read_bytes()
+    assert scan(content)[0].header["DATASUM"] == str(value & 0xFFFFFFFF)
+    assert verify(content) == plain_sum(content)

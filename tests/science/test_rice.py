@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from spxdask.errors import FrameError
-from spxdask.science.fits import scan
+from spxdask.science.fits import Hdu, Header, scan
 from spxdask.science.rice import decompress, is_row_compressed
 
 
@@ -90,3 +90,36 @@ def test_damage_is_a_frame_error_or_other_numbers(tmp_path):
             reasons.append(str(error))
     assert len(reasons) > 20
     assert all(reason.startswith("FLAGS cannot be decompressed: ") for reason in reasons)
+
+
+def widened(mapped, hdu, descriptor=None):
+    """The same with descriptors of 64 bits, one of which may be another."""
+    rows = hdu.header["NAXIS2"]
+    table = np.frombuffer(mapped, ">i4", 2 * rows, hdu.data_start).reshape(rows, 2).astype(">i8")
+    if descriptor:
+        table[rows // 2] = descriptor
+    content = table.tobytes() + mapped[hdu.data_start + 8 * rows :][: hdu.data_size - 8 * rows]
+    cards = {name: str(hdu.header[name]).encode() for name in ("NAXIS2", "ZNAXIS1", "ZNAXIS2")}
+    cards |= {"NAXIS1": b"16", "TFORM1": b"'1QB(300)'"}
+    return content, Hdu("FLAGS", Header(cards), 0, len(content))
+
+
+def test_wide_descriptors(tmp_path):
+    image = flags(np.random.default_rng(5), (20, 200))
+    np.testing.assert_array_equal(
+        decompress(*widened(*compress(tmp_path / "flags.fits", image))), image
+    )
+
+
+HUGE = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    "descriptor",
+    [(-1, 0), (3, 0), (HUGE, 0), (8, HUGE), (8, -HUGE), (8, -1), (HUGE, HUGE), (0, HUGE)],
+)
+def test_descriptors_out_of_the_table(tmp_path, descriptor):
+    image = flags(np.random.default_rng(5), (20, 200))
+    content, hdu = widened(*compress(tmp_path / "flags.fits", image), descriptor)
+    with pytest.raises(FrameError, match="a tile lies outside of the table"):
+        decompress(content, hdu)

@@ -1,0 +1,99 @@
+"""Where the time of a frame goes: `python benchmarks/profile_frame.py` prints a table.
+
+Each piece is timed by itself while frames are extracted one after the other, in one
+process and one thread, from files in the page cache; the rest is what is not in a piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import workloads
+
+from spxdask import PhotometryConfig, tables
+from spxdask.science import frame, kernels, photometry
+from spxdask.science.catalogue import Catalogue
+from spxdask.stages import extract
+
+REPEATS = 25
+WARM_UP = 3
+# What it is, and where the function that does it is looked up.
+PIECES = {
+    "headers read, planes mapped": (extract, "open_frame"),
+    "candidates from the catalogue": (Catalogue, "within"),
+    "zodiacal fit, one pass of four planes": (kernels, "zodi_sums"),
+    "median variance, two passes of one": (kernels, "positive_median"),
+    "positions on the detector": (photometry, "on_frame"),
+    "background and aperture of each source": (kernels, "measure_sources"),
+    "wavelengths": (frame.Frame, "wavelength_at"),
+    "rows as CSV": (tables, "csv_lines"),
+    "table on disk (fsync)": (os, "fsync"),
+}
+
+
+def profile(image: Path, catalogue: Path, folder: Path) -> dict[str, float]:
+    """Return milliseconds a frame for each piece, the rest and the total, medians."""
+    Catalogue.from_csv(catalogue).save(f"{catalogue}.arrow")
+    options = extract.ExtractOptions(
+        catalogue=f"{catalogue}.arrow",
+        photometry=PhotometryConfig(),
+        fingerprint="benchmark",
+        serial=False,
+    )
+    spent: dict[str, float] = defaultdict(float)
+    frames: list[dict[str, float]] = []
+
+    def timed(name, function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent[name] += time.perf_counter() - started
+
+        return call
+
+    originals = {name: getattr(*place) for name, place in PIECES.items()}
+    for name, (owner, attribute) in PIECES.items():
+        setattr(owner, attribute, timed(name, originals[name]))
+    try:
+        for _ in range(WARM_UP + REPEATS):
+            spent.clear()
+            started = time.perf_counter()
+            outcome = extract.extract(str(image), str(folder), options)
+            total = time.perf_counter() - started
+            assert outcome.status == "done", outcome.reason
+            rest = total - sum(spent.values())
+            frames.append({**spent, "the rest": rest, "in all": total})
+    finally:
+        for name, (owner, attribute) in PIECES.items():
+            setattr(owner, attribute, originals[name])
+    names = [*PIECES, "the rest", "in all"]
+    return {n: 1e3 * float(np.median([f.get(n, 0.0) for f in frames[WARM_UP:]])) for n in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("benchmark_data"), help="for the data")
+    parser.add_argument("--sources", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    options = parser.parse_args()
+    work = options.work.absolute()
+    folder = work / "extract-ours"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = workloads.frame(work, workloads.exposure())
+    columns = {n: profile(image, workloads.catalogue(work, n), folder) for n in options.sources}
+    print("| ms a frame | " + " | ".join(f"{n:,} sources" for n in columns) + " |")
+    print("|---|" + "---:|" * len(columns))
+    for name in next(iter(columns.values())):
+        print(f"| {name} | " + " | ".join(f"{c[name]:.2f}" for c in columns.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
