@@ -332,33 +332,12 @@ class BatchPipeline:
         name = stages[0] if len(stages) == 1 else "frames"
         with self._work(name, len(observations), "frames", *stages) as (client, *reports):
             report = {each.stage: each for each in reports}
-            images, per_image = str(self.folder.images), str(self.folder.per_image)
-            keep = images if self.config.keep_images else None
             fetch, measure = self._fetch_options(), None
             if "extract" in report:
                 measure = self._extract_options()
-            to_extract, to_fetch = [], []
-            for each in reports:
-                each.total = len(observations)
-            for o in _walk(_bag(observations)):
-                on_disk = download.is_complete(o, images)
-                outcome = self._measured(o) if measure and skip_existing else None
-                unmeasured = measure is not None and outcome is None
-                wanted = "download" in report and not on_disk and (keep or unmeasured)
-                if "download" in report and not wanted:
-                    report["download"].reused += 1
-                if outcome is not None:
-                    report["extract"].reused += 1
-                    self._account(report["extract"], outcome)
-                if wanted:
-                    to_fetch.append((o, unmeasured))
-                elif unmeasured and on_disk:
-                    to_extract.append(o)
-                else:
-                    if unmeasured:
-                        self._account(report["extract"], self._absent(o))
-                    self._progress.advance(failed=unmeasured)
-
+            to_extract, to_fetch = self._divide(observations, report, skip_existing)
+            images, per_image = str(self.folder.images), str(self.folder.per_image)
+            keep = images if self.config.keep_images else None
             if keep:
                 self._check_room(o for o, _ in to_fetch)
 
@@ -378,6 +357,45 @@ class BatchPipeline:
             # What is on disk first: it waits for nobody.
             self._collect(client, report, extractions(), busy_threads(client))
             self._collect(client, report, downloads(), lambda: self.config.max_download_workers)
+
+    def _divide(
+        self,
+        observations: list[Observation],
+        report: dict[str, StageReport],
+        skip_existing: bool,
+    ) -> tuple[list[Observation], list[tuple[Observation, bool]]]:
+        """Account for the frames that need nothing, and return the others.
+
+        Returns
+        -------
+        to_extract : list of Observation
+            Frames on disk to be measured.
+        to_fetch : list of (Observation, bool)
+            Frames to be fetched, and whether to be measured, too.
+        """
+        images, keep = str(self.folder.images), self.config.keep_images
+        to_extract, to_fetch = [], []
+        for each in report.values():
+            each.total = len(observations)
+        for o in _walk(_bag(observations)):
+            on_disk = download.is_complete(o, images)
+            unmeasured = "extract" in report
+            if unmeasured and skip_existing and (outcome := self._measured(o)) is not None:
+                unmeasured = False
+                report["extract"].reused += 1
+                self._account(report["extract"], outcome)
+            wanted = "download" in report and not on_disk and (keep or unmeasured)
+            if "download" in report and not wanted:
+                report["download"].reused += 1
+            if wanted:
+                to_fetch.append((o, unmeasured))
+            elif unmeasured and on_disk:
+                to_extract.append(o)
+            else:
+                if unmeasured:
+                    self._account(report["extract"], self._absent(o))
+                self._progress.advance(failed=unmeasured)
+        return to_extract, to_fetch
 
     def _collect(
         self,

@@ -85,9 +85,14 @@ def _joined(*texts: pa.Array | pa.Scalar, separator: str) -> pa.Array:
 
 
 def _as_text(column: pa.Array, may_need_quotes: bool) -> pa.Array:
+    # Each look at a column costs as much as some rows.
     if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    column = pc.fill_null(pc.cast(column, pa.large_string()), "")
+        values = column.to_numpy(zero_copy_only=False)
+        if np.isnan(values).any():
+            column = pa.array(values, mask=np.isnan(values))
+    column = pc.cast(column, pa.large_string())
+    if column.null_count:
+        column = pc.fill_null(column, "")
     if may_need_quotes:
         # Hardly any text has to be quoted, and to look through all of it at once is quick.
         content = bytes(column.buffers()[2] or b"")

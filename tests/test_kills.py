@@ -30,7 +30,7 @@ from spxdask.status import status
 
 N_FRAMES = 10
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
-KILLS = 200 if LONG else 6
+KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 6))
 ONLY_LONG = pytest.mark.skipif(not LONG, reason="one like it runs; SPXDASK_TESTS=long has all")
 # Others each time where nobody waits for the same colour.
 SEED = None if LONG else 20261122

@@ -629,7 +629,8 @@ def test_a_disk_that_fills_stops_the_run(
         ledger = RunFolder(pipeline.folder.path).ledger
         names = {o.filename for o in pipeline.observations.compute(scheduler="sync")}
         done = {table_name(n) for n in names if ledger.get("extract", n)}
-        assert {p.name for p in pipeline.folder.per_image.iterdir()} == done
+        # A table whose frame found no room is not counted, and made again.
+        assert done <= {p.name for p in pipeline.folder.per_image.iterdir()}
         return len(done)
 
     if name == "write_whole":

@@ -40,14 +40,18 @@ class Header(Mapping[str, Any]):
 
     __slots__ = ("_cards",)
 
-    def __init__(self, cards: dict[str, bytes]) -> None:
+    def __init__(self, cards: dict[bytes, bytes]) -> None:
+        # By keyword as it stands, filled up to eight bytes: hardly any is ever looked at.
         self._cards = cards
 
     def __getitem__(self, keyword: str) -> Any:
-        return _value(self._cards[keyword])
+        return _value(self._cards[_key(keyword)])
+
+    def __contains__(self, keyword: object) -> bool:
+        return isinstance(keyword, str) and _key(keyword) in self._cards
 
     def __iter__(self):
-        return iter(self._cards)
+        return (key.decode("latin-1").rstrip() for key in self._cards)
 
     def __len__(self) -> int:
         return len(self._cards)
@@ -69,6 +73,10 @@ class Header(Mapping[str, Any]):
         ):
             raise FrameError(f"header keyword {keyword} is {value!r}, a number is needed")
         return float(value)
+
+
+def _key(keyword: str) -> bytes:
+    return keyword.encode("latin-1", "replace").ljust(8)
 
 
 def scan(buffer) -> list[Hdu]:
@@ -150,7 +158,7 @@ def add_sums(one: int, other: int) -> int:
 
 
 def _read_header(buffer, start: int) -> tuple[Header, int]:
-    cards: dict[str, bytes] = {}
+    cards: dict[bytes, bytes] = {}
     for block_number in range(MAX_HEADER_BLOCKS):
         offset = start + block_number * BLOCK
         block = bytes(buffer[offset : offset + BLOCK])
@@ -159,10 +167,10 @@ def _read_header(buffer, start: int) -> tuple[Header, int]:
         for i in range(0, BLOCK, CARD):
             keyword = block[i : i + 8]
             if block[i + 8 : i + 10] == b"= ":
-                cards.setdefault(keyword.decode("latin-1").rstrip(), block[i + 10 : i + CARD])
+                cards.setdefault(keyword, block[i + 10 : i + CARD])
             elif keyword == b"HIERARCH":
                 name, _, value = block[i + 9 : i + CARD].partition(b"=")
-                cards.setdefault(name.decode("latin-1").strip(), value)
+                cards.setdefault(name.strip().ljust(8), value)
             elif keyword == b"END     ":
                 return Header(cards), offset + BLOCK
     raise FrameError(f"the header at byte {start} has no END card")

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -60,24 +61,35 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         ``done`` when the frame is there whole, ``failed`` with the reason when it could
         not be had.
     """
-    with fetched(observation, images, options) as (outcome, _):
-        return outcome
+    with fetched(observation, images, options) as image:
+        pass
+    return image.outcome
+
+
+@dataclass
+class Fetched:
+    """A frame in memory, None when it could not be had, and what became of its download.
+
+    The outcome is known once the frame has been written, or was not to be.
+    """
+
+    frame: Frame | None
+    outcome: Outcome | None = None
 
 
 @contextmanager
 def fetched(
     observation: Observation, images: str | None, options: FetchOptions
-) -> Iterator[tuple[Outcome, Frame | None]]:
-    """Fetch one frame into memory, and to the images folder if one is given.
+) -> Iterator[Fetched]:
+    """Fetch one frame into memory, and write it to the images folder if one is given.
 
-    Disk and page cache are slower than memory by far, and a frame is looked at once.
+    Disk and page cache are slower than memory by far, and a frame is looked at once: in
+    the block, while it is written.
 
     Yields
     ------
-    outcome : Outcome
-        As `download` returns it.
-    frame : Frame or None
-        Open until the block ends; None when it could not be had.
+    Fetched
+        Its frame is open until the block ends, its outcome there from then on.
     """
     started = time.monotonic()
     frame, reason, size = None, None, observation.size_bytes or MAX_FRAME_BYTES
@@ -85,7 +97,10 @@ def fetched(
     filesystem = fsspec.filesystem(
         observation.download_url.partition(":")[0], client_kwargs={"trust_env": True}
     )
-    with frame_memory.take(min(size, MAX_FRAME_BYTES)) as memory:
+    with (
+        frame_memory.take(min(size, MAX_FRAME_BYTES)) as memory,
+        ThreadPoolExecutor(1, thread_name_prefix="keep-image") as writer,
+    ):
         part = _Part(memory=memory)
         try:
             if size > MAX_FRAME_BYTES:
@@ -93,26 +108,37 @@ def fetched(
             # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
             # heartbeats, and take a slot all the same.
             frame = sync(filesystem.loop, _fetch, filesystem, observation, part, options)
-            if images is not None:
-                with told_when_full(images):
-                    write_large(Path(images) / observation.filename, part.content)
         except (ArchiveError, OSError) as error:
-            # In it may be what a server says, which goes into lines and to terminals.
-            plain = (c if c.isprintable() else " " for c in str(error))
-            frame, reason = None, " ".join("".join(plain).split())
-        yield (
-            Outcome(
-                stage="download",
-                filename=observation.filename,
-                status="failed" if reason else "done",
-                reason=reason,
-                seconds=time.monotonic() - started,
-                bytes=0 if reason else part.size,
-                attempts=part.attempts,
-                checksum=None if reason else part.checksum,
-            ),
-            frame,
+            reason = _one_line(error)
+        seconds = time.monotonic() - started
+        image = Fetched(frame)
+        written = None
+        if frame is not None and images is not None:
+            path = Path(images) / observation.filename
+            written = writer.submit(write_large, path, part.content)
+        yield image
+        if written is not None:
+            try:
+                with told_when_full(images):
+                    written.result()
+            except OSError as error:
+                reason = _one_line(error)
+        image.outcome = Outcome(
+            stage="download",
+            filename=observation.filename,
+            status="failed" if reason else "done",
+            reason=reason,
+            seconds=seconds,
+            bytes=0 if reason else part.size,
+            attempts=part.attempts,
+            checksum=None if reason else part.checksum,
         )
+
+
+def _one_line(error: Exception) -> str:
+    """Say what is wrong, without what a server may have put into it for a terminal."""
+    plain = (c if c.isprintable() else " " for c in str(error))
+    return " ".join("".join(plain).split())
 
 
 def is_complete(observation: Observation, images: str) -> bool:

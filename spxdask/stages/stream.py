@@ -35,7 +35,8 @@ def stream(
     list of Outcome
         That of the download and, if there was a frame, that of the extraction.
     """
-    with fetched(observation, images, fetch) as (outcome, frame):
-        if frame is None:
-            return [outcome]
-        return [outcome, extract_frame(frame, per_image, measure)]
+    measured = []
+    with fetched(observation, images, fetch) as image:
+        if image.frame is not None:
+            measured = [extract_frame(image.frame, per_image, measure)]
+    return [image.outcome, *measured]
