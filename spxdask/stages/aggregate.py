@@ -25,7 +25,7 @@ TEXT = pd.ArrowDtype(pa.string())
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
 # One of these is sorted and written at a time by each thread, with some copies of it.
-BUCKET_BYTES = 64_000_000
+BUCKET_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
