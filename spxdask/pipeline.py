@@ -123,6 +123,7 @@ class BatchPipeline:
     @cached_property
     def catalogue(self) -> Catalogue:
         """The catalogue, read and checked."""
+        self.folder.refuse_within(self.config.catalog_path)
         return Catalogue.from_csv(self.config.catalog_path)
 
     @property

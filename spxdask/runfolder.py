@@ -52,6 +52,20 @@ class RunFolder:
         self.config = self.state / "config.yaml"
         self.observations = self.state / "observations.parquet"
 
+    def refuse_within(self, path: str | os.PathLike) -> None:
+        """Raise RunFolderError for a file of the user's that a run could write over."""
+        path = Path(path).resolve()
+        for place in (
+            self.images,
+            self.per_image,
+            self.lightcurves,
+            self.buckets,
+            self.query_summary,
+            self.state,
+        ):
+            if path.is_relative_to(place.resolve()):
+                raise RunFolderError(f"{path} lies where the run writes ({place}): move it away")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder, and keep other runs out of it for as long as the block lasts.

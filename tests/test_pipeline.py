@@ -8,10 +8,12 @@ import itertools
 import logging
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import dask.bag
 import numpy as np
@@ -21,7 +23,14 @@ import simulated
 import yaml
 from distributed import Client
 
-from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
+from spxdask import (
+    BatchConfig,
+    BatchPipeline,
+    PhotometryConfig,
+    load_query_summary,
+    retry,
+    run_batch,
+)
 from spxdask.cli import main
 from spxdask.errors import ConfigError, DiskFullError, FrameError, InputError, RunFolderError
 from spxdask.observation import Observation
@@ -524,6 +533,23 @@ def test_nothing_found_is_said(make_config, client):
     assert pipeline.observations.count().compute(scheduler="sync") == 0
 
 
+@pytest.mark.parametrize(
+    "place", ["lightcurves/s1.csv", "query_summary.yaml", "state/x/../a.csv", "images/link.csv"]
+)
+def test_a_catalogue_that_the_run_could_write_over(make_config, client, place, archive):
+    config = make_config()
+    path = Path(config.output_dir) / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "x").mkdir(exist_ok=True)
+    text = Path(config.catalog_path).read_bytes()
+    path.write_bytes(text)
+    asked = len(archive.requests)
+    with pytest.raises(RunFolderError, match="lies where the run writes"):
+        BatchPipeline(make_config(catalog_path=path), client=client).run_all()
+    assert path.read_bytes() == text
+    assert len(archive.requests) == asked
+
+
 def test_too_many_frames_stop_before_any_download(make_config, client, archive):
     pipeline = BatchPipeline(make_config(max_images=5), client=client)
     asked = len(archive.requests)
@@ -565,6 +591,45 @@ def test_saved_configuration_is_the_run(finished):
 
 
 # Full disks
+
+
+FAULTS = [
+    *(Fault(status=status) for status in (408, 429, 500, 502, 503, 504)),
+    Fault(status=503, retry_after_s=0),
+    *(Fault(truncate=n) for n in (0, 1, 100_000, 2_000_000)),
+    *(Fault(short=n) for n in (0, 2880, 1_000_000)),
+    *(Fault(stall=n) for n in (0, 500_000)),
+    Fault(html=True),
+    Fault(garbage=True),
+    Fault(no_range=True),
+]
+
+
+@pytest.mark.parametrize("keep_images", [True, False])
+def test_a_storm_of_faults(finished, make_config, client, archive, survey, keep_images):
+    """Every frame meets several faults; none is lost, and none is the worse for it."""
+
+    def set_first_delay(seconds: float) -> None:
+        retry.FIRST_DELAY_S = seconds
+
+    rng = random.Random(20261122)
+    frames = [frame.archived for frame in survey[1]]
+    injected = [(frame.uri, rng.choices(FAULTS, k=5)) for frame in frames]
+    for uri, faults in injected:
+        archive.add_faults(uri, faults)
+    config = make_config(max_retries=5, stall_timeout=0.3, keep_images=keep_images)
+    client.run(set_first_delay, 0.001)
+    try:
+        asked = len(archive.requests)
+        summary = BatchPipeline(config, client=client).run_all()
+    finally:
+        client.run(set_first_delay, retry.FIRST_DELAY_S)
+    assert not summary.failed
+    # All but those that only ignore a Range ask for one request more.
+    assert len(archive.requests) - asked > 6 * 4
+    for folder in ("per_image", "lightcurves"):
+        ours, theirs = (Path(c.output_dir) / folder for c in (config, finished.config))
+        assert contents(ours) == contents(theirs), folder
 
 
 @pytest.fixture
