@@ -101,7 +101,8 @@ def widened(mapped, hdu, descriptor=None):
     content = table.tobytes() + mapped[hdu.data_start + 8 * rows :][: hdu.data_size - 8 * rows]
     cards = {name: str(hdu.header[name]).encode() for name in ("NAXIS2", "ZNAXIS1", "ZNAXIS2")}
     cards |= {"NAXIS1": b"16", "TFORM1": b"'1QB(300)'"}
-    return content, Hdu("FLAGS", Header(cards), 0, len(content))
+    header = Header({name.encode().ljust(8): value for name, value in cards.items()})
+    return content, Hdu("FLAGS", header, 0, len(content))
 
 
 def test_wide_descriptors(tmp_path):
