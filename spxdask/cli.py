@@ -90,10 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"spxdask: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except SpxdaskError as error:
-        print(f"spxdask: {error}", file=sys.stderr)
-        return EXIT_FRAMES_FAILED
-    except OSError as error:
+    except (SpxdaskError, OSError) as error:
         print(f"spxdask: {error}", file=sys.stderr)
         return EXIT_FRAMES_FAILED
     except KeyboardInterrupt:

@@ -511,13 +511,10 @@ class BatchPipeline:
     def _measured(self, observation: Observation) -> Outcome | None:
         """Return the outcome of a frame whose table is there and up to date."""
         outcome = self.folder.ledger.get("extract", observation.filename)
-        table = self.folder.per_image / extract.table_name(observation.filename)
         if (
             outcome is not None
-            and outcome.status == "done"
+            and extract.has_table(outcome, self.folder.per_image)
             and self._is_current(outcome)
-            and table.exists()
-            and table.stat().st_size == outcome.bytes
         ):
             return outcome
         return None

@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spxdask.ledger import Outcome
 from spxdask.runfolder import RunFolder, load_query_summary
 from spxdask.stages import download, extract
 
@@ -118,7 +117,7 @@ def status(path: str | os.PathLike) -> RunStatus:
         if failed is not None:
             found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
         measured = outcomes[1]
-        if measured is not None and _has_table(folder, measured):
+        if measured is not None and extract.has_table(measured, folder.per_image):
             found.measured += 1
             found.rows += measured.rows
             found.skipped.update(measured.skipped)
@@ -127,11 +126,6 @@ def status(path: str | os.PathLike) -> RunStatus:
             found.pending += 1
     found.last = folder.ledger.last_time
     return found
-
-
-def _has_table(folder: RunFolder, outcome: Outcome) -> bool:
-    table = folder.per_image / extract.table_name(outcome.filename)
-    return outcome.status == "done" and table.exists() and table.stat().st_size == outcome.bytes
 
 
 def _count(folder: Path, suffix: str) -> int:

@@ -79,6 +79,12 @@ def table_name(filename: str) -> str:
     return f"{Path(filename).stem}_photometry.csv"
 
 
+def has_table(outcome: Outcome, per_image: Path) -> bool:
+    """Tell whether the table that an outcome tells of is there, of the length it had."""
+    table = per_image / table_name(outcome.filename)
+    return outcome.status == "done" and table.exists() and table.stat().st_size == outcome.bytes
+
+
 def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     """Measure one frame and write its table; the task of the extract stage.
 
