@@ -180,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
             )
     status = add("status", _status)
     status.add_argument("output_dir", nargs="?", metavar="DIR", default=None)
+    status.add_argument(
+        "--watch", action="store_true", help="say it again and again, until the run ends"
+    )
     demo = add("demo", _demo)
     demo.add_argument("--output", default="demo_output", metavar="DIR", help="default: %(default)s")
     config = add("config", _config)
@@ -191,8 +194,16 @@ def _add_options(command: argparse.ArgumentParser, names: Collection[str]) -> No
     run = command.add_argument_group("run")
     if "center_ra" in names:
         run.add_argument("--config", metavar="FILE", help="YAML file of options; flags overrule it")
-    run.add_argument(
-        "--scheduler", metavar="ADDRESS", help="Dask scheduler to use; default: one of our own"
+    cluster = run.add_mutually_exclusive_group()
+    cluster.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Dask scheduler to use, or its scheduler file; default: one of our own",
+    )
+    cluster.add_argument(
+        "--jobqueue",
+        metavar="FILE",
+        help="YAML file of a batch system, whose jobs are the workers (deploy/slurm has one)",
     )
     for option in fields(BatchConfig):
         if option.name in names and option.name != "photometry":
@@ -283,14 +294,17 @@ def _pipeline(options: argparse.Namespace, *, saved: bool):
         logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     return BatchPipeline(
-        _configuration(options, saved=saved), scheduler=options.scheduler, progress=True
+        _configuration(options, saved=saved),
+        scheduler=options.scheduler,
+        jobqueue=options.jobqueue,
+        progress=True,
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
     with pipeline:
-        print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+        print(pipeline.links, file=sys.stderr)
         summary = pipeline.run_all(retry_failed=options.retry_failed)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
@@ -301,7 +315,7 @@ def _stage(options: argparse.Namespace) -> int:
 
     pipeline = _pipeline(options, saved=options.command != "query")
     with pipeline:
-        print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+        print(pipeline.links, file=sys.stderr)
         if options.command == "extract":
             pipeline.run_extract(skip_existing=not options.all)
         else:
@@ -314,9 +328,17 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from spxdask.status import status
+    from spxdask.status import status, watch
 
-    print(status(options.output_dir or default_of(_field(BatchConfig, "output_dir"))))
+    output = options.output_dir or default_of(_field(BatchConfig, "output_dir"))
+    if not options.watch:
+        print(status(output))
+        return EXIT_DONE
+    with suppress(KeyboardInterrupt):
+        for found in watch(output):
+            # To the top left, and clear what is below.
+            clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
+            print(f"{clear}{found}\n", flush=True)
     return EXIT_DONE
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import math
 import multiprocessing
 import os
+import pydoc
 import signal
 import socket
 import time
@@ -14,17 +16,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import dask
 from dask import delayed
 from dask.delayed import Delayed
-from distributed import CancelledError, Client, LocalCluster, WorkerPlugin, as_completed
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    LocalCluster,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+)
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 
+from spxdask import __version__
 from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, InputError, SpxdaskError
 
+logger = logging.getLogger(__name__)
+
 DASHBOARD_PORT = 8787
+CONNECT_TIMEOUT = "20s"
+REGISTER_ATTEMPTS = 5
+# Memory that a thread needs at the most to read tables for a shuffle, or to write light
+# curves, with what the shuffle itself has.
+SHUFFLE_BYTES = 600_000_000
+# A window is refilled when such a part of it is free.
+BATCHES = 16
 # What is in flight when a run is stopped is waited for this long; a client that closes
 # its cluster needs some seconds more.
 LAST_SECONDS = 2.5
@@ -94,8 +116,14 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def connect(address: str) -> Client:
-    """Connect to the scheduler at an address.
+def connect(scheduler: str) -> Client:
+    """Connect to a scheduler.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address, such as ``tcp://10.0.0.5:8786``, or the file that it writes when it is
+        started with ``--scheduler-file``.
 
     Raises
     ------
@@ -103,9 +131,38 @@ def connect(address: str) -> Client:
         If there is none.
     """
     try:
-        return Client(address, timeout="20s")
-    except (OSError, ValueError, TimeoutError) as error:
-        raise InputError(f"no Dask scheduler at {address!r}: {error}") from error
+        address = scheduler
+        if "://" not in scheduler and os.path.isfile(scheduler):
+            address = str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+        return Client(address, timeout=CONNECT_TIMEOUT)
+    except (OSError, ValueError, TypeError, KeyError, TimeoutError) as error:
+        raise InputError(
+            f"no Dask scheduler at {scheduler!r}, which is neither the address of one nor its "
+            f"scheduler file: {error or type(error).__name__}"
+        ) from error
+
+
+def check_versions(client: Client) -> None:
+    """Raise ClusterError unless every worker has the spxdask that this process has.
+
+    Workers that come later are looked at by their tasks; see `error_as_value`.
+    """
+    # A function of Python's own, which a worker without spxdask can run.
+    found = client.run(pydoc.locate, "spxdask.__version__", on_error="return")
+    for address, version in found.items():
+        # One that died just now is no matter.
+        if version != __version__ and not isinstance(version, OSError):
+            raise _other_version(address, version)
+    if not found:
+        logger.warning("no worker at %s yet; waiting for the first", client.scheduler.address)
+
+
+def _other_version(address: str, version: Any) -> ClusterError:
+    has = f"spxdask {version}" if isinstance(version, str) else "no spxdask"
+    return ClusterError(
+        f"the worker {address} has {has}, this process spxdask {__version__}: install the same "
+        "version for both"
+    )
 
 
 def run_window(
@@ -140,41 +197,61 @@ def run_window(
     running = as_completed(loop=client.loop)
 
     def fill() -> None:
-        for item, task in islice(tasks, max(window() - len(items), 0)):
-            future = client.compute(task, optimize_graph=False)
+        size = window()
+        free = size - len(items)
+        # Each call costs the scheduler as much as some tasks.
+        if free < max(1, size // BATCHES) and items:
+            return
+        taken = list(islice(tasks, max(free, 0)))
+        futures = client.compute([task for _, task in taken], optimize_graph=False)
+        for (item, _), future in zip(taken, futures, strict=True):
             items[future.key] = item
             running.add(future)
 
-    def ended(future) -> tuple[Any, Any]:
-        item = items.pop(future.key)
-        if future.status == "cancelled":
+    def ended(futures: list[Future]) -> list[tuple[Any, Any]]:
+        if any(future.status == "cancelled" for future in futures):
             raise lost(client)
-        failed = future.status != "finished"
-        result = future.exception() if failed else future.result()
-        future.release()
-        return item, result
+        # All in one request, which waits for those that were lost with their worker since.
+        try:
+            results = client.gather(dict(enumerate(futures)), errors="skip")
+        except OSError:
+            raise lost(client) from None
+        pairs = []
+        for number, future in enumerate(futures):
+            if future.status == "cancelled":
+                raise lost(client)
+            result = future.exception() if future.status == "error" else results[number]
+            pairs.append((items.pop(future.key), result))
+            future.release()
+        return pairs
 
     try:
         fill()
         try:
-            for future in running:
-                one = ended(future)
+            for futures in running.batches():
+                pairs = ended(futures)
                 fill()
-                yield one
+                yield from pairs
         except KeyboardInterrupt:
             last = as_completed(list(running.futures), loop=client.loop, timeout=LAST_SECONDS)
             with suppress(TimeoutError):
-                for future in last:
-                    yield ended(future)
+                for futures in last.batches():
+                    yield from ended(futures)
             raise
     finally:
         for future in list(running.futures):
             future.cancel()
 
 
+def as_task(key: Any, function: Callable, *arguments: Any) -> Delayed:
+    """Return a delayed call whose result is its error if it is one of ours."""
+    call = delayed(error_as_value, pure=False)
+    return call(function, *arguments, version=__version__, dask_key_name=key)
+
+
 def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> Any:
     """Run one call on the cluster and return its result or raise its error."""
-    task = delayed(error_as_value, pure=False)(function, *arguments, dask_key_name=key)
+    task = as_task(key, function, *arguments)
     try:
         result = client.compute(task, optimize_graph=False).result()
     except CancelledError:
@@ -192,11 +269,14 @@ def lost(client: Client) -> ClusterError:
     )
 
 
-def error_as_value(function: Callable, *arguments: Any) -> Any:
+def error_as_value(function: Callable, *arguments: Any, version: str = __version__) -> Any:
     """Call a function, and return the error if it raises one of ours.
 
-    So errors travel: Dask would log them, with a traceback, where the user sees it.
+    So errors travel: Dask would log them, with a traceback, where the user sees it. A client
+    of another `version` than the worker's gets a ClusterError.
     """
+    if version != __version__:
+        return _other_version(get_worker().address, __version__)
     try:
         return function(*arguments)
     except SpxdaskError as error:
@@ -204,21 +284,41 @@ def error_as_value(function: Callable, *arguments: Any) -> Any:
 
 
 class _Ready(WorkerPlugin):
-    """Has a worker import what a shuffle needs before several of its threads do at once.
+    """Prepares a worker for a shuffle.
 
-    A thread could find dask.dataframe half imported by another, and fail.
+    It imports what several threads would import at once; one could find dask.dataframe half
+    imported by another, and fail. And it takes up as few tasks at a time as its memory bears:
+    a worker may have a hundred threads, to wait for downloads.
     """
 
     name = "spxdask-ready"
 
     def setup(self, worker: Any) -> None:
         importlib.import_module("dask.dataframe")
+        memory = worker.memory_manager.memory_limit or math.inf
+        threads = int(max(1, min(worker.state.nthreads, memory // SHUFFLE_BYTES)))
+        self._before = worker.state.nthreads, worker.executors["default"]
+        # A pool of its own, as memory that a thread has freed is there for this thread only.
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="Dask-Shuffle-Threads")
+        worker.state.nthreads, worker.executors["default"] = threads, pool
+
+    def teardown(self, worker: Any) -> None:
+        pool = worker.executors["default"]
+        worker.state.nthreads, worker.executors["default"] = self._before
+        pool.shutdown(wait=False)
 
 
 @contextmanager
 def ready_to_shuffle(client: Client) -> Iterator[None]:
     """Keep the workers ready for a shuffle, those that come meanwhile included."""
-    client.register_plugin(_Ready())
+    for left in reversed(range(REGISTER_ATTEMPTS)):
+        try:
+            client.register_plugin(_Ready())
+            break
+        except OSError:
+            # A worker died just now.
+            if not left:
+                raise
     try:
         yield
     finally:

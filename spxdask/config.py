@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
+from fsspec import available_protocols
 
-from spxdask.errors import ConfigError
+from spxdask.errors import ConfigError, StoreError
+from spxdask.storage import place, read_bytes
 
 BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
 RELEASES = ("latest", "qr2", "qr3", "all")
@@ -90,14 +92,35 @@ def _path(value: Any) -> str:
     return text
 
 
-def _url(value: Any) -> str:
+def _scheme(value: Any) -> str:
+    """Return the scheme of a URL that names something, "" for anything else."""
     try:
         parts = urlsplit(value if isinstance(value, str) else "")
     except ValueError:
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+        return ""
+    named = parts.path.strip("/") if parts.scheme == "file" else parts.netloc
+    return parts.scheme if named else ""
+
+
+def _url(value: Any) -> str:
+    if _scheme(value) not in ("http", "https"):
         raise ValueError("an http or https URL")
     return value.rstrip("/")
+
+
+def _archive(value: Any) -> str:
+    if _scheme(value) not in ("http", "https", "s3", "file"):
+        raise ValueError("an http, https, s3 or file URL, such as s3://nasa-irsa-spherex")
+    return value.rstrip("/")
+
+
+def _file_or_url(value: Any) -> str:
+    text = _path(value)
+    scheme = text.partition("://")[0] if "://" in text else ""
+    stores = set(available_protocols()) - {"http", "https"}
+    if scheme and (scheme not in stores or not _scheme(text)):
+        raise ValueError("a path, or the URL of a store, such as s3://bucket/folder")
+    return text.rstrip("/") if scheme else text
 
 
 def _bands(value: Any) -> list[str] | None:
@@ -248,10 +271,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 def read_options(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file of options; raise ConfigError naming the file when it is none."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(read_bytes(place(path)).decode(), Loader=_Loader)
     # PyYAML lets a ValueError through for a date such as 2026-02-31.
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (OSError, StoreError, ValueError, yaml.YAMLError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: {reason}") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of options is needed")
@@ -408,7 +431,10 @@ class BatchConfig(_Options):
         }
     )
     catalog_path: str = field(
-        metadata={"check": _path, "help": "CSV file with the columns targetid, ra, dec"}
+        metadata={
+            "check": _file_or_url,
+            "help": "CSV file with the columns targetid, ra, dec; a path or a URL (s3://...)",
+        }
     )
     coverage_mode: str = _option(
         "any",
@@ -433,9 +459,19 @@ class BatchConfig(_Options):
     max_images: int = _option(
         500, _integer(1), "more frames than this is an error, before any download"
     )
-    output_dir: str = _option("batch_output", _path, "folder of everything the run writes")
+    output_dir: str = _option(
+        "batch_output",
+        _file_or_url,
+        "folder of everything the run writes; a path or a URL (s3://...)",
+    )
     keep_images: bool = _option(
         True, _flag, "keep the frames in images/; else each is let go once it is measured"
+    )
+    scratch_gb: float = _option(
+        5.0,
+        _number(0, 1e6, open_low=True),
+        "a worker holds no more frames than this at once, nor than a quarter of its memory",
+        unit="GB",
     )
     max_download_workers: int = _option(
         4, _integer(1, 1000), "connections to the archive at once, for the whole cluster"
@@ -448,6 +484,13 @@ class BatchConfig(_Options):
     )
     keep_bucket_files: bool = _option(
         False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
+    )
+    per_image_format: str = _option("csv", _choice("csv", "parquet"), "of the tables in per_image/")
+    lightcurve_format: str = _option(
+        "csv",
+        _choice("csv", "parquet"),
+        "'csv' is a file a source; 'parquet' one dataset of num_buckets files, for a million "
+        "sources",
     )
     max_retries: int = _option(
         5, _integer(0, 100), "times a failed request to the archive is repeated"
@@ -465,9 +508,9 @@ class BatchConfig(_Options):
     )
     archive_url: str = _option(
         lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL,
-        _url,
-        "a frame is at this URL + '/' + its URI; the default is SPXDASK_ARCHIVE_URL from "
-        "the environment, or IRSA's",
+        _archive,
+        "a frame is at this URL + '/' + its URI: https, s3 (the public bucket or a copy of it) "
+        "or file (a mirror); the default is SPXDASK_ARCHIVE_URL from the environment, or IRSA's",
     )
     photometry: PhotometryConfig = _option(
         PhotometryConfig, _photometry, "how a source is measured: the options below"

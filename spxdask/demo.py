@@ -95,7 +95,7 @@ def run_demo(output: str) -> RunSummary:
             )
             pipeline = BatchPipeline(config, progress=True)
             with pipeline:
-                print(f"dashboard   {pipeline.dashboard_link}", file=sys.stderr)
+                print(pipeline.links, file=sys.stderr)
                 summary = pipeline.run_all()
     finally:
         shutil.rmtree(archive_folder, ignore_errors=True)

@@ -16,6 +16,7 @@ __all__ = [
     "InputError",
     "RunFolderError",
     "SpxdaskError",
+    "StoreError",
     "TruncatedAnswerError",
 ]
 
@@ -54,6 +55,10 @@ class ClusterError(SpxdaskError):
 
 class DiskFullError(SpxdaskError):
     """There is no room left for what a run writes."""
+
+
+class StoreError(SpxdaskError):
+    """An object store cannot be read or written."""
 
 
 class FrameError(SpxdaskError):

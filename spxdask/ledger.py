@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+import sys
+import tempfile
+import time
+import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from spxdask.storage import is_local, place, read_each, sizes, told_when_out_of_reach
 
-@dataclass(frozen=True, kw_only=True)
+# In a store, lines are sent together, and this much of them makes a file.
+FLUSH_S = 5.0
+SEGMENT_BYTES = 1_000_000
+# Of most lines; longer ones are read in some pieces.
+LINE_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """What a stage made of one frame.
 
@@ -63,27 +76,76 @@ class Outcome:
     checksum: str | None = None
 
 
-class Ledger:
-    """The outcomes of a run in a file of JSON lines, the last word on each frame and stage.
+_NAMES = frozenset(option.name for option in dataclasses.fields(Outcome))
+_SEGMENT = re.compile(r"\d+\.jsonl")
 
-    `last_time` is when the last of them was written, ISO 8601.
+
+class Ledger:
+    """The outcomes of a run in JSON lines, the last word on each frame and stage.
 
     Lines are only ever appended. A line that a crash cut short is ignored, which means
-    that its frame is done again.
+    that its frame is done again. In memory is only where each last word stands.
+
+    Parameters
+    ----------
+    path : path
+        On disk, a file. In a store, whose files cannot be appended to, a folder of them:
+        one is written anew until it is full or flushed. What came in the last `FLUSH_S` may
+        be lost in a crash.
+
+    Attributes
+    ----------
+    last_time : str or None
+        When the last outcome was written, ISO 8601.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self._latest: dict[tuple[str, str], Outcome] = {}
+        self.path = place(path)
         self.last_time: str | None = None
-        if self.path.exists():
-            for time, outcome in _read(self.path):
-                self._latest[outcome.stage, outcome.filename] = outcome
-                self.last_time = time
+        self._where: dict[str, dict[str, int]] = {}
+        self._file: int | None = None
+        self._read_to = 0
+        # In a store: how much of each file was read, and the file that we write.
+        self._seen: dict[str, int] = {}
+        self._segment, self._name, self._sent = bytearray(), "", -math.inf
+        if not is_local(self.path):
+            self._file, name = tempfile.mkstemp(prefix="spxdask-ledger-")
+            os.unlink(name)
+            weakref.finalize(self, os.close, self._file)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what was written since, by another process perhaps."""
+        if not is_local(self.path):
+            self._fetch()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._file is None and self.path.exists():
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        if self._file is None:
+            return
+        os.lseek(self._file, self._read_to, os.SEEK_SET)
+        with open(self._file, "rb", closefd=False) as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._note(line, self._read_to)
+                self._read_to += len(line)
 
     def get(self, stage: str, filename: str) -> Outcome | None:
         """Return the last outcome of a stage for a frame, None when there is none."""
-        return self._latest.get((stage, filename))
+        where = self._where.get(stage, {}).get(filename)
+        if where is None:
+            return None
+        line, more = b"", b" "
+        # Nothing more comes of a file that somebody has cut.
+        while more and not line.endswith(b"\n"):
+            more = os.pread(self._file, LINE_BYTES, where + len(line))
+            line += more[: more.find(b"\n") + 1] or more
+        found = _parse(line)
+        return found[1] if found is not None else None
 
     def has_failed(self, filename: str) -> bool:
         """Tell whether the last outcome of any stage for a frame is a failure."""
@@ -91,20 +153,69 @@ class Ledger:
         return any(outcome is not None and outcome.status == "failed" for outcome in outcomes)
 
     def add(self, outcome: Outcome) -> None:
-        """Append an outcome; it is on disk when this returns."""
+        """Append an outcome; on disk, it is there to stay when this returns."""
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         for option in dataclasses.fields(outcome):
             value = getattr(outcome, option.name)
             if value not in (None, 0, (), {}):
                 record[option.name] = round(value, 4) if option.name == "seconds" else value
-        with open(self.path, "ab+") as file:
-            if file.tell() and not _ends_in_line_feed(self.path):
-                file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._latest[outcome.stage, outcome.filename] = outcome
-        self.last_time = record["time"]
+        line = json.dumps(record).encode() + b"\n"
+        if is_local(self.path):
+            with open(self.path, "ab+") as file:
+                if file.tell() and not _ends_in_line_feed(self.path):
+                    file.write(b"\n")
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            self._read_on()
+            return
+        if not self._segment:
+            # Behind what others wrote, which ours is a later word than.
+            self.refresh()
+        self._keep(line)
+        self._read_on()
+        self._segment += line
+        if time.monotonic() - self._sent >= FLUSH_S:
+            self._send()
+        if len(self._segment) >= SEGMENT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is not yet in the store, and begin another file with what comes next."""
+        if self._segment:
+            self._send()
+            self._segment, self._name = bytearray(), ""
+
+    def _send(self) -> None:
+        if not self._name:
+            last = max((int(name.partition(".")[0]) for name in self._seen), default=0)
+            self._name = f"{last + 1:08d}.jsonl"
+        if len(self._segment) > self._seen.get(self._name, 0):
+            with told_when_out_of_reach(self.path):
+                self.path.fs.pipe_file(f"{self.path.path}/{self._name}", bytes(self._segment))
+            self._seen[self._name] = len(self._segment)
+        self._sent = time.monotonic()
+
+    def _fetch(self) -> None:
+        """Bring what others wrote to the store since to our own disk."""
+        found = {name: size for name, size in sizes(self.path).items() if _SEGMENT.fullmatch(name)}
+        grown = sorted(name for name, size in found.items() if size > self._seen.get(name, 0))
+        for name, text in zip(grown, read_each(self.path, grown), strict=True):
+            self._keep(text[self._seen.get(name, 0) :])
+            self._seen[name] = len(text)
+
+    def _keep(self, text: bytes) -> None:
+        where = os.lseek(self._file, 0, os.SEEK_END)
+        while text:
+            where += (written := os.pwrite(self._file, text, where))
+            text = text[written:]
+
+    def _note(self, line: bytes, where: int) -> None:
+        """Remember where the last word on a frame stands."""
+        if (found := _parse(line)) is not None:
+            self.last_time, outcome = found
+            # Each name is there once, however many stages there are.
+            self._where.setdefault(outcome.stage, {})[sys.intern(outcome.filename)] = where
 
 
 def _ends_in_line_feed(path: Path) -> bool:
@@ -113,18 +224,17 @@ def _ends_in_line_feed(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _read(path: Path) -> Iterator[tuple[str, Outcome]]:
-    names = {option.name for option in dataclasses.fields(Outcome)}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                values = {k: v for k, v in record.items() if k in names}
-                values["warnings"] = tuple(values.get("warnings", ()))
-                values["cap"] = tuple(values["cap"]) if values.get("cap") else None
-                outcome = Outcome(**values)
-            except (ValueError, TypeError, AttributeError):
-                # Cut short by a crash: as if it had not been written.
-                continue
-            if isinstance(outcome.stage, str) and isinstance(outcome.filename, str):
-                yield str(record.get("time")), outcome
+def _parse(line: bytes) -> tuple[str, Outcome] | None:
+    """Return when an outcome was written, and the outcome; None when the line is none."""
+    try:
+        record = json.loads(line)
+        values = {k: v for k, v in record.items() if k in _NAMES}
+        values["warnings"] = tuple(values.get("warnings", ()))
+        values["cap"] = tuple(values["cap"]) if values.get("cap") else None
+        outcome = Outcome(**values)
+    except (ValueError, TypeError, AttributeError):
+        # Cut short by a crash: as if it had not been written.
+        return None
+    if isinstance(outcome.stage, str) and isinstance(outcome.filename, str):
+        return str(record.get("time")), outcome
+    return None

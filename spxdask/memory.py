@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from collections.abc import Iterator
@@ -19,22 +20,37 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+        self._lent = 0
+        self._changed = threading.Condition()
 
     @contextmanager
-    def take(self, size: int) -> Iterator[memoryview]:
+    def take(self, size: int, limit: float = math.inf) -> Iterator[memoryview]:
         """Lend `size` bytes, aligned to pages; what they hold is left from the last use.
 
         After the block, nothing may look at them any more. If it ends in an error, the
         memory is not lent again, as something may.
+
+        Parameters
+        ----------
+        size : int
+        limit : float
+            Wait until no more bytes than this are lent with these, or no others.
         """
-        block = self._take(size)
-        yield memoryview(block)[:size]
-        with self._lock:
-            self._free.append(block)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lent or self._lent + size <= limit)
+            self._lent += size
+        try:
+            block = self._take(size)
+            yield memoryview(block)[:size]
+            with self._changed:
+                self._free.append(block)
+        finally:
+            with self._changed:
+                self._lent -= size
+                self._changed.notify_all()
 
     def _take(self, size: int) -> mmap.mmap:
-        with self._lock:
+        with self._changed:
             for block in self._free:
                 if len(block) >= size:
                     self._free.remove(block)

@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 
 from spxdask.errors import ArchiveError
+from spxdask.storage import place
 
+# Of IRSA's own file service.
+SERVICE = "ibe/data/spherex/"
 # level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits
 _FILE = re.compile(
     r"level2_(?P<obs_id>[0-9A-Za-z_]{1,60})D(?P<detector>[1-6])_spx_"
@@ -60,6 +63,17 @@ class Observation:
         release = next((int(m[1]) for m in map(_RELEASE.fullmatch, self.uri.split("/")) if m), 0)
         file = _FILE.fullmatch(self.filename)
         return release, int(file["version"]), int(file["year"]), int(file["day"])
+
+
+def frame_url(archive_url: str, uri: str) -> str:
+    """Return where a file of the archive is.
+
+    A bucket, and a copy of it on disk, have no ``ibe/data/spherex/`` in their paths.
+    """
+    in_bucket = archive_url.startswith("s3:") or (
+        archive_url.startswith("file:") and not (place(archive_url) / "ibe").is_dir()
+    )
+    return f"{archive_url}/{uri.removeprefix(SERVICE) if in_bucket else uri}"
 
 
 def is_level2_name(uri: str) -> bool:

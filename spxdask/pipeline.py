@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -21,30 +20,36 @@ from dask.delayed import Delayed
 from distributed import CancelledError, Client, KilledWorker, as_completed
 
 from spxdask.cluster import (
+    as_task,
     busy_threads,
+    check_versions,
     connect,
     embedded_client,
-    error_as_value,
     lost,
     ready_to_shuffle,
     run_one,
     run_window,
 )
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError, DiskFullError, RunFolderError, SpxdaskError
+from spxdask.errors import (
+    ClusterError,
+    ConfigError,
+    DiskFullError,
+    RunFolderError,
+    SpxdaskError,
+)
 from spxdask.ledger import Outcome
+from spxdask.monitor import Teller, show_page
 from spxdask.observation import Observation
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.report import RunSummary, StageReport
-from spxdask.runfolder import RunFolder
+from spxdask.runfolder import Observations, RunFolder
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
-from spxdask.storage import told_when_full
+from spxdask.storage import is_local, sizes, told_when_full
 
-# Observations a partition of the bag, and partitions at the most: few enough that walking
-# over them costs nothing, many enough to spread.
-PARTITION = 100
-MAX_PARTITIONS = 1000
+# What a frame needs.
+_NOTHING, _MEASURE, _FETCH, _STREAM = range(4)
 
 
 class BatchPipeline:
@@ -60,9 +65,12 @@ class BatchPipeline:
     client : distributed.Client, optional
         Cluster to use; it stays open.
     scheduler : str, optional
-        Address of a scheduler to connect to instead. With neither, each stage starts a
-        cluster of this machine's size and closes it at its end; in ``with pipeline:`` and
-        in `run_all`, one serves all stages.
+        Address of a scheduler, or its scheduler file, to connect to instead.
+    jobqueue : path, optional
+        YAML file of a batch system, whose jobs are to be the workers; see
+        `spxdask.jobqueue`. With none of the three, each stage starts a cluster of this
+        machine's size and closes it at its end; in ``with pipeline:`` and in `run_all`, one
+        serves all stages.
     progress : bool or Progress, optional
         True draws a bar a stage; an object gets told what it asks for.
 
@@ -89,12 +97,13 @@ class BatchPipeline:
         *,
         client: Client | None = None,
         scheduler: str | None = None,
+        jobqueue: str | os.PathLike | None = None,
         progress: bool | Progress = False,
     ) -> None:
         if not isinstance(config, BatchConfig):
             raise ConfigError(f"config is {config!r}; allowed is a BatchConfig")
-        if client is not None and scheduler is not None:
-            raise ConfigError("give a client or a scheduler's address, not both")
+        if [client, scheduler, jobqueue].count(None) < 2:
+            raise ConfigError("give a client, a scheduler or a jobqueue file, not two of them")
         if client is not None and (not isinstance(client, Client) or client.asynchronous):
             raise ConfigError(f"client is {client!r}; allowed is a synchronous distributed.Client")
         self.config = config
@@ -103,9 +112,12 @@ class BatchPipeline:
         self.summary: RunSummary | None = None
         self._given_client = client
         self._scheduler = scheduler
+        self._jobqueue = jobqueue
         self._client: Client | None = None
+        self._page: tuple[str, str | None] | None = None
         self._open = ExitStack()
-        self._progress: Progress = Bars() if progress is True else progress or Silent()
+        bars: Progress = Bars() if progress is True else progress or Silent()
+        self._progress = Teller(bars, str(self.folder.path))
 
     def __enter__(self) -> BatchPipeline:
         self._open.enter_context(self._cluster())
@@ -119,6 +131,17 @@ class BatchPipeline:
         """The address of the Dask dashboard, while there is a cluster."""
         client = self._client or self._given_client
         return client.dashboard_link if client is not None else None
+
+    @property
+    def page_link(self) -> str | None:
+        """The address of the page about the run beside the dashboard, while there is one."""
+        return self._page[1] if self._page is not None and self.dashboard_link else None
+
+    @property
+    def links(self) -> str:
+        """Lines that name the two pages, for people."""
+        page = f"\nframes      {self.page_link}" if self.page_link else ""
+        return f"dashboard   {self.dashboard_link}{page}"
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -141,7 +164,7 @@ class BatchPipeline:
     def images(self) -> db.Bag:
         """The observations whose frames are on disk, a bag of Observation."""
         return self.observations.filter(
-            lambda o, images=str(self.folder.images): download.is_complete(o, images)
+            functools.partial(download.is_complete, sizes=sizes(self.folder.images))
         )
 
     def run_query(self) -> list[Observation]:
@@ -220,21 +243,26 @@ class BatchPipeline:
         RunFolderError
             If tables were made with another catalogue or other options, or lost rows.
         """
-        found = self._tables()
         folder, buckets = self.folder.lightcurves, self.folder.buckets
         keep = self.config.keep_bucket_files
-        if keep:
+        if keep and is_local(buckets):
             buckets.mkdir(parents=True, exist_ok=True)
-        groups = aggregate.group(found)
-        count = aggregate.partitions(groups, self.config.num_buckets)
+        options = aggregate.CurveOptions(
+            per_image=str(self.folder.per_image),
+            manifest=str(self.folder.tables),
+            lightcurves=str(folder),
+            format=self.config.lightcurve_format,
+            buckets=str(buckets) if keep else None,
+        )
+        found = self._tables()
+        count = aggregate.partitions(found, self.config.num_buckets)
         with self._work("aggregate", count, "buckets") as (client, report):
+            n_groups = aggregate.save_groups(found, str(self.folder.tables))
             written = aggregate.WRITTEN
-            if groups:
+            if n_groups:
                 # The graph of a shuffle is tied to the client that is current.
                 with client.as_current(), ready_to_shuffle(client):
-                    frame = aggregate.light_curves(
-                        groups, str(folder), str(buckets) if keep else None, count
-                    )
+                    frame = aggregate.light_curves(n_groups, count, options)
                     written = self._write(client, frame)
             report.rows = int(written["rows"].sum())
             report.total = report.done = len(written)
@@ -244,18 +272,18 @@ class BatchPipeline:
                     f"{sum(expected):,} rows went into the shuffle and {report.rows:,} came out; "
                     "the light curves are not to be trusted, run aggregate again"
                 )
-            # What the disk says counts, not what the tasks said of it.
-            names = {aggregate.light_curve_name(t) for t in written["target_id"]}
-            missing = aggregate.keep_only(str(folder), names, aggregate.is_light_curve)
+            # What the store says counts, not what the tasks said of it.
+            of_buckets = {aggregate.bucket_name(n) for n in range(count)}
+            names = of_buckets
+            if options.format == "csv":
+                names = {aggregate.light_curve_name(t) for t in written["target_id"]}
+            missing = aggregate.keep_only(folder, names, aggregate.is_light_curve)
             if missing:
                 raise SpxdaskError(
                     f"{len(missing):,} light curves were written and are not in {folder}, "
                     f"{min(missing)} for one; does its file system tell upper from lower case?"
                 )
-            if buckets.exists():
-                names = {aggregate.bucket_name(n) for n in range(count)}
-                names = names if keep and groups else set()
-                aggregate.keep_only(str(buckets), names, aggregate.is_bucket)
+            aggregate.keep_only(buckets, of_buckets if keep else set(), aggregate.is_bucket)
         return report
 
     def run_all(self, retry_failed: bool = False) -> RunSummary:
@@ -287,21 +315,38 @@ class BatchPipeline:
 
     @property
     def _embedded(self) -> bool:
-        return self._given_client is None and self._scheduler is None
+        return self._given_client is None and self._scheduler is None and self._jobqueue is None
 
     @contextmanager
     def _cluster(self) -> Iterator[Client]:
         """Give the client in use, or a new one for as long as the block lasts."""
         if self._client is not None or self._given_client is not None:
-            yield self._client or self._given_client
+            client = self._client or self._given_client
+            self._prepare(client)
+            yield client
             return
-        made = connect(self._scheduler) if self._scheduler else embedded_client(self.config)
+        if self._jobqueue is not None:
+            from spxdask.jobqueue import jobqueue_client
+
+            made = jobqueue_client(self._jobqueue)
+        else:
+            made = connect(self._scheduler) if self._scheduler else embedded_client(self.config)
         with made as client:
+            self._prepare(client)
             self._client = client
             try:
                 yield client
             finally:
                 self._client = None
+
+    def _prepare(self, client: Client) -> None:
+        """Look, once, whether a cluster can be used, and have its scheduler show the run."""
+        if self._page is not None and self._page[0] == client.id:
+            return
+        if not self._embedded:
+            check_versions(client)
+        self._page = client.id, show_page(client)
+        self._progress.client = client
 
     @contextmanager
     def _work(self, name: str, total: int, unit: str, *stages: str) -> Iterator[tuple]:
@@ -319,6 +364,7 @@ class BatchPipeline:
                 yield client, *reports
             finally:
                 self._progress.finish()
+                self.folder.ledger.flush()
             # Of workers that died on the way.
             self.folder.tidy()
         for report in reports:
@@ -328,91 +374,111 @@ class BatchPipeline:
     def _frames(self, *stages: str, skip_existing: bool = True, only_failed: bool = False) -> None:
         """Do download, or extract, or both at once: the stages that go frame by frame."""
         observations = self._observations()
+        bag = _bag(observations)
+        has_failed = self.folder.ledger.has_failed
+        total = len(observations)
         if only_failed:
-            observations = [o for o in observations if self.folder.ledger.has_failed(o.filename)]
+            total = sum(has_failed(o.filename) for o in _walk(bag))
         name = stages[0] if len(stages) == 1 else "frames"
-        with self._work(name, len(observations), "frames", *stages) as (client, *reports):
+        with self._work(name, total, "frames", *stages) as (client, *reports):
             report = {each.stage: each for each in reports}
             fetch, measure = self._fetch_options(), None
             if "extract" in report:
                 measure = self._extract_options()
-            to_extract, to_fetch = self._divide(observations, report, skip_existing)
             images, per_image = str(self.folder.images), str(self.folder.per_image)
             keep = images if self.config.keep_images else None
+            left_out = (lambda o: not has_failed(o.filename)) if only_failed else lambda o: False
+            needs, fetch_bytes = self._needs(_walk(bag), report, skip_existing, left_out)
             if keep:
-                self._check_room(o for o, _ in to_fetch)
+                self._check_room(fetch_bytes)
 
-            def extractions() -> Iterator[tuple[Observation, Delayed]]:
-                for o in _walk(_bag(to_extract)):
-                    call = (extract.extract, f"{images}/{o.filename}", per_image, measure)
-                    yield o, _task("extract", o, *call)
+            def needing(*kinds: int) -> Iterator[tuple[Observation, int]]:
+                # Read again, as a million of them would fill our memory.
+                pairs = zip(_walk(bag), needs, strict=True)
+                return (pair for pair in pairs if pair[1] in kinds)
 
-            def downloads() -> Iterator[tuple[Observation, Delayed]]:
-                for o, unmeasured in _walk(_bag(to_fetch)):
-                    if unmeasured:
-                        call = (stream.stream, o, keep, per_image, fetch, measure)
-                    else:
-                        call = (download.download, o, images, fetch)
-                    yield o, _task("download-extract" if unmeasured else "download", o, *call)
+            def task(o: Observation, need: int) -> Delayed:
+                if need == _MEASURE:
+                    image = f"{images}/{o.filename}"
+                    return _task("extract", o, extract.extract, image, per_image, measure)
+                if need == _FETCH:
+                    return _task("download", o, download.download, o, images, fetch)
+                call = (o, keep, per_image, fetch, measure)
+                return _task("download-extract", o, stream.stream, *call)
 
             # What is on disk first: it waits for nobody.
-            self._collect(client, report, extractions(), busy_threads(client))
-            self._collect(client, report, downloads(), lambda: self.config.max_download_workers)
+            for kinds, window in (
+                ((_MEASURE,), busy_threads(client)),
+                ((_FETCH, _STREAM), lambda: self.config.max_download_workers),
+            ):
+                tasks = ((pair, task(*pair)) for pair in needing(*kinds))
+                self._collect(client, report, tasks, window)
 
-    def _divide(
+    def _needs(
         self,
-        observations: list[Observation],
+        observations: Iterable[Observation],
         report: dict[str, StageReport],
         skip_existing: bool,
-    ) -> tuple[list[Observation], list[tuple[Observation, bool]]]:
-        """Account for the frames that need nothing, and return the others.
+        left_out: Callable[[Observation], bool],
+    ) -> tuple[bytearray, int]:
+        """Account for the frames that need nothing, and tell what the others need.
 
         Returns
         -------
-        to_extract : list of Observation
-            Frames on disk to be measured.
-        to_fetch : list of (Observation, bool)
-            Frames to be fetched, and whether to be measured, too.
+        needs : bytearray
+            A byte a frame: nothing, to be measured, to be fetched, or both.
+        fetch_bytes : int
+            Length of the frames to be fetched.
         """
-        images, keep = str(self.folder.images), self.config.keep_images
-        to_extract, to_fetch = [], []
-        for each in report.values():
-            each.total = len(observations)
-        for o in _walk(_bag(observations)):
+        keep = self.config.keep_images
+        images = sizes(self.folder.images)
+        tables = sizes(self.folder.per_image) if "extract" in report else {}
+        needs, fetch_bytes = bytearray(), 0
+        for o in observations:
+            if left_out(o):
+                needs.append(_NOTHING)
+                continue
+            for each in report.values():
+                each.total += 1
             on_disk = download.is_complete(o, images)
             unmeasured = "extract" in report
-            if unmeasured and skip_existing and (outcome := self._measured(o)) is not None:
+            if unmeasured and skip_existing and (outcome := self._measured(o, tables)) is not None:
                 unmeasured = False
                 report["extract"].reused += 1
                 self._account(report["extract"], outcome)
             wanted = "download" in report and not on_disk and (keep or unmeasured)
             if "download" in report and not wanted:
                 report["download"].reused += 1
+            need = _NOTHING
             if wanted:
-                to_fetch.append((o, unmeasured))
+                need = _STREAM if unmeasured else _FETCH
+                fetch_bytes += o.size_bytes or 0
             elif unmeasured and on_disk:
-                to_extract.append(o)
+                need = _MEASURE
             else:
                 if unmeasured:
                     self._account(report["extract"], self._absent(o))
                 self._progress.advance(failed=unmeasured)
-        return to_extract, to_fetch
+            needs.append(need)
+        return needs, fetch_bytes
 
     def _collect(
         self,
         client: Client,
         report: dict[str, StageReport],
-        tasks: Iterator[tuple[Observation, Delayed]],
+        tasks: Iterator[tuple[tuple[Observation, int], Delayed]],
         window: Callable[[], int],
     ) -> None:
         """Run tasks, and put what became of each frame in the ledger and the reports."""
         full: DiskFullError | None = None
         tasks = takewhile(lambda _: full is None, tasks)
-        for observation, result in run_window(client, tasks, window):
+        for (observation, need), result in run_window(client, tasks, window):
             if isinstance(result, DiskFullError):
                 # What is in flight may still find room; no more is asked for.
                 full = result
                 continue
+            if isinstance(result, ClusterError):
+                raise result
             if isinstance(result, BaseException):
                 # The task itself reports what it can; this is a worker that died of it.
                 reason = f"{type(result).__name__}: {result}"
@@ -433,16 +499,17 @@ class BatchPipeline:
                 report[outcome.stage].done += outcome.status == "done"
                 self._account(report[outcome.stage], outcome)
             failed = outcomes[-1].status == "failed"
-            absent = failed and outcomes[-1].stage == "download" and "extract" in report
-            if absent and self._measured(observation) is None:
+            if failed and need == _STREAM and outcomes[-1].stage == "download":
                 self._account(report["extract"], self._absent(observation))
-            self._progress.advance(failed=failed)
+            reason = f"{observation.filename}: {outcomes[-1].reason}" if failed else None
+            self._progress.advance(failed=failed, reason=reason)
         if full is not None:
             raise full
 
-    def _check_room(self, observations: Iterable[Observation]) -> None:
+    def _check_room(self, needed: int) -> None:
         """Raise DiskFullError unless there is room for frames to be kept."""
-        needed = sum(o.size_bytes or 0 for o in observations)
+        if not is_local(self.folder.images):
+            return
         free = shutil.disk_usage(self.folder.images).free
         if needed > free:
             raise DiskFullError(
@@ -463,7 +530,9 @@ class BatchPipeline:
 
     def _fetch_options(self) -> download.FetchOptions:
         return download.FetchOptions(
-            max_retries=self.config.max_retries, stall_timeout=self.config.stall_timeout
+            max_retries=self.config.max_retries,
+            stall_timeout=self.config.stall_timeout,
+            scratch_bytes=self.config.scratch_gb * 1e9,
         )
 
     def _extract_options(self) -> extract.ExtractOptions:
@@ -471,6 +540,7 @@ class BatchPipeline:
             catalogue=str(self.folder.save_catalogue(self.catalogue)),
             photometry=self.config.photometry,
             fingerprint=self._fingerprint,
+            format=self.config.per_image_format,
             serial=self._embedded,
         )
 
@@ -488,6 +558,12 @@ class BatchPipeline:
                             raise lost(client)
                         written.append(result)
                         self._progress.advance()
+                except KilledWorker as error:
+                    raise ClusterError(
+                        "each worker that took some of the tables, or of the light curves, died, "
+                        "of too little memory perhaps: run aggregate again with fewer threads or "
+                        "more memory a worker"
+                    ) from error
                 except RuntimeError as error:
                     # A shuffle tells of what went wrong in a task as of its own failure.
                     if isinstance(error.__cause__, SpxdaskError | OSError):
@@ -497,7 +573,7 @@ class BatchPipeline:
             client.cancel(futures)
         return pd.concat(written, ignore_index=True)
 
-    def _observations(self) -> list[Observation]:
+    def _observations(self) -> Observations:
         """Return the last query's frames, at the archive that the configuration names."""
         observations = self.folder.load_observations(self.config)
         if observations is None:
@@ -508,22 +584,20 @@ class BatchPipeline:
     def _fingerprint(self) -> str:
         return extract.fingerprint(self.catalogue, self.config.photometry)
 
-    def _measured(self, observation: Observation) -> Outcome | None:
-        """Return the outcome of a frame whose table is there and up to date."""
+    def _measured(self, observation: Observation, tables: Mapping[str, int]) -> Outcome | None:
+        """Return the outcome of a frame whose table is there, among those, and up to date."""
         outcome = self.folder.ledger.get("extract", observation.filename)
-        if (
-            outcome is not None
-            and extract.has_table(outcome, self.folder.per_image)
-            and self._is_current(outcome)
-        ):
-            return outcome
-        return None
+        name = extract.table_name(observation.filename, self.config.per_image_format)
+        there = outcome is not None and outcome.status == "done" and name in tables
+        return outcome if there and self._is_current(outcome, tables[name]) else None
 
-    def _is_current(self, outcome: Outcome) -> bool:
-        """Tell whether a frame's rows are those of this catalogue and these options.
+    def _is_current(self, outcome: Outcome, size: int) -> bool:
+        """Tell whether a frame's table is as it was, of this catalogue and these options.
 
-        Also when they were made with another catalogue that is the same near the frame.
+        Also when it was made with another catalogue that is the same near the frame.
         """
+        if outcome.bytes != size:
+            return False
         if outcome.fingerprint == self._fingerprint:
             return True
         if outcome.cap is None:
@@ -549,25 +623,35 @@ class BatchPipeline:
 
     def _tables(self) -> list[aggregate.Table]:
         """The per-image tables to aggregate, and how many rows each must have."""
-        if not self.folder.observations.exists():
-            paths = sorted(self.folder.per_image.glob("*_photometry.csv"))
-            if not paths:
+        suffix = self.config.per_image_format
+        there = sizes(self.folder.per_image)
+        observations = self.folder.load_observations(self.config)
+        if observations is None:
+            names = sorted(n for n in there if n.endswith(extract.table_name("", suffix)))
+            if not names:
                 raise RunFolderError(f"no per-image tables in {self.folder.per_image}: run extract")
-            return [aggregate.Table(path=str(path), rows=None) for path in paths]
+            return [_table(name, there[name], None) for name in names]
         found, stale = [], []
-        for observation in self._observations():
-            path = self.folder.per_image / extract.table_name(observation.filename)
-            outcome = self._measured(observation)
+        for observation in observations:
+            name = extract.table_name(observation.filename, suffix)
+            outcome = self._measured(observation, there)
             if outcome is not None:
-                found.append(aggregate.Table(path=str(path), rows=outcome.rows))
-            elif path.exists() and not self._failed(observation):
-                stale.append(path.name)
+                found.append(_table(name, outcome.bytes, outcome.rows))
+            elif (name in there or self._was_measured(observation)) and not self._failed(
+                observation
+            ):
+                stale.append(name)
         if stale:
             raise RunFolderError(
                 f"{len(stale)} per-image tables are not those of this catalogue and these "
-                f"options, or were changed since, {stale[0]} for one: run extract first"
+                f"options, or were changed or removed since, {stale[0]} for one: run extract first"
             )
         return found
+
+    def _was_measured(self, observation: Observation) -> bool:
+        """Tell whether a frame had a table, of whatever catalogue, options and format."""
+        outcome = self.folder.ledger.get("extract", observation.filename)
+        return outcome is not None and outcome.status == "done"
 
     def _failed(self, observation: Observation) -> bool:
         """Tell whether a frame was tried with this catalogue and these options, in vain."""
@@ -585,6 +669,7 @@ def run_batch(
     catalog: str | os.PathLike | None = None,
     client: Client | None = None,
     scheduler: str | None = None,
+    jobqueue: str | os.PathLike | None = None,
     progress: bool | Progress = True,
     **options: Any,
 ) -> BatchPipeline:
@@ -596,7 +681,7 @@ def run_batch(
         The run; or give its options by name.
     catalog : path, optional
         Short for the option ``catalog_path``.
-    client, scheduler, progress
+    client, scheduler, jobqueue, progress
         As in `BatchPipeline`.
     **options
         Options of `BatchConfig`, such as ``center_ra``, ``radius`` or ``bands``.
@@ -624,14 +709,20 @@ def run_batch(
         config = BatchConfig.from_dict(options)
     elif options:
         raise ConfigError(f"give a config or options, not both: {', '.join(options)}")
-    pipeline = BatchPipeline(config, client=client, scheduler=scheduler, progress=progress)
+    pipeline = BatchPipeline(
+        config, client=client, scheduler=scheduler, jobqueue=jobqueue, progress=progress
+    )
     pipeline.run_all()
     return pipeline
 
 
-def _bag(observations: list) -> db.Bag:
-    size = max(PARTITION, math.ceil(len(observations) / MAX_PARTITIONS))
-    return db.from_sequence(observations, partition_size=size)
+def _table(name: str, size: int, rows: int | None) -> aggregate.Table:
+    return aggregate.Table(name=name, bytes=aggregate.csv_bytes(name, size, rows), rows=rows)
+
+
+def _bag(observations: Observations) -> db.Bag:
+    parts = range(observations.n_parts)
+    return db.from_delayed([dask.delayed(observations.part)(i) for i in parts])
 
 
 def _walk(bag: db.Bag) -> Iterable:
@@ -645,5 +736,5 @@ def _task(stage: str, observation: Observation, function, *arguments: Any) -> De
 
     The key is new each time: one still known to the scheduler would not run again.
     """
-    key = (stage, f"{Path(observation.filename).stem}-{uuid.uuid4().hex[:8]}")
-    return dask.delayed(error_as_value, pure=False)(function, *arguments, dask_key_name=key)
+    key = (stage, f"{observation.stem}-{uuid.uuid4().hex[:8]}")
+    return as_task(key, function, *arguments)

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
+# Rates are those of the last so many seconds.
+RATE_S = 120.0
+
 
 class Progress(Protocol):
     """What a pipeline tells while it works."""
@@ -57,3 +60,14 @@ class Bars:
     def finish(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 42 s, 12 min, 3 h 5 min, 2 d 4 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 2:
+        return f"{60 * hours + minutes} min"
+    days, rest = divmod(round(seconds / 3600), 24)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{days} d {rest} h"

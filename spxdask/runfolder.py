@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import logging
+import math
 import os
-import socket
-import time
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from upath import UPath
 
+from spxdask import lock
 from spxdask.config import BatchConfig
-from spxdask.errors import RunFolderError
+from spxdask.errors import RunFolderError, SpxdaskError, StoreError
 from spxdask.ledger import Ledger
-from spxdask.observation import Observation
+from spxdask.observation import Observation, frame_url
 from spxdask.science.catalogue import Catalogue
-from spxdask.storage import remove_parts, whole_file
+from spxdask.storage import (
+    in_pieces,
+    is_local,
+    place,
+    read_bytes,
+    remove,
+    remove_parts,
+    sizes,
+    told_when_out_of_reach,
+    whole_file,
+)
 
-logger = logging.getLogger(__name__)
+# Observations are read so many at a time, or in so many parts: few enough that walking over
+# them costs nothing, many enough to spread.
+PART = 100
+MAX_PARTS = 1000
 
-LOCK_ATTEMPTS = 3
-LOCK_PAUSE_S = 0.05
+# An open Parquet file bears one reader at a time; another brings down the process.
+_reading = threading.Lock()
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -41,8 +55,10 @@ class RunFolder:
     """The places below an output folder; making one touches nothing on disk."""
 
     def __init__(self, path: str | os.PathLike) -> None:
-        # Absolute, as workers may have another working folder.
-        self.path = Path(path).absolute()
+        self.path = place(path)
+        if is_local(self.path):
+            # As workers may have another working folder.
+            self.path = self.path.absolute()
         self.images = self.path / "images"
         self.per_image = self.path / "per_image"
         self.lightcurves = self.path / "lightcurves"
@@ -51,20 +67,19 @@ class RunFolder:
         self.state = self.path / "state"
         self.config = self.state / "config.yaml"
         self.observations = self.state / "observations.parquet"
+        self.tables = self.state / "tables.parquet"
 
     def refuse_within(self, path: str | os.PathLike) -> None:
         """Raise RunFolderError for a file of the user's that a run could write over."""
-        path = Path(path).resolve()
-        for place in (
-            self.images,
-            self.per_image,
-            self.lightcurves,
-            self.buckets,
-            self.query_summary,
-            self.state,
-        ):
-            if path.is_relative_to(place.resolve()):
-                raise RunFolderError(f"{path} lies where the run writes ({place}): move it away")
+        path = _resolved(place(path))
+        for ours in (*self._folders, self.query_summary):
+            inside = _resolved(ours)
+            if is_local(path) == is_local(inside) and inside in (path, *path.parents):
+                raise RunFolderError(f"{path} lies where the run writes ({ours}): move it away")
+
+    @property
+    def _folders(self) -> tuple[Path | UPath, ...]:
+        return self.images, self.per_image, self.lightcurves, self.buckets, self.state
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,70 +90,42 @@ class RunFolder:
         RunFolderError
             If the folder cannot be made, or another run is at work in it.
         """
-        try:
-            for folder in (self.images, self.per_image, self.lightcurves, self.state):
-                folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.state / "lock", "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
-        with lock:
+        with ExitStack() as held:
             try:
-                _lock(lock)
-            except BlockingIOError as error:
-                lock.seek(0)
-                raise RunFolderError(
-                    f"another run is at work in {self.path} ({lock.read().strip()}); wait for "
-                    "its end, or give this one another output_dir"
-                ) from error
-            except OSError as error:
-                # Some network file systems have no locks.
-                logger.warning("%s cannot be locked: %s", self.path, error.strerror)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+                if is_local(self.path):
+                    for folder in (self.images, self.per_image, self.lightcurves, self.state):
+                        folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock.locked(self.state / "lock"))
+            except (OSError, StoreError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise RunFolderError(f"output_dir {self.path}: {reason}") from error
             self.tidy()
             yield
 
     def tidy(self) -> None:
         """Remove what writers that were killed left; only while nobody writes."""
-        for folder in (
-            self.path,
-            self.images,
-            self.per_image,
-            self.lightcurves,
-            self.buckets,
-            self.state,
-        ):
+        for folder in (self.path, *self._folders):
             remove_parts(folder)
 
     def busy(self) -> str | None:
         """Return which process is at work in the folder, None when there is none."""
-        try:
-            lock = open(self.state / "lock", encoding="utf-8")  # noqa: SIM115
-        except FileNotFoundError:
-            return None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock.read().strip()
-            except OSError as error:
-                logger.warning("%s cannot be locked: %s", self.path, error.strerror)
-            return None
+        return lock.holder(self.state / "lock")
 
     def save_config(self, config: BatchConfig) -> None:
         """Keep the configuration for later stages, wherever they are started from."""
         config = dataclasses.replace(
             config,
             output_dir=str(self.path),
-            catalog_path=os.path.abspath(config.catalog_path),
+            catalog_path=str(_absolute(place(config.catalog_path))),
         )
         with whole_file(self.config) as part:
             config.to_yaml(part)
 
     def saved_config(self) -> BatchConfig:
         """Return the configuration of the last run; raise RunFolderError when there is none."""
-        if not self.config.exists():
+        with told_when_out_of_reach(self.path):
+            exists = self.config.exists()
+        if not exists:
             raise RunFolderError(
                 f"{self.path} is not the output folder of a run: start with `spxdask run` or "
                 "`spxdask query`, or name the folder with --output"
@@ -149,17 +136,16 @@ class RunFolder:
     @cached_property
     def ledger(self) -> Ledger:
         """The outcomes of every frame."""
-        return Ledger(self.state / "ledger.jsonl")
+        return Ledger(self.state / ("ledger.jsonl" if is_local(self.path) else "ledger"))
 
-    def save_catalogue(self, catalogue: Catalogue) -> Path:
+    def save_catalogue(self, catalogue: Catalogue) -> Path | UPath:
         """Keep the sorted catalogue where workers map it; return its path."""
         path = self.state / f"catalogue-{catalogue.fingerprint}.arrow"
-        if not path.exists():
+        there = {name for name in sizes(self.state) if name.startswith("catalogue-")}
+        if path.name not in there:
             with whole_file(path) as part:
                 catalogue.save(part)
-        for other in self.state.glob("catalogue-*.arrow"):
-            if other != path:
-                other.unlink()
+        remove(self.state, there - {path.name})
         return path
 
     def save_query(self, observations: Sequence[Observation], config: BatchConfig) -> None:
@@ -167,14 +153,14 @@ class RunFolder:
         names = [option.name for option in dataclasses.fields(Observation)]
         columns = {name: [getattr(o, name) for o in observations] for name in names}
         with whole_file(self.observations) as part:
-            asked = {"query": json.dumps(_query_options(config))}
+            asked = {"query": json.dumps(_query_options(config)), "query_time": _now()}
             schema = _OBSERVATION_SCHEMA.with_metadata(asked)
-            pq.write_table(pa.table(columns, schema=schema), part)
+            size = max(PART, math.ceil(len(observations) / MAX_PARTS))
+            pq.write_table(pa.table(columns, schema=schema), part, row_group_size=size)
         with whole_file(self.query_summary) as part, open(part, "w", encoding="utf-8") as file:
-            summary = summarise(observations, config)
-            yaml.dump(summary, file, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+            _write_summary(file, observations, config)
 
-    def load_observations(self, config: BatchConfig) -> list[Observation] | None:
+    def load_observations(self, config: BatchConfig) -> Observations | None:
         """Return the last query's result, None before the first.
 
         Raises
@@ -182,29 +168,78 @@ class RunFolder:
         RunFolderError
             If it is the result of another query than the configuration asks for.
         """
-        if not self.observations.exists():
-            return None
-        table = pq.read_table(self.observations)
-        asked = json.loads(table.schema.metadata[b"query"])
+        with told_when_out_of_reach(self.path):
+            if not self.observations.exists():
+                return None
+            found = Observations(self.observations, config.archive_url)
         for name, value in _query_options(config).items():
-            if asked[name] != value:
+            if found.asked[name] != value:
                 raise RunFolderError(
-                    f"the frames in {self.path} were found with {name} {asked[name]!r}, the "
-                    f"configuration says {value!r}: run query first"
+                    f"the frames in {self.path} were found with {name} {found.asked[name]!r}, "
+                    f"the configuration says {value!r}: run query first"
                 )
+        return found
+
+
+class Observations:
+    """The frames of a query in order of time, read part by part, as there may be a million.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file that `RunFolder.save_query` wrote.
+    archive_url : str
+        Where the frames are now.
+
+    Attributes
+    ----------
+    asked : dict
+        Options of the query.
+    query_time : str
+        When, ISO 8601.
+    n_parts : int
+    """
+
+    def __init__(self, path: Path | UPath, archive_url: str) -> None:
+        self._path, self._archive_url = path, archive_url
+        found = self._file.metadata
+        self._length, self.n_parts = found.num_rows, found.num_row_groups
+        self.asked = json.loads(found.metadata[b"query"])
+        self.query_time = found.metadata[b"query_time"].decode()
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return pq.ParquetFile(in_pieces(self._path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Observation]:
+        return chain.from_iterable(map(self.part, range(self.n_parts)))
+
+    def part(self, number: int) -> list[Observation]:
+        """Return one of the `n_parts` parts."""
+        with _reading:
+            rows = self._file.read_row_group(number)
         return [
-            Observation(**row | {"download_url": f"{config.archive_url}/{row['uri']}"})
-            for row in table.to_pylist()
+            Observation(**row | {"download_url": frame_url(self._archive_url, row["uri"])})
+            for row in rows.to_pylist()
         ]
 
 
-def _lock(file: IO) -> None:
-    """Lock a file for ourselves; one who looks whether it is locked is waited for."""
-    for _ in range(LOCK_ATTEMPTS - 1):
-        with suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(LOCK_PAUSE_S)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _absolute(path: Path | UPath) -> Path | UPath:
+    return path.absolute() if is_local(path) else path
+
+
+def _resolved(path: Path | UPath) -> Path | UPath:
+    return path.resolve() if is_local(path) else path
 
 
 def _query_options(config: BatchConfig) -> dict[str, Any]:
@@ -227,11 +262,34 @@ _OBSERVATION_SCHEMA = pa.schema(
 )
 
 
+def _write_summary(file, observations: Sequence[Observation], config: BatchConfig) -> None:
+    """Write query_summary.yaml, the list of observations piece by piece."""
+    how = {"Dumper": _DUMPER, "sort_keys": False, "allow_unicode": True}
+    head = summarise(observations, config)
+    if not observations:
+        head["observations"] = []
+    yaml.dump(head, file, **how)
+    if observations:
+        file.write("observations:\n")
+    for start in range(0, len(observations), 1000):
+        rows = [
+            {
+                "obs_id": o.obs_id,
+                "band": o.band,
+                "mjd": round(o.mjd, 6),
+                "wavelength_um": round(o.wavelength_um, 6),
+                "download_url": o.download_url,
+            }
+            for o in observations[start : start + 1000]
+        ]
+        yaml.dump(rows, file, **how)
+
+
 def summarise(observations: Sequence[Observation], config: BatchConfig) -> dict[str, Any]:
-    """Return what query_summary.yaml says of a query."""
+    """Return what query_summary.yaml says of a query, but for its observations."""
     times = [o.mjd for o in observations]
     return {
-        "query_time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "query_time": _now(),
         "region": {
             "center_ra": config.center_ra,
             "center_dec": config.center_dec,
@@ -247,16 +305,6 @@ def summarise(observations: Sequence[Observation], config: BatchConfig) -> dict[
         "band_counts": dict(sorted(Counter(o.band for o in observations).items())),
         "time_span_days": round(max(times) - min(times), 6) if times else 0.0,
         "total_bytes": sum(o.size_bytes or 0 for o in observations),
-        "observations": [
-            {
-                "obs_id": o.obs_id,
-                "band": o.band,
-                "mjd": round(o.mjd, 6),
-                "wavelength_um": round(o.wavelength_um, 6),
-                "download_url": o.download_url,
-            }
-            for o in observations
-        ],
     }
 
 
@@ -279,9 +327,10 @@ def load_query_summary(path: str | os.PathLike) -> dict[str, Any]:
     RunFolderError
         If there is no readable summary.
     """
-    path = Path(path)
-    file = path / "query_summary.yaml" if path.is_dir() else path
+    path = place(path)
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_LOADER)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{file}: no readable query summary: {error}") from error
+        with told_when_out_of_reach(path):
+            file = path / "query_summary.yaml" if path.is_dir() else path
+        return yaml.load(read_bytes(file).decode(), Loader=_LOADER)
+    except (OSError, SpxdaskError, ValueError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path}: no readable query summary: {error}") from error

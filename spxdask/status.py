@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spxdask.runfolder import RunFolder, load_query_summary
-from spxdask.stages import download, extract
+import pyarrow.parquet as pq
+from upath import UPath
+
+from spxdask.errors import RunFolderError
+from spxdask.progress import RATE_S, duration
+from spxdask.runfolder import RunFolder
+from spxdask.stages import aggregate, download, extract
+from spxdask.storage import in_pieces, names_in, sizes
 
 SHOWN = 10
 
@@ -43,6 +52,8 @@ class RunStatus:
         Frames by what was to be known of them.
     last : str or None
         When the last frame ended, ISO 8601.
+    per_second : float or None
+        Frames that ended a second, when it was looked at more than once.
     """
 
     output: str
@@ -59,6 +70,12 @@ class RunStatus:
     skipped: Counter = field(default_factory=Counter)
     warnings: Counter = field(default_factory=Counter)
     last: str | None = None
+    per_second: float | None = None
+
+    @property
+    def ended(self) -> int:
+        """Frames that are measured or failed."""
+        return self.n_frames - self.pending
 
     def __str__(self) -> str:
         lines = [
@@ -79,6 +96,9 @@ class RunStatus:
         lines += [("left out", f"{n:,} measurements: {text}") for text, n in self.skipped.items()]
         warned = self.warnings.most_common(SHOWN)
         lines += [("warning", f"{n:,} frames: {text}") for text, n in warned]
+        if self.per_second is not None:
+            left = f", {duration(self.pending / self.per_second)} left" if self.per_second else ""
+            lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
         lines.append(("last", f"{self.last or 'no frame ended yet'}"))
         lines.append(("at work", self.at_work or "nobody"))
         lines.append(("output", self.output))
@@ -98,26 +118,65 @@ def status(path: str | os.PathLike) -> RunStatus:
     RunFolderError
         If it is none, or no query was made in it.
     """
+    return _look(RunFolder(path))
+
+
+def watch(path: str | os.PathLike, every: float = 2.0) -> Iterator[RunStatus]:
+    """Tell it again and again, with rate and time left, until the run that is at work ends.
+
+    Parameters
+    ----------
+    path : path
+        The output folder.
+    every : float
+        Seconds between two looks, at the least: looking takes a tenth of the time at most.
+    """
     folder = RunFolder(path)
+    past: deque[tuple[float, int]] = deque()
+    was_at_work = False
+    while True:
+        started = time.monotonic()
+        found = _look(folder)
+        past.append((started, found.ended))
+        while started - past[0][0] > RATE_S:
+            past.popleft()
+        seconds, frames = started - past[0][0], found.ended - past[0][1]
+        found.per_second = frames / seconds if seconds else 0.0
+        yield found
+        if was_at_work and found.at_work is None:
+            return
+        was_at_work = found.at_work is not None
+        time.sleep(max(every, 9 * (time.monotonic() - started)))
+
+
+def _look(folder: RunFolder) -> RunStatus:
     config = folder.saved_config()
-    observations = folder.load_observations(config) or []
-    queried = str(load_query_summary(folder.path).get("query_time"))
+    observations = folder.load_observations(config)
+    if observations is None:
+        raise RunFolderError(f"no query was made in {folder.path}: run query first")
+    folder.ledger.refresh()
+    images, tables = sizes(folder.images), sizes(folder.per_image)
     found = RunStatus(
         output=str(folder.path),
         at_work=folder.busy(),
-        queried=queried,
+        queried=observations.query_time,
         n_frames=len(observations),
-        frame_bytes=sum(o.size_bytes or 0 for o in observations),
-        lightcurves=_count(folder.lightcurves, ".csv"),
+        lightcurves=_curves(folder.lightcurves, config.lightcurve_format),
     )
     for o in observations:
-        found.fetched += download.is_complete(o, str(folder.images))
+        found.frame_bytes += o.size_bytes or 0
+        found.fetched += download.is_complete(o, images)
         outcomes = [folder.ledger.get(stage, o.filename) for stage in ("download", "extract")]
         failed = next((x for x in outcomes if x is not None and x.status == "failed"), None)
         if failed is not None:
             found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
         measured = outcomes[1]
-        if measured is not None and extract.has_table(measured, folder.per_image):
+        table = extract.table_name(o.filename, config.per_image_format)
+        if (
+            measured is not None
+            and measured.status == "done"
+            and tables.get(table) == measured.bytes
+        ):
             found.measured += 1
             found.rows += measured.rows
             found.skipped.update(measured.skipped)
@@ -128,8 +187,15 @@ def status(path: str | os.PathLike) -> RunStatus:
     return found
 
 
-def _count(folder: Path, suffix: str) -> int:
-    if not folder.exists():
-        return 0
-    with os.scandir(folder) as entries:
-        return sum(e.name.endswith(suffix) and not e.name.startswith(".") for e in entries)
+def _curves(folder: Path | UPath, format: str) -> int:
+    names = names_in(folder)
+    if format == "csv":
+        return sum(n.endswith(".csv") and not n.startswith(".") for n in names)
+    count = 0
+    for name in names:
+        # A run at work may remove one.
+        if aggregate.is_bucket(Path(name)):
+            with suppress(FileNotFoundError):
+                metadata = pq.read_metadata(in_pieces(folder / name)).metadata or {}
+                count += int(metadata.get(b"sources", 0))
+    return count

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 
 from spxdask.science.compiled import compiled
 from spxdask.science.photometry import MEASURED
@@ -25,6 +26,9 @@ SORT_KEYS = ("target_id", "mjd", "obs_id", "band")
 
 # One block a table: with line feeds in quoted ids, blocks cannot be cut apart anyway.
 BLOCK_BYTES = 1 << 26
+# Rows that a reader of a light-curve dataset gets at least: some thousand sources.
+ROW_GROUP = 100_000
+PARQUET_MARK = b"PAR1"
 
 SCHEMA = pa.schema(
     [
@@ -64,6 +68,27 @@ def csv_lines(columns: Mapping[str, pa.Array | np.ndarray | str | float]) -> pa.
     return _joined(*texts, separator=",")
 
 
+def to_bytes(columns: Mapping[str, pa.Array | np.ndarray | str | float], format: str) -> bytes:
+    """Return rows as a whole CSV or Parquet file; see `csv_lines` for what they may be."""
+    if format == "csv":
+        return csv_header(PER_IMAGE) + lines_to_bytes(csv_lines(columns))
+    n = max(len(c) for c in columns.values() if not isinstance(c, str | float))
+    arrays = {}
+    for name, column in columns.items():
+        array = pa.repeat(column, n) if isinstance(column, str | float) else pa.array(column)
+        arrays[name] = pc.cast(_nan_as_null(array), SCHEMA.field(name).type)
+    return parquet_bytes(pa.table(arrays, schema=SCHEMA))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table as a Parquet file."""
+    out = pa.BufferOutputStream()
+    pq.write_table(
+        table, out, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True
+    )
+    return out.getvalue().to_pybytes()
+
+
 def csv_header(names) -> bytes:
     """Return the header line of a table."""
     return (",".join(names) + "\n").encode()
@@ -86,11 +111,7 @@ def _joined(*texts: pa.Array | pa.Scalar, separator: str) -> pa.Array:
 
 def _as_text(column: pa.Array, may_need_quotes: bool) -> pa.Array:
     # Each look at a column costs as much as some rows.
-    if pa.types.is_floating(column.type):
-        values = column.to_numpy(zero_copy_only=False)
-        if np.isnan(values).any():
-            column = pa.array(values, mask=np.isnan(values))
-    column = pc.cast(column, pa.large_string())
+    column = pc.cast(_nan_as_null(column), pa.large_string())
     if column.null_count:
         column = pc.fill_null(column, "")
     if may_need_quotes:
@@ -104,22 +125,43 @@ def _as_text(column: pa.Array, may_need_quotes: bool) -> pa.Array:
     return column
 
 
+def _nan_as_null(column: pa.Array) -> pa.Array:
+    if not pa.types.is_floating(column.type):
+        return column
+    values = column.to_numpy(zero_copy_only=False)
+    missing = np.isnan(values)
+    return pa.array(values, mask=missing) if missing.any() else column
+
+
 def read_csv(source, columns=PER_IMAGE) -> pa.Table:
     """Read columns of a table, from a path or a file, with their types; ids stay text."""
     return _read(source, pa.schema([SCHEMA.field(name) for name in columns]))
 
 
-def read_lines(path: str | os.PathLike) -> pa.Table:
+def read_lines(text: bytearray) -> pa.Table:
     """Read a per-image table for regrouping: what orders its rows, and their text.
+
+    Parameters
+    ----------
+    text : bytearray
+        The file, CSV or Parquet; written over.
 
     Returns
     -------
     pyarrow.Table
-        The columns `SORT_KEYS`, and ``line``: the row's line in a light curve, to the
-        letter as it stands in the table, with its line feed.
+        The columns `SORT_KEYS`, and ``line``: the row's line in a light curve with its line
+        feed, to the letter as it stands, or would stand, in a CSV table.
     """
-    with open(path, "rb") as file:
-        text = bytearray(file.read())
+    if text.startswith(PARQUET_MARK):
+        schema = pa.schema([SCHEMA.field(name) for name in ("target_id", *LIGHT_CURVE)])
+        rows = pq.read_table(pa.BufferReader(text), page_checksum_verification=True)
+        rows = rows.select(schema.names).cast(schema)
+        columns = {name: rows.column(name).combine_chunks() for name in schema.names}
+        if any(columns[name].null_count for name in SORT_KEYS):
+            raise pa.ArrowInvalid(f"each row needs {', '.join(SORT_KEYS)}")
+        lines = csv_lines({name: columns[name] for name in LIGHT_CURVE})
+        found = {name: columns[name] for name in SORT_KEYS}
+        return pa.table(found | {"line": pc.cast(lines, pa.string())})
     header = csv_header(PER_IMAGE)
     body = np.frombuffer(text, np.uint8)[len(header) :]
     columns = None
@@ -127,7 +169,7 @@ def read_lines(path: str | os.PathLike) -> pa.Table:
     if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
         columns = _cut_lines(body)
     if columns is None:
-        columns = _parse_lines(path, PER_IMAGE)
+        columns = _parse_lines(pa.BufferReader(text), PER_IMAGE)
     columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
     return pa.table(columns)
 

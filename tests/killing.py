@@ -28,7 +28,7 @@ POINTS = {
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
     "receive": ("distributed.shuffle._shuffle", "DataFrameShuffleRun._receive"),
     "unpack": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.get_output_partition"),
-    "write": ("spxdask.stages.aggregate", "write_whole"),
+    "write": ("spxdask.storage", "write_whole"),
     # Between a whole temporary file and its name.
     "name": ("os", "replace"),
 }

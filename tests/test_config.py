@@ -51,10 +51,13 @@ BATCH_DEFAULTS = {
     "max_images": 500,
     "output_dir": "batch_output",
     "keep_images": True,
+    "scratch_gb": 5.0,
     "max_download_workers": 4,
     "max_extract_workers": 12,
     "num_buckets": 64,
     "keep_bucket_files": False,
+    "per_image_format": "csv",
+    "lightcurve_format": "csv",
     "max_retries": 5,
     "stall_timeout": 30.0,
     "tap_url": IRSA_TAP_URL,
@@ -128,6 +131,7 @@ NOT_NUMBERS = ["3", True, None, float("nan"), float("inf"), -float("inf"), 10**4
 NOT_INTEGERS = ["3", True, None, 3.0, float("nan"), [1]]
 POSITIVE = [0, 0.0, -0.1, *NOT_NUMBERS]
 AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
+NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3:///x", "s3://["]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,7 @@ AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
         ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number from -90 to 90"),
         ("radius", [90.1, *POSITIVE], "a number above 0 to 90"),
         ("catalog_path", ["", b"x", None, 3, "a\0b"], "a path"),
+        ("catalog_path", NO_STORES, "a path, or the URL of a store, such as s3://"),
         ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "one of any, full"),
         ("bands", [[], "D1", ["D7"], ["d1"], [1], [["D1"]], [None], 3, {"D1": 1}], "D1, D2, D3"),
         (
@@ -147,14 +152,23 @@ AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
         ("release", ["qr1", "QR2", None, 2], "one of latest, qr2, qr3, all"),
         ("max_images", AT_LEAST_ONE, "an integer from 1 up"),
         ("output_dir", ["", None, 3], "a path"),
+        ("output_dir", NO_STORES, "a path, or the URL of a store, such as s3://"),
+        ("scratch_gb", [1e7, *POSITIVE], "a number above 0 to 1e+06"),
         ("max_download_workers", [1001, *AT_LEAST_ONE], "an integer from 1 to 1000"),
         ("max_extract_workers", [10001, *AT_LEAST_ONE], "an integer from 1 to 10000"),
         ("num_buckets", [100001, *AT_LEAST_ONE], "an integer from 1 to 100000"),
         ("keep_bucket_files", [0, 1, None, "true"], "true or false"),
+        ("per_image_format", ["CSV", "fits", "", None, 1, True], "one of csv, parquet"),
+        ("lightcurve_format", ["Parquet", "both", None, ["csv"]], "one of csv, parquet"),
         ("max_retries", [-1, 101, *NOT_INTEGERS], "an integer from 0 to 100"),
         ("stall_timeout", [3601, *POSITIVE], "a number above 0 to 3600"),
         ("tap_url", ["", "irsa", "ftp://x", "http://", "http://[", None, 3], "http or https URL"),
-        ("archive_url", ["", "s3://b", "https:///x", "http://[", None], "http or https URL"),
+        ("tap_url", ["s3://bucket/TAP", "file:///TAP"], "http or https URL"),
+        (
+            "archive_url",
+            ["", "irsa", "ftp://x", "gs://b", "https:///x", "http://[", "s3://", "file://", None],
+            "an http, https, s3 or file URL, such as s3://nasa-irsa-spherex",
+        ),
         ("photometry", [None, 3, [], "fwhm"], "a PhotometryConfig or a mapping"),
     ],
 )
@@ -232,6 +246,13 @@ def test_from_dict_needs_a_mapping():
         ("catalog_path", Path("data") / "sources.csv", "data/sources.csv"),
         ("catalog_path", np.str_("sources.csv"), "sources.csv"),
         ("output_dir", Path("."), "."),
+        ("output_dir", "s3://bucket/run//", "s3://bucket/run"),
+        ("output_dir", "memory://run", "memory://run"),
+        ("output_dir", "a:b/c", "a:b/c"),
+        ("output_dir", "out/", "out/"),
+        ("catalog_path", "s3://bucket/sources.csv", "s3://bucket/sources.csv"),
+        ("scratch_gb", np.float32(0.5), 0.5),
+        ("lightcurve_format", np.str_("parquet"), "parquet"),
         ("coverage_mode", np.str_("full"), "full"),
         ("bands", ("D4", "D3", "D4"), ["D3", "D4"]),
         ("bands", {"D6"}, ["D6"]),
@@ -241,6 +262,8 @@ def test_from_dict_needs_a_mapping():
         ("max_images", np.int16(7), 7),
         ("keep_bucket_files", np.True_, True),
         ("tap_url", "http://host:80/TAP//", "http://host:80/TAP"),
+        ("archive_url", "s3://nasa-irsa-spherex/", "s3://nasa-irsa-spherex"),
+        ("archive_url", "file:///data/spherex/", "file:///data/spherex"),
         ("photometry", {}, PhotometryConfig()),
     ],
 )
@@ -323,7 +346,9 @@ PHOTOMETRY = st.fixed_dictionaries(
     # A fixed aperture has to leave room for its background; that is tested by itself.
     lambda options: {k: v for k, v in options.items() if k != "aperture_method" or v == "fwhm"}
 )
-PATHS = st.text(min_size=1).filter(lambda text: "\0" not in text) | st.sampled_from(
+PATHS = st.text(min_size=1).filter(
+    lambda text: "\0" not in text and "://" not in text
+) | st.sampled_from(
     [
         "null",
         "~",
@@ -358,10 +383,13 @@ BATCH = st.fixed_dictionaries(
         "max_images": st.integers(1),
         "output_dir": PATHS,
         "keep_images": st.booleans(),
+        "scratch_gb": between(0, 1e6, exclude_min=True),
         "max_download_workers": st.integers(1, 1000),
         "max_extract_workers": st.integers(1, 10000),
         "num_buckets": st.integers(1, 100000),
         "keep_bucket_files": st.booleans(),
+        "per_image_format": st.sampled_from(["csv", "parquet"]),
+        "lightcurve_format": st.sampled_from(["csv", "parquet"]),
         "max_retries": st.integers(0, 100),
         "stall_timeout": between(0, 3600, exclude_min=True),
         "tap_url": st.just("http://127.0.0.1:80/TAP"),

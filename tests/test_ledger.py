@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spxdask.ledger import Ledger, Outcome
+from spxdask.ledger import LINE_BYTES, Ledger, Outcome
 
 FULL = Outcome(
     stage="extract",
@@ -162,15 +162,16 @@ def test_a_torn_last_line_is_ignored_and_the_next_is_read(path):
     whole = path.read_bytes()
     for cut in range(len(first), len(whole)):
         path.write_bytes(whole[:cut])
-        # Only the line feed is missing: all of the record is there.
-        expected = FULL if cut == len(whole) - 1 else None
         torn = Ledger(path)
-        assert torn.get(FULL.stage, FULL.filename) == expected, cut
+        # Also one that lacks only its line feed: somebody may be in the middle of writing it.
+        assert torn.get(FULL.stage, FULL.filename) is None, cut
         torn.add(outcome("b.fits"))
-        ledger = Ledger(path)
-        assert ledger.get("download", "a.fits") == outcome("a.fits")
-        assert ledger.get("download", "b.fits") == outcome("b.fits")
-        assert ledger.get(FULL.stage, FULL.filename) == expected, cut
+        # Now that a line follows, all of it is known to be there.
+        expected = FULL if cut == len(whole) - 1 else None
+        for ledger in (torn, Ledger(path)):
+            assert ledger.get("download", "a.fits") == outcome("a.fits")
+            assert ledger.get("download", "b.fits") == outcome("b.fits")
+            assert ledger.get(FULL.stage, FULL.filename) == expected, cut
 
 
 def test_a_torn_line_does_not_undo_an_earlier_one(path):
@@ -223,4 +224,63 @@ def test_what_could_not_be_written_did_not_happen(path):
     ledger = Ledger(path.parent / "absent" / path.name)
     with pytest.raises(FileNotFoundError):
         ledger.add(outcome())
+    assert ledger.get("download", "a.fits") is None
+
+
+@pytest.mark.parametrize("length", [*range(LINE_BYTES - 2, LINE_BYTES + 3), 2 * LINE_BYTES, 10**6])
+def test_lines_of_any_length(path, length):
+    ledger = Ledger(path)
+    ledger.add(outcome(status="failed", reason="x"))
+    long = outcome(status="failed", reason="x" * (1 + length - path.stat().st_size))
+    ledger.add(long)
+    ledger.add(outcome("b.fits"))
+    assert len(path.read_bytes().splitlines(keepends=True)[1]) == length
+    for seen in (ledger, Ledger(path)):
+        assert seen.get("download", "a.fits") == long
+        assert seen.get("download", "b.fits") == outcome("b.fits")
+
+
+def test_what_another_adds_is_seen_after_a_refresh(path):
+    """A run's own ledger, and that of somebody who looks on."""
+    run, other = Ledger(path), Ledger(path)
+    run.add(outcome(rows=1))
+    assert other.get("download", "a.fits") is None
+    other.refresh()
+    assert other.get("download", "a.fits") == outcome(rows=1)
+    run.add(outcome(rows=2))
+    run.add(FULL)
+    assert other.get("download", "a.fits") == outcome(rows=1)
+    other.refresh()
+    assert other.get("download", "a.fits") == outcome(rows=2)
+    assert other.get(FULL.stage, FULL.filename) == FULL
+    assert other.last_time == run.last_time
+    # To write is to look, too.
+    other.add(outcome("b.fits"))
+    assert run.get("download", "b.fits") is None
+    run.add(outcome("c.fits"))
+    assert run.get("download", "b.fits") == outcome("b.fits")
+    assert other.get("download", "c.fits") is None
+
+
+def test_a_line_that_comes_in_pieces_is_seen_when_it_is_whole(path):
+    Ledger(path).add(FULL)
+    line = path.read_bytes()
+    path.write_bytes(b"")
+    ledger = Ledger(path)
+    for at in range(0, len(line), 100):
+        assert ledger.get(FULL.stage, FULL.filename) is None
+        with open(path, "ab") as file:
+            file.write(line[at : at + 100])
+        ledger.refresh()
+    assert ledger.get(FULL.stage, FULL.filename) == FULL
+
+
+def test_a_ledger_that_somebody_cut(path):
+    ledger = Ledger(path)
+    ledger.add(outcome())
+    ledger.add(FULL)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert ledger.get("download", "a.fits") == outcome()
+    assert ledger.get(FULL.stage, FULL.filename) is None
+    path.write_bytes(b"")
     assert ledger.get("download", "a.fits") is None

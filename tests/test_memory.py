@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -47,3 +50,93 @@ def test_what_an_error_left_is_not_lent_again():
 def test_nothing_can_be_lent_too():
     with Memory().take(0) as block:
         assert len(block) == 0
+
+
+class Noticing(threading.Condition):
+    """Says when somebody begins to wait; then it is too late to be lent anything first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = threading.Semaphore(0)
+
+    def wait(self, timeout=None):
+        self.waiting.release()
+        return super().wait(timeout)
+
+
+@pytest.fixture
+def memory():
+    memory = Memory()
+    memory._changed = Noticing()
+    return memory
+
+
+class Borrower:
+    """A thread that takes a block and keeps it until it is told to give it back."""
+
+    def __init__(self, pool, memory, size, limit) -> None:
+        self.has, self.enough = threading.Event(), threading.Event()
+        self.ended = pool.submit(self.run, memory, size, limit)
+
+    def run(self, memory, size, limit) -> None:
+        with memory.take(size, limit) as block:
+            assert len(block) == size
+            self.has.set()
+            assert self.enough.wait(60)
+
+    def give_back(self) -> None:
+        self.enough.set()
+        self.ended.result(60)
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def assert_waits(borrower, memory) -> None:
+    assert memory._changed.waiting.acquire(timeout=60)
+    assert not borrower.has.is_set()
+
+
+def test_who_would_go_over_the_limit_waits(memory, pool):
+    first, second = (Borrower(pool, memory, 40, 100) for _ in range(2))
+    assert first.has.wait(60)
+    assert second.has.wait(60)
+    third = Borrower(pool, memory, 40, 100)
+    assert_waits(third, memory)
+    # One who needs less is not held up by one who waits.
+    small = Borrower(pool, memory, 20, 100)
+    assert small.has.wait(60)
+    small.give_back()
+    assert_waits(third, memory)
+    first.give_back()
+    assert third.has.wait(60)
+    second.give_back()
+    third.give_back()
+
+
+def test_more_than_the_limit_is_lent_alone(memory, pool):
+    large = Borrower(pool, memory, 500, 100)
+    assert large.has.wait(60)
+    small = Borrower(pool, memory, 1, 100)
+    assert_waits(small, memory)
+    large.give_back()
+    assert small.has.wait(60)
+    larger = Borrower(pool, memory, 600, 100)
+    assert_waits(larger, memory)
+    small.give_back()
+    assert larger.has.wait(60)
+    larger.give_back()
+
+
+def test_what_an_error_kept_counts_no_more(memory, pool):
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(KeyError))
+        stack.enter_context(memory.take(100, 100))
+        borrower = Borrower(pool, memory, 100, 100)
+        assert_waits(borrower, memory)
+        raise KeyError
+    assert borrower.has.wait(60)
+    borrower.give_back()

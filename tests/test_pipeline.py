@@ -13,11 +13,15 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import dask.bag
+import dask.dataframe
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simulated
 import yaml
@@ -38,7 +42,8 @@ from spxdask.runfolder import RunFolder
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 from spxdask.stages.extract import table_name
-from spxdask.tables import LIGHT_CURVE, PER_IMAGE
+from spxdask.status import status
+from spxdask.tables import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
 
 IDS = [
     "39633458707826492",
@@ -127,25 +132,34 @@ def per_image(pipeline) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def finished(survey, archive, client, tmp_path_factory):
+def run_in(survey, archive, client):
+    """Make one full run in a folder."""
+
+    def run(folder: Path, **options) -> BatchPipeline:
+        sky = survey[0]
+        catalogue = simulated.write_catalogue(folder / "sources.csv", all_ids(sky), sky.ra, sky.dec)
+        config = BatchConfig(
+            catalog_path=catalogue,
+            center_ra=simulated.CENTER[0],
+            center_dec=simulated.CENTER[1],
+            radius=0.05,
+            output_dir=folder / "out",
+            num_buckets=5,
+            tap_url=archive.tap_url,
+            archive_url=archive.archive_url,
+            **options,
+        )
+        pipeline = BatchPipeline(config, client=client)
+        pipeline.run_all()
+        return pipeline
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run_in, tmp_path_factory):
     """One full run, to look at from all sides."""
-    folder = tmp_path_factory.mktemp("finished")
-    sky = survey[0]
-    catalogue = simulated.write_catalogue(folder / "sources.csv", all_ids(sky), sky.ra, sky.dec)
-    config = BatchConfig(
-        catalog_path=catalogue,
-        center_ra=simulated.CENTER[0],
-        center_dec=simulated.CENTER[1],
-        radius=0.05,
-        output_dir=folder / "out",
-        num_buckets=5,
-        keep_bucket_files=True,
-        tap_url=archive.tap_url,
-        archive_url=archive.archive_url,
-    )
-    pipeline = BatchPipeline(config, client=client)
-    pipeline.run_all()
-    return pipeline
+    return run_in(tmp_path_factory.mktemp("finished"), keep_bucket_files=True)
 
 
 def test_all_frames_are_found_once_and_measured(finished, survey):
@@ -410,16 +424,36 @@ def test_client_that_is_not_the_default(make_config, client):
         assert BatchPipeline(make_config(bands=["D6"]), client=own).run_all().n_measured > 0
 
 
-def test_frame_without_sources_leaves_a_header(make_config, client, tmp_path):
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_frame_without_sources_leaves_a_table_without_rows(make_config, client, tmp_path, how):
     catalogue = simulated.write_catalogue(tmp_path / "far.csv", ["far"], [90.0], [-66.56])
-    pipeline = BatchPipeline(make_config(catalog_path=catalogue, bands=["D1"]), client=client)
+    formats = {"per_image_format": how, "lightcurve_format": how}
+    config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
+    pipeline = BatchPipeline(config, client=client)
     summary = pipeline.run_all()
     (table,) = pipeline.folder.per_image.iterdir()
-    assert table.read_text() == ",".join(PER_IMAGE) + "\n"
+    if how == "csv":
+        assert table.read_text() == ",".join(PER_IMAGE) + "\n"
+        assert list(pipeline.folder.lightcurves.iterdir()) == []
+    else:
+        assert (pq.read_schema(table), len(pq.read_table(table))) == (SCHEMA, 0)
+        assert len(pd.read_parquet(pipeline.folder.lightcurves)) == 0
     assert summary.stages["extract"].done == 1
     assert (summary.n_sources, summary.n_measured) == (1, 0)
-    assert list(pipeline.folder.lightcurves.iterdir()) == []
+    assert status(pipeline.folder.path).lightcurves == 0
     assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 1
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_without_a_table_there_is_no_shuffle(make_config, client, how):
+    pipeline = BatchPipeline(make_config(bands=["D1"], lightcurve_format=how), client=client)
+    assert pipeline.run_all().n_measured > 0
+    # Another query, of which nothing is measured yet.
+    other = BatchPipeline(make_config(bands=["D6"], lightcurve_format=how), client=client)
+    other.run_query()
+    report = other.run_aggregate()
+    assert (report.total, report.rows, report.failed) == (0, 0, {})
+    assert list(other.folder.lightcurves.iterdir()) == []
 
 
 def test_skip_existing_can_be_turned_off(make_config, client):
@@ -590,6 +624,195 @@ def test_saved_configuration_is_the_run(finished):
     assert yaml.safe_load(finished.folder.config.read_text())["radius"] == 0.05
 
 
+# Parquet
+
+
+@pytest.fixture(scope="module")
+def as_parquet(run_in, tmp_path_factory):
+    """The same run, its tables and its light curves as Parquet."""
+    folder = tmp_path_factory.mktemp("parquet")
+    return run_in(folder, per_image_format="parquet", lightcurve_format="parquet")
+
+
+@pytest.fixture(scope="module")
+def all_curves(finished) -> pa.Table:
+    """The rows of all light curves as their CSV files have them, with the ids, in order."""
+    files = {path.name: path for path in finished.folder.lightcurves.iterdir()}
+    ids = sorted(set(per_image(finished)["target_id"]))
+    assert len(ids) == len(files)
+    assert set(IDS) < set(ids)
+    curves = []
+    for target in ids:
+        curve = read_csv(files[light_curve_name(target)], LIGHT_CURVE)
+        curves.append(curve.add_column(0, "target_id", pa.repeat(target, len(curve))))
+    return pa.concat_tables(curves)
+
+
+def test_parquet_tables_hold_what_those_of_csv_do(finished, as_parquet):
+    texts = sorted(finished.folder.per_image.iterdir())
+    tables = sorted(as_parquet.folder.per_image.iterdir())
+    assert len(texts) == len(tables) == 6
+    for text, table in zip(texts, tables, strict=True):
+        assert table.name == f"{text.stem}.parquet"
+        assert pq.read_table(table).equals(read_csv(text), check_metadata=True)
+    report, other = as_parquet.summary.stages["extract"], finished.summary.stages["extract"]
+    assert (report.done, report.rows, report.skipped) == (other.done, other.rows, other.skipped)
+    assert report.bytes == sum(path.stat().st_size for path in tables)
+
+
+def test_light_curves_do_not_tell_what_tables_they_come_from(finished, make_config, client):
+    pipeline = BatchPipeline(make_config(per_image_format="parquet"), client=client)
+    assert pipeline.run_all().stages["extract"].done == 6
+    assert {path.suffix for path in pipeline.folder.per_image.iterdir()} == {".parquet"}
+    curves = contents(finished.folder.lightcurves)
+    assert contents(pipeline.folder.lightcurves) == curves
+    # Also where there are the tables and nothing else.
+    for name in ("state", "lightcurves"):
+        shutil.rmtree(pipeline.folder.path / name)
+    BatchPipeline(pipeline.config, client=client).run_aggregate()
+    assert contents(pipeline.folder.lightcurves) == curves
+
+
+def test_parquet_light_curves_hold_the_rows_of_those_in_csv(finished, as_parquet, all_curves):
+    files = sorted(as_parquet.folder.lightcurves.iterdir())
+    assert [path.name for path in files] == [f"bucket-{n:05d}.parquet" for n in range(5)]
+    found = [pq.read_table(path) for path in files]
+    schema = pa.schema([SCHEMA.field(name) for name in ("target_id", *LIGHT_CURVE)])
+    assert [table.schema for table in found] == [schema] * 5
+    for table in found:
+        keys = [tuple(row.values()) for row in table.select(SORT_KEYS).to_pylist()]
+        assert keys == sorted(keys)
+    ids = [set(table.column("target_id").to_pylist()) for table in found]
+    assert sum(map(len, ids)) == len(set.union(*ids))
+    together = pa.concat_tables(found).sort_by([(name, "ascending") for name in SORT_KEYS])
+    assert together.equals(all_curves)
+    assert as_parquet.summary.n_measured == finished.summary.n_measured
+    assert as_parquet.summary.stages["aggregate"].rows == len(all_curves)
+    # The same as what is kept beside light curves in CSV.
+    assert contents(as_parquet.folder.lightcurves) == contents(finished.folder.buckets)
+
+
+def with_pandas(folder: Path) -> pa.Table:
+    return pa.Table.from_pandas(pd.read_parquet(folder), preserve_index=False)
+
+
+def with_dask(folder: Path) -> pa.Table:
+    frame = dask.dataframe.read_parquet(folder).compute(scheduler="sync")
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def with_polars(folder: Path) -> pa.Table:
+    return pytest.importorskip("polars").read_parquet(folder).to_arrow()
+
+
+def with_duckdb(folder: Path) -> pa.Table:
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect() as database:
+        return database.read_parquet(f"{folder}/*.parquet").to_arrow_table()
+
+
+# Dask's own, with the newest pandas.
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.reset_index")
+@pytest.mark.parametrize("read", [with_pandas, with_dask, with_polars, with_duckdb])
+def test_parquet_light_curves_are_one_dataset(as_parquet, all_curves, read):
+    found = read(as_parquet.folder.lightcurves)
+    assert found.column_names == all_curves.column_names
+    for name in found.column_names:
+        kind, expected = found.schema.field(name).type, all_curves.schema.field(name).type
+        # Some have text of their own kind.
+        text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        assert kind == expected or (text and pa.types.is_string(expected)), name
+    found = found.cast(all_curves.schema)
+    assert found.sort_by([(name, "ascending") for name in SORT_KEYS]).equals(all_curves)
+
+
+def test_status_counts_the_sources_in_parquet(finished, as_parquet, capsys):
+    found, other = status(as_parquet.folder.path), status(finished.folder.path)
+    assert found.lightcurves == other.lightcurves == as_parquet.summary.n_measured > 5
+    assert (found.measured, found.pending, found.rows) == (6, 0, other.rows)
+    assert main(["status", str(as_parquet.folder.path)]) == 0
+    assert f"aggregate   {found.lightcurves} light curves\n" in capsys.readouterr().out
+
+
+def test_parquet_light_curves_are_the_same_bytes_each_time(as_parquet, make_config, client):
+    before = contents(as_parquet.folder.lightcurves)
+    times = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.iterdir()}
+    again = BatchPipeline(as_parquet.config, client=client)
+    assert again.run_all().stages["extract"].reused == 6
+    assert contents(as_parquet.folder.lightcurves) == before
+    written = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.iterdir()}
+    assert all(written[path] > times[path] for path in times)
+    # Other partitions, and none is left of those before.
+    config = make_config(lightcurve_format="parquet", num_buckets=2)
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_all()
+    first = contents(pipeline.folder.lightcurves)
+    assert len(first) == 2
+    pipeline = BatchPipeline(replace(config, num_buckets=5), client=client)
+    pipeline.run_aggregate()
+    assert contents(pipeline.folder.lightcurves) == before
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_aggregate()
+    assert contents(pipeline.folder.lightcurves) == first
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_light_curves_in_another_format_replace_the_old(
+    finished, as_parquet, make_config, client, archive, keep
+):
+    config = make_config(keep_bucket_files=keep)
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_all()
+    folder = pipeline.folder.lightcurves
+    users = {
+        "notes.txt": b"mine",
+        "star.csv": b"a,b\n1,2\n",
+        "stars.parquet": parquet_bytes(pa.table({"a": [1]})),
+    }
+    for name, content in users.items():
+        (folder / name).write_bytes(content)
+    asked = len(archive.requests)
+    kept = contents(finished.folder.buckets) if keep else None
+    for how, theirs in (("parquet", as_parquet), ("csv", finished), ("parquet", as_parquet)):
+        pipeline = BatchPipeline(replace(config, lightcurve_format=how), client=client)
+        summary = pipeline.run_all()
+        assert summary.stages["extract"].reused == 6
+        assert summary.n_measured == theirs.summary.n_measured
+        assert contents(folder) == contents(theirs.folder.lightcurves) | users
+        if keep:
+            assert contents(pipeline.folder.buckets) == kept
+    assert {r.path for r in archive.requests[asked:]} == {"/TAP/sync"}
+
+
+def test_tables_in_another_format_are_measured_anew(
+    finished, as_parquet, make_config, client, archive
+):
+    config = make_config()
+    BatchPipeline(config, client=client).run_all()
+    asked = len(archive.requests)
+    for how, theirs in (("parquet", as_parquet), ("csv", finished)):
+        pipeline = BatchPipeline(replace(config, per_image_format=how), client=client)
+        summary = pipeline.run_all()
+        assert (summary.stages["extract"].done, summary.stages["extract"].reused) == (6, 0)
+        assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
+        tables = contents(pipeline.folder.per_image)
+        assert contents(theirs.folder.per_image).items() <= tables.items()
+        assert status(pipeline.folder.path).measured == 6
+        # Once.
+        assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 6
+    # What is in images/ is not fetched for it.
+    assert {r.path for r in archive.requests[asked:]} == {"/TAP/sync"}
+
+
+def test_without_tables_in_the_new_format_light_curves_stay(finished, make_config, client):
+    config = make_config()
+    BatchPipeline(config, client=client).run_all()
+    other = BatchPipeline(replace(config, per_image_format="parquet"), client=client)
+    with pytest.raises(RunFolderError, match="run extract first"):
+        other.run_aggregate()
+    assert contents(other.folder.lightcurves) == contents(finished.folder.lightcurves)
+
+
 # Full disks
 
 
@@ -675,7 +898,7 @@ def spoil(client):
     [
         ("spxdask.stages.download", "write_large", "images"),
         ("spxdask.stages.extract", "whole_file", "per_image"),
-        ("spxdask.stages.aggregate", "write_whole", "lightcurves"),
+        ("spxdask.storage", "write_whole", "lightcurves"),
     ],
 )
 def test_a_disk_that_fills_stops_the_run(
@@ -710,7 +933,8 @@ def test_a_disk_that_fills_stops_the_run(
     assert main([*run, "--scheduler", client.scheduler.address]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[1:] == [f"spxdask: {said}"]
+    # After the addresses of its pages.
+    assert [line for line in err.splitlines() if "http://" not in line] == [f"spxdask: {said}"]
 
     reused = ended()
     spoil.mend()
@@ -916,7 +1140,7 @@ def test_only_what_changed_is_measured_again(apart, tmp_path, change):
 
 def test_usage_errors(make_config, client):
     config = make_config()
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="not two of them"):
         BatchPipeline(config, client=client, scheduler="tcp://127.0.0.1:1")
     with pytest.raises(ConfigError, match="allowed is a synchronous"):
         BatchPipeline(config, client="tcp://127.0.0.1:1")

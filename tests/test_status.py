@@ -151,6 +151,19 @@ def test_it_agrees_with_the_summary(pipeline, archive, frames, capsys, monkeypat
         assert text in out
 
 
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_light_curves_are_counted_in_either_format(pipeline, client, how):
+    formats = {"per_image_format": how, "lightcurve_format": how}
+    pipeline = BatchPipeline(dataclasses.replace(pipeline.config, **formats), client=client)
+    summary = pipeline.run_all()
+    assert_agrees(look(pipeline), summary)
+    # What the user keeps beside them is none, whatever is in it.
+    if how == "parquet":
+        for name in ("mine.parquet", "bucket.parquet", "mine.csv", ".hidden.parquet"):
+            (pipeline.folder.lightcurves / name).write_bytes(b"PAR1, or not")
+        assert_agrees(look(pipeline), summary)
+
+
 @pytest.fixture
 def not_kept(pipeline, client):
     """A run without images/, in which some sources have no background."""

@@ -22,10 +22,21 @@ from spxdask.errors import DiskFullError
 from spxdask.memory import Memory
 from spxdask.storage import (
     file_stem,
+    is_local,
+    move,
+    names_in,
     part_path,
+    place,
+    read_bytes,
+    read_each,
+    remove,
     remove_parts,
+    sizes,
+    starts_with,
     told_when_full,
+    told_when_out_of_reach,
     whole_file,
+    write_each,
     write_large,
     write_whole,
 )
@@ -269,6 +280,66 @@ def test_part_names_fit_a_directory_entry(target_id):
     assert part_path(path) != part_path(path)
     assert part_path(path).parent == path.parent
     assert len(os.fsencode(part_path(path).name)) <= 255
+
+
+# Places; those in stores have tests of their own
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("out", "out"),
+        ("/a b/c", "/a b/c"),
+        ("a:b/c", "a:b/c"),
+        ("s3:/bucket", "s3:/bucket"),
+        ("file:///a%20b/c", "/a b/c"),
+        ("file://host/a/b", "/a/b"),
+    ],
+)
+def test_places_on_disk(text, path):
+    found = place(text)
+    assert found == Path(path)
+    assert is_local(found)
+    assert place(found) is found
+
+
+def test_folders_and_their_files(tmp_path):
+    written = {"a.csv": b"1234", "b c.csv": b"", ".hidden": b"x", "é": b"yz"}
+    write_each(tmp_path, written.items())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("a.csv")
+    (tmp_path / "broken").symlink_to("nowhere")
+    assert sizes(tmp_path) == {name: len(data) for name, data in written.items()} | {"link": 4}
+    # What is ours is no link.
+    assert names_in(tmp_path) == set(written)
+    assert list(read_each(tmp_path, written)) == list(written.values())
+    assert all(isinstance(data, bytearray) for data in read_each(tmp_path, written))
+    assert read_bytes(tmp_path / "a.csv") == b"1234"
+    assert [starts_with(tmp_path / "a.csv", b) for b in (b"", b"12", b"1234", b"12345", b"2")] == [
+        *(True, True, True, False, False)
+    ]
+    move(tmp_path / "a.csv", "é")
+    assert names_in(tmp_path) == {"b c.csv", ".hidden", "é"}
+    assert read_bytes(tmp_path / "é") == b"1234"
+    remove(tmp_path, {"b c.csv", "é"})
+    assert names_in(tmp_path) == {".hidden"}
+    remove(tmp_path, [])
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    assert sizes(tmp_path / "absent") == {}
+    assert names_in(tmp_path / "absent") == set()
+    with pytest.raises(FileNotFoundError):
+        list(read_each(tmp_path / "absent", ["a"]))
+    with pytest.raises(FileNotFoundError):
+        remove(tmp_path, ["absent"])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), DiskFullError("x"), ValueError("x")])
+def test_errors_of_a_disk_stay_what_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as raised, told_when_out_of_reach(tmp_path):
+        raise error
+    assert raised.value is error
 
 
 # Large files

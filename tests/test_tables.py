@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -249,18 +250,25 @@ def test_unsigned_flags(flag):
     assert csv_lines({"flag": np.array([flag], np.uint32)}).to_pylist() == [f"{flag}\n"]
 
 
+# For regrouping
+
+
+def read_lines(text: bytes) -> pa.Table:
+    """What is read may be written over."""
+    return tables.read_lines(bytearray(text))
+
+
 @pytest.mark.parametrize("quoted", [False, True])
-def test_lines_for_regrouping_are_the_text_of_the_table(tmp_path, quoted):
+def test_lines_for_regrouping_are_the_text_of_the_table(quoted):
     rows = [
         ["39633458707826492", "1", "2", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"],
         ["é;x", "1e-7", "-2", "o_1", "D4", "61000.5", *[""] * 12, "b.fits"],
     ]
     if quoted:
         rows[0][0], rows[1][0] = 'say "a, b"', "two\nlines"
-    path = tmp_path / "table.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([tables.PER_IMAGE, *rows])
-    got = tables.read_lines(path)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([tables.PER_IMAGE, *rows])
+    got = read_lines(text.getvalue().encode())
     assert got.column_names == ["target_id", "mjd", "obs_id", "band", "line"]
     assert got.column("target_id").to_pylist() == [row[0] for row in rows]
     assert got.column("mjd").to_pylist() == [61000.25, 61000.5]
@@ -277,19 +285,128 @@ def test_lines_for_regrouping_are_the_text_of_the_table(tmp_path, quoted):
         lambda text: text.replace(b"target_id,ra,dec", b"ra,dec,target_id"),
     ],
 )
-def test_lines_of_tables_by_other_writers(tmp_path, change):
+def test_lines_of_tables_by_other_writers(change):
     row = ["7", "8", "9", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"]
     text = change((",".join(tables.PER_IMAGE) + "\n" + ",".join(row) + "\n").encode())
-    (tmp_path / "table.csv").write_bytes(text)
-    got = tables.read_lines(tmp_path / "table.csv")
+    got = read_lines(text)
     assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n"]
     assert got.column("target_id").to_pylist() == (["9"] if text.startswith(b"ra,") else ["7"])
 
 
-def test_lines_of_an_empty_table_and_of_a_broken_one(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_bytes(tables.csv_header(tables.PER_IMAGE))
-    assert len(tables.read_lines(path)) == 0
-    path.write_bytes(tables.csv_header(tables.PER_IMAGE) + b"a,1,2\n")
+def test_lines_of_an_empty_table_and_of_a_broken_one():
+    header = tables.csv_header(tables.PER_IMAGE)
+    assert len(read_lines(header)) == 0
     with pytest.raises(pa.ArrowInvalid, match="Expected 19 columns, got 3"):
-        tables.read_lines(path)
+        read_lines(header + b"a,1,2\n")
+    with pytest.raises(pa.ArrowInvalid):
+        read_lines(b"")
+
+
+# Parquet
+
+
+def as_values(table: pa.Table) -> dict[str, list]:
+    """So that -0.0 is not 0.0, and missing is missing."""
+    found = {name: table.column(name).to_pylist() for name in table.column_names}
+    for name in set(FLOATS) & set(found):
+        found[name] = [None if v is None else bits(v) for v in found[name]]
+    return found
+
+
+@given(rows(max_rows=8))
+@settings(max_examples=80, deadline=None)
+def test_both_formats_hold_the_same(path, table):
+    columns = arrays(table)
+    text, data = (tables.to_bytes(columns, how) for how in ("csv", "parquet"))
+    assert text == csv_header(NAMES) + lines_to_bytes(csv_lines(columns))
+    back = pq.read_table(pa.BufferReader(data))
+    assert back.schema.equals(SCHEMA, check_metadata=True)
+    assert as_values(back) == as_values(tables.read_csv(pa.BufferReader(text)))
+    # Not a number is missing in both.
+    assert back.column("flux").null_count == sum(map(math.isnan, table["flux"]))
+
+
+def timed(table: dict[str, list]) -> dict[str, list]:
+    """As no frame is without its time."""
+    return table | {"mjd": [0.0 if math.isnan(v) else v for v in table["mjd"]]}
+
+
+@given(rows(max_rows=8).map(timed))
+@settings(max_examples=80, deadline=None)
+def test_lines_for_regrouping_are_the_same_from_both_formats(table):
+    one, other = (read_lines(tables.to_bytes(arrays(table), how)) for how in ("csv", "parquet"))
+    assert one.schema == other.schema
+    assert as_values(one) == as_values(other)
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_one_value_for_all_rows(how):
+    """As extract gives what is the same for a whole frame."""
+    one = {"obs_id": "o_1", "band": "D3", "mjd": 61000.1, "filename": 'a ",b".fits'}
+    one["aperture_radius"] = math.nan
+    columns = arrays({name: [] for name in NAMES})
+    columns |= {name: np.array([0.5, math.nan]) for name in FLOATS}
+    columns |= {"target_id": pa.array(["a", "b"], pa.large_string())}
+    columns |= {"flag": np.array([0, 2**32 - 1], np.uint32)} | one
+    data = pa.BufferReader(tables.to_bytes(columns, how))
+    back = tables.read_csv(data) if how == "csv" else pq.read_table(data)
+    assert back.schema.equals(SCHEMA)
+    assert back.column("target_id").to_pylist() == ["a", "b"]
+    assert back.column("flag").to_pylist() == [0, 2**32 - 1]
+    assert back.column("flux").to_pylist() == [0.5, None]
+    for name, value in one.items():
+        assert (
+            back.column(name).to_pylist()
+            == [None if value is one["aperture_radius"] else value] * 2
+        )
+    # And of no row at all.
+    empty = {name: value if name in one else columns[name][:0] for name, value in columns.items()}
+    data = pa.BufferReader(tables.to_bytes(empty, how))
+    back = tables.read_csv(data) if how == "csv" else pq.read_table(data)
+    assert (back.schema, back.num_rows) == (SCHEMA, 0)
+
+
+@pytest.fixture
+def two_rows():
+    columns = {name: np.array([0.5, math.nan]) for name in FLOATS}
+    columns |= {"target_id": pa.array(["7", "8"]), "mjd": np.array([61000.0, 61001.0])}
+    return columns | {"flag": np.array([1, 2]), "obs_id": "o", "band": "D3", "filename": "f"}
+
+
+def test_parquet_by_other_writers(two_rows):
+    """With other types, in another order, with columns of their own."""
+    lines = read_lines(tables.to_bytes(two_rows, "parquet"))
+    table = pq.read_table(pa.BufferReader(tables.to_bytes(two_rows, "parquet")))
+    other = table.select(sorted(table.column_names)).to_pandas()
+    other = other.astype({"target_id": int, "flag": "uint32", "band": "category"})
+    other = other.assign(more="x")
+    data = tables.parquet_bytes(pa.Table.from_pandas(other))
+    assert read_lines(data) == lines
+
+
+@pytest.mark.parametrize("name", tables.SORT_KEYS)
+def test_rows_without_what_orders_them_are_refused(two_rows, name):
+    table = pq.read_table(pa.BufferReader(tables.to_bytes(two_rows, "parquet")))
+    field = SCHEMA.field(name)
+    some = pa.array([table.column(name)[0].as_py(), None], field.type)
+    table = table.set_column(SCHEMA.names.index(name), field, some)
+    with pytest.raises(pa.ArrowInvalid, match="each row needs target_id, mjd, obs_id, band"):
+        read_lines(tables.parquet_bytes(table))
+
+
+def test_parquet_of_another_kind_and_damaged_parquet(two_rows):
+    with pytest.raises(KeyError, match="target_id"):
+        read_lines(tables.parquet_bytes(pa.table({"a": [1, 2]})))
+    whole = tables.to_bytes(two_rows, "parquet")
+    for bad in (whole[:-1], whole[:100], whole[:4], tables.PARQUET_MARK + b"\0" * 100):
+        with pytest.raises((pa.ArrowException, OSError)):
+            read_lines(bad)
+
+
+@given(rows(max_rows=6).map(timed))
+@settings(max_examples=60, deadline=None)
+def test_sorting_the_lines_of_a_light_curve(table):
+    lines = csv_lines(arrays({name: table[name] for name in LIGHT_CURVE})).to_pylist()
+    keyed = zip(table["mjd"], table["obs_id"], table["band"], lines, strict=True)
+    expected = [line for *_, line in sorted(keyed, key=lambda row: row[:3])]
+    assert tables.sort_lines("".join(lines).encode()) == "".join(expected).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from spxdask.errors import CatalogueError
+from spxdask.errors import CatalogueError, StoreError
 from spxdask.science.frame import angular_distance
+from spxdask.storage import is_local, place, read_bytes
 
 COLUMNS = ("targetid", "ra", "dec")
 # Declination zones of one degree, each sorted in right ascension: a frame of 3.5 deg
@@ -72,6 +74,8 @@ class Catalogue:
             raise CatalogueError(f"{path}: not readable as CSV: {error}") from error
         except OSError as error:
             raise CatalogueError(f"{path}: {error.strerror or error}") from error
+        except StoreError as error:
+            raise CatalogueError(str(error)) from error
         if not len(table):
             raise CatalogueError(f"{path}: no rows below the header")
         ids = table.column(0)
@@ -186,8 +190,12 @@ def _sky_key(ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
 
 def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     """Read the three columns as text, each in one piece."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    path = place(path)
+    far = None if is_local(path) else read_bytes(path)
+    source = open(path, "rb") if far is None else io.BytesIO(far)  # noqa: SIM115
+    with source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
+    content = os.fspath(path) if far is None else pa.BufferReader(far)
     wanted = []
     for column in COLUMNS:
         found = [name for name in names if name.strip().lower() == column]
@@ -199,7 +207,7 @@ def _read_text_columns(path: str | os.PathLike) -> pa.Table:
             )
         wanted.append(found[0])
     table = pa_csv.read_csv(
-        os.fspath(path),
+        content,
         parse_options=pa_csv.ParseOptions(newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(
             include_columns=wanted,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -14,78 +15,149 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from upath import UPath
 
 from spxdask import tables
-from spxdask.errors import DiskFullError, FrameError
-from spxdask.storage import file_stem, told_when_full, whole_file, write_whole
+from spxdask.errors import DiskFullError, FrameError, StoreError
+from spxdask.storage import (
+    AT_ONCE,
+    file_stem,
+    in_pieces,
+    is_local,
+    names_in,
+    place,
+    read_each,
+    remove,
+    starts_with,
+    told_when_full,
+    whole_file,
+    write_each,
+)
 
 TEXT = pd.ArrowDtype(pa.string())
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
 # group must fit a worker many times over.
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
+# A row of CSV, and how much less Parquet needs for it.
+ROW_BYTES = 330
+PARQUET_SHRINKS = 3
 # One of these is sorted and written at a time by each thread, with some copies of it.
 BUCKET_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A per-image table on disk and the rows it must have, None when that is not known."""
+    """A per-image table.
 
-    path: str
+    Attributes
+    ----------
+    name : str
+    bytes : int
+        Length as CSV, or about that: see `csv_bytes`.
+    rows : int or None
+        How many it must have, when that is known.
+    """
+
+    name: str
+    bytes: int
     rows: int | None
 
 
-def light_curves(
-    groups: Sequence[Sequence[Table]], folder: str, buckets: str | None, num_buckets: int
-) -> dd.DataFrame:
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """What all tasks of the stage share.
+
+    Attributes
+    ----------
+    per_image, manifest : str
+        Folder of the tables, and the file that says which of them are read together.
+    lightcurves : str
+        Folder of the light curves.
+    format : str
+        Theirs: ``csv``, one a source, or ``parquet``, one a partition.
+    buckets : str or None
+        Folder to keep partitions as Parquet in, too.
+    """
+
+    per_image: str
+    manifest: str
+    lightcurves: str
+    format: str
+    buckets: str | None
+
+
+def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.DataFrame:
     """Build the graph that turns per-image tables into light curves.
 
     Parameters
     ----------
-    groups : sequence of sequences of Table
-        Tables to read together; see `group`.
-    folder : str
-        Where one CSV a source is written.
-    buckets : str or None
-        Where the shuffled and sorted partitions are kept as Parquet, if anywhere.
+    n_groups : int
+        Groups of tables to read; see `save_groups`.
     num_buckets : int
         Output partitions of the shuffle.
+    options : CurveOptions
 
     Returns
     -------
     dask.dataframe.DataFrame
         Lazy; one row a source with its `target_id` and the `rows` of its light curve.
     """
-    rows = dd.from_map(read_tables, groups, meta=META, label="read-tables")
+    read = functools.partial(read_tables, options=options)
+    rows = dd.from_map(read, range(n_groups), meta=META, label="read-tables")
     shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
-    write = functools.partial(write_lightcurves, folder=folder, buckets=buckets)
     return shuffled.map_partitions(
-        write,
+        functools.partial(write_lightcurves, options=options),
         meta=WRITTEN,
         token="write-lightcurves",
         enforce_metadata=False,
     )
 
 
-def group(found: Sequence[Table]) -> list[list[Table]]:
-    """Divide tables into groups of similar size, each read by one task."""
-    groups: list[list[Table]] = []
-    size = 0
-    for table in found:
-        bytes_ = os.stat(table.path).st_size
-        if not groups or size + bytes_ > GROUP_BYTES or len(groups[-1]) >= GROUP_FILES:
-            groups.append([])
-            size = 0
-        groups[-1].append(table)
-        size += bytes_
-    return groups
+def save_groups(found: Iterable[Table], manifest: str) -> int:
+    """Divide tables into groups of similar size, each read by one task; return how many.
+
+    They are named in a file, a row group each: a million names would burden the scheduler.
+    """
+    n_groups = size = 0
+    group: list[Table] = []
+    with whole_file(manifest) as part, pq.ParquetWriter(part, _MANIFEST) as file:
+
+        def end() -> None:
+            nonlocal n_groups
+            columns = {f.name: [getattr(table, f.name) for table in group] for f in _MANIFEST}
+            file.write_table(pa.table(columns, schema=_MANIFEST))
+            n_groups += 1
+            group.clear()
+
+        for table in found:
+            if group and (size + table.bytes > GROUP_BYTES or len(group) >= GROUP_FILES):
+                end()
+                size = 0
+            group.append(table)
+            size += table.bytes
+        if group:
+            end()
+    return n_groups
 
 
-def partitions(groups: Sequence[Sequence[Table]], num_buckets: int) -> int:
-    """Return how many partitions to shuffle into: more than asked for if they were large."""
-    size = sum(os.stat(table.path).st_size for tables_ in groups for table in tables_)
-    return max(num_buckets, -(-size // BUCKET_BYTES))
+_MANIFEST = pa.schema({"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64()})
+
+
+def csv_bytes(name: str, size: int, rows: int | None) -> int:
+    """Return about how long a table is, or would be, as CSV, which is what is shuffled."""
+    if name.endswith(".csv"):
+        return size
+    return ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
+
+
+def partitions(found: Sequence[Table], num_buckets: int) -> int:
+    """Return how many partitions to shuffle into: more than asked for if they were large.
+
+    Without tables there is nothing to shuffle, and none.
+    """
+    size = sum(table.bytes for table in found)
+    return max(num_buckets, -(-size // BUCKET_BYTES)) if found else 0
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
@@ -110,7 +182,7 @@ META = _to_pandas(
 WRITTEN = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
 
 
-def read_tables(group: Sequence[Table]) -> pd.DataFrame:
+def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
     """Read a group of per-image tables; raise FrameError for one that lost rows.
 
     Returns
@@ -118,15 +190,18 @@ def read_tables(group: Sequence[Table]) -> pd.DataFrame:
     pandas.DataFrame
         One row a source, as `META` has it.
     """
-    read = []
-    for table in group:
+    with pq.ParquetFile(in_pieces(place(options.manifest))) as file:
+        found = file.read_row_group(group).to_pydict()
+    folder, read = place(options.per_image), []
+    contents = read_each(folder, found["name"])
+    for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
         try:
-            rows = tables.read_lines(table.path)
-        except pa.ArrowException as error:
-            raise FrameError(f"{table.path} is not a per-image table: {error}") from error
-        if table.rows is not None and len(rows) != table.rows:
+            rows = tables.read_lines(content)
+        except (pa.ArrowException, KeyError, OSError) as error:
+            raise FrameError(f"{folder / name} is not a per-image table: {error}") from error
+        if expected is not None and len(rows) != expected:
             raise FrameError(
-                f"{table.path} has {len(rows)} rows, {table.rows} were measured; extract it again"
+                f"{folder / name} has {len(rows)} rows, {expected} were measured; extract it again"
             )
         read.append(rows)
     return _to_pandas(_bundled(pa.concat_tables(read)))
@@ -160,26 +235,24 @@ def _bundled(rows: pa.Table) -> pa.Table:
 
 
 def write_lightcurves(
-    partition: pd.DataFrame, *, folder: str, buckets: str | None, partition_info=None
+    partition: pd.DataFrame, *, options: CurveOptions, partition_info=None
 ) -> pd.DataFrame:
     """Write the light curve of every source in a partition, its rows in order.
 
     Returns
     -------
-    pandas.DataFrame or DiskFullError
+    pandas.DataFrame or SpxdaskError
         As `WRITTEN`. An error is returned, as Dask would log it where the user sees it.
     """
     number = None if partition_info is None else partition_info["number"]
     try:
-        with told_when_full(folder):
-            return _write(partition, folder, buckets, number)
-    except DiskFullError as error:
+        with told_when_full(options.lightcurves):
+            return _write(partition, options, number)
+    except (DiskFullError, StoreError) as error:
         return error
 
 
-def _write(
-    partition: pd.DataFrame, folder: str, buckets: str | None, number: int | None
-) -> pd.DataFrame:
+def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -> pd.DataFrame:
     pieces = pa.Table.from_pandas(partition, preserve_index=False)
     columns = {name: pieces.column(name).combine_chunks() for name in pieces.column_names}
     target, n = _rank(columns["target_id"]), len(pieces)
@@ -206,12 +279,18 @@ def _write(
         texts[i] = tables.sort_lines(texts[i])
     targets = columns["target_id"].take(pa.array(order[starts]))
     rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)
-    if buckets is not None and number is not None:
-        ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
-        _write_bucket(Path(buckets) / bucket_name(number), ids, texts)
-    header = tables.csv_header(tables.LIGHT_CURVE)
-    for name, text in zip(targets.to_pylist(), texts, strict=True):
-        write_whole(f"{folder}/{light_curve_name(name)}", b"".join((header, text)))
+    as_parquet = [options.lightcurves] if options.format == "parquet" else []
+    as_parquet += [options.buckets] if options.buckets else []
+    if as_parquet and number is not None:
+        content = _bucket(targets, rows, texts)
+        for folder in as_parquet:
+            with whole_file(place(folder) / bucket_name(number)) as part:
+                part.write_bytes(content)
+    if options.format == "csv":
+        header = tables.csv_header(tables.LIGHT_CURVE)
+        names = map(light_curve_name, targets.to_pylist())
+        curves = ((name, b"".join((header, text))) for name, text in zip(names, texts, strict=True))
+        write_each(place(options.lightcurves), curves)
     return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
 
 
@@ -223,12 +302,13 @@ def _rank(column: pa.Array) -> np.ndarray:
     return rank[encoded.indices.to_numpy()]
 
 
-def _write_bucket(path: Path, ids: pa.Array, texts: Sequence[memoryview]) -> None:
-    """Write a sorted partition as Parquet, its numbers as numbers."""
+def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[memoryview]) -> bytes:
+    """Return the light curves of a partition as Parquet, their numbers as numbers."""
     text = b"".join((tables.csv_header(tables.LIGHT_CURVE), *texts))
-    rows = tables.read_csv(pa.BufferReader(text), tables.LIGHT_CURVE)
-    with whole_file(path, durable=False) as part:
-        pq.write_table(rows.add_column(0, "target_id", ids), part)
+    found = tables.read_csv(pa.BufferReader(text), tables.LIGHT_CURVE)
+    ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
+    found = found.add_column(0, "target_id", ids)
+    return tables.parquet_bytes(found.replace_schema_metadata({"sources": str(len(targets))}))
 
 
 def light_curve_name(target_id: str) -> str:
@@ -241,7 +321,9 @@ def bucket_name(number: int) -> str:
     return f"bucket-{number:05d}.parquet"
 
 
-def keep_only(folder: str, names: set[str], is_ours: Callable[[Path], bool]) -> set[str]:
+def keep_only(
+    folder: Path | UPath, names: set[str], is_ours: Callable[[Path | UPath], bool]
+) -> set[str]:
     """Remove from a folder what an older run left there; a user's own files stay.
 
     Returns
@@ -249,23 +331,24 @@ def keep_only(folder: str, names: set[str], is_ours: Callable[[Path], bool]) -> 
     set of str
         The names that are not there.
     """
-    missing = set(names)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name in names:
-                missing.discard(entry.name)
-            elif entry.is_file(follow_symlinks=False) and is_ours(Path(entry.path)):
-                os.unlink(entry.path)
-    return missing
+    there = names_in(folder)
+    others = sorted(there - names)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        # In a store, many are looked at in the time of one.
+        look = map if is_local(folder) else pool.map
+        ours = list(look(is_ours, [folder / name for name in others]))
+    remove(folder, compress(others, ours))
+    return names - there
 
 
-def is_light_curve(path: Path) -> bool:
-    """Tell whether a file is a light curve that we wrote, by its first line."""
+def is_light_curve(path: Path | UPath) -> bool:
+    """Tell whether a file is a light curve that we wrote, by its first line or its name."""
     header = tables.csv_header(tables.LIGHT_CURVE)
-    with open(path, "rb") as file:
-        return path.suffix == ".csv" and file.read(len(header)) == header
+    if path.suffix != ".csv":
+        return is_bucket(path)
+    return starts_with(path, header)
 
 
-def is_bucket(path: Path) -> bool:
+def is_bucket(path: Path | UPath) -> bool:
     """Tell whether a file is named as a kept partition is."""
     return path.suffix == ".parquet" and path.stem.startswith("bucket-")

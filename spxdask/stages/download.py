@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
+from typing import Any
 
 import aiohttp
 import fsspec
-from fsspec.asyn import sync
+from distributed import get_worker
+from fsspec.asyn import get_loop, sync
 from yarl import URL
 
 from spxdask import retry
-from spxdask.errors import ArchiveError, FrameError
+from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
 from spxdask.ledger import Outcome
 from spxdask.memory import Memory
 from spxdask.observation import Observation
 from spxdask.science.fits import verify
 from spxdask.science.frame import Frame, open_frame
-from spxdask.storage import told_when_full, write_large
+from spxdask.storage import place, s3_options, told_when_full, write_large
 
 logger = logging.getLogger(__name__)
 
 # Level 2 files have 71.6 MB (QR2) or less; what is longer than this is none.
 MAX_FRAME_BYTES = 256 << 20
+# Read from an object store at a time, at most.
+CHUNK_BYTES = 1 << 20
+# Open to all, credentials or not.
+PUBLIC_BUCKET = "nasa-irsa-spherex"
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 
@@ -39,10 +47,11 @@ frame_memory = Memory()
 
 @dataclass(frozen=True, kw_only=True)
 class FetchOptions:
-    """How patient a download is; see `BatchConfig`."""
+    """How patient a download is, and how much a worker holds; see `BatchConfig`."""
 
     max_retries: int
     stall_timeout: float
+    scratch_bytes: float = math.inf
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
@@ -93,12 +102,8 @@ def fetched(
     """
     started = time.monotonic()
     frame, reason, size = None, None, observation.size_bytes or MAX_FRAME_BYTES
-    # With the proxies of the environment, which compute nodes may need, as the query has.
-    filesystem = fsspec.filesystem(
-        observation.download_url.partition(":")[0], client_kwargs={"trust_env": True}
-    )
     with (
-        frame_memory.take(min(size, MAX_FRAME_BYTES)) as memory,
+        frame_memory.take(min(size, MAX_FRAME_BYTES), _room(options)) as memory,
         ThreadPoolExecutor(1, thread_name_prefix="keep-image") as writer,
     ):
         part = _Part(memory=memory)
@@ -107,21 +112,21 @@ def fetched(
                 raise ArchiveError(f"{observation.download_url}: {size} bytes are no frame")
             # On fsspec's own IO thread: a coroutine on the worker's loop would hold up its
             # heartbeats, and take a slot all the same.
-            frame = sync(filesystem.loop, _fetch, filesystem, observation, part, options)
+            frame = sync(get_loop(), _fetch, observation, part, options)
         except (ArchiveError, OSError) as error:
             reason = _one_line(error)
         seconds = time.monotonic() - started
         image = Fetched(frame)
         written = None
         if frame is not None and images is not None:
-            path = Path(images) / observation.filename
+            path = place(images) / observation.filename
             written = writer.submit(write_large, path, part.content)
         yield image
         if written is not None:
             try:
                 with told_when_full(images):
                     written.result()
-            except OSError as error:
+            except (OSError, StoreError) as error:
                 reason = _one_line(error)
         image.outcome = Outcome(
             stage="download",
@@ -141,13 +146,20 @@ def _one_line(error: Exception) -> str:
     return " ".join("".join(plain).split())
 
 
-def is_complete(observation: Observation, images: str) -> bool:
-    """Tell whether a frame is in the images folder with the length the archive says."""
+def _room(options: FetchOptions) -> float:
+    """Return how many bytes of frames this worker may hold at once."""
     try:
-        size = os.stat(Path(images) / observation.filename).st_size
-    except FileNotFoundError:
-        return False
-    return observation.size_bytes in (None, size)
+        memory = get_worker().memory_manager.memory_limit or math.inf
+    except ValueError:
+        # Not in a worker.
+        memory = math.inf
+    return min(options.scratch_bytes, memory / 4)
+
+
+def is_complete(observation: Observation, sizes: Mapping[str, int]) -> bool:
+    """Tell whether a frame is among files, by name, with the length the archive says."""
+    size = sizes.get(observation.filename)
+    return size is not None and observation.size_bytes in (None, size)
 
 
 @dataclass
@@ -164,15 +176,23 @@ class _Part:
     def content(self) -> memoryview:
         return self.memory[: self.size]
 
+    def append(self, chunk: bytes) -> None:
+        size = self.size + len(chunk)
+        if size > len(self.memory):
+            raise FrameError(f"more than {len(self.memory)} bytes came")
+        self.memory[self.size : size] = chunk
+        self.size = size
 
-async def _fetch(filesystem, observation: Observation, part: _Part, options: FetchOptions) -> Frame:
+
+async def _fetch(observation: Observation, part: _Part, options: FetchOptions) -> Frame:
     """Fetch until the frame is whole."""
     url = observation.download_url
+    transfer = _TRANSFERS[url.partition(":")[0]]
     while True:
         part.attempts += 1
         retry_after = None
         try:
-            await _transfer(filesystem, observation, part, options.stall_timeout)
+            await transfer(observation, part, options.stall_timeout)
             return await asyncio.to_thread(_open, observation, part)
         except aiohttp.ClientResponseError as error:
             failure = f"HTTP {error.status} {error.message}"
@@ -188,6 +208,10 @@ async def _fetch(filesystem, observation: Observation, part: _Part, options: Fet
             failure = f"the transfer broke off after {part.size} bytes"
         except (aiohttp.ClientError, ConnectionError) as error:
             failure = f"{type(error).__name__}: {error}"
+        except (FileNotFoundError, PermissionError) as error:
+            raise ArchiveError(f"{url}: {error.strerror or error}") from error
+        except (OSError, StoreError) as error:
+            failure = str(error)
         except FrameError as error:
             # Starting over is the only cure for wrong content.
             part.size = 0
@@ -199,9 +223,7 @@ async def _fetch(filesystem, observation: Observation, part: _Part, options: Fet
         await asyncio.sleep(pause)
 
 
-async def _transfer(
-    filesystem, observation: Observation, part: _Part, stall_timeout: float
-) -> None:
+async def _from_service(observation: Observation, part: _Part, stall_timeout: float) -> None:
     """Bring `part` to full length, going on where it ends.
 
     Bytes of two versions are never joined: the server is asked to go on only if the file
@@ -211,6 +233,10 @@ async def _transfer(
     if part.size and part.tag:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.tag}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_timeout, sock_read=stall_timeout)
+    # With the proxies of the environment, which compute nodes may need, as the query has.
+    filesystem = fsspec.filesystem(
+        observation.download_url.partition(":")[0], client_kwargs={"trust_env": True}
+    )
     # Not `open_async`, whose file forgets the headers and the timeout (fsspec 2026.9).
     session = await filesystem.set_session()
     url = filesystem.encode_url(observation.download_url)
@@ -229,18 +255,89 @@ async def _transfer(
         if not goes_on:
             part.size = 0
         if response.content_length is not None:
-            size = part.size + response.content_length
-            _check_length(observation, size)
-            if size > MAX_FRAME_BYTES:
-                raise ArchiveError(f"{url}: {size} bytes are no frame")
+            _announce(observation, part.size + response.content_length)
         # A weak tag says nothing about bytes.
         part.tag = tag if tag and not tag.startswith("W/") else None
         async for chunk in response.content.iter_any():
-            size = part.size + len(chunk)
-            if size > len(part.memory):
-                raise FrameError(f"more than {len(part.memory)} bytes came")
-            part.memory[part.size : size] = chunk
-            part.size = size
+            part.append(chunk)
+
+
+async def _from_bucket(observation: Observation, part: _Part, stall_timeout: float) -> None:
+    """Bring `part` to full length out of an object store, going on where it ends."""
+    url = observation.download_url
+    goes_on = bool(part.size and part.tag)
+    try:
+        filesystem = _bucket(url.split("/")[2], stall_timeout)
+        bucket, key, _ = filesystem.split_path(url)
+        asked = {"Bucket": bucket, "Key": key}
+        if goes_on:
+            asked |= {"Range": f"bytes={part.size}-", "IfMatch": part.tag}
+        else:
+            part.size = 0
+        # This takes a while the first time, for no fault of the store.
+        await filesystem.set_session()
+        answer = await asyncio.wait_for(filesystem._call_s3("get_object", **asked), stall_timeout)
+        with closing(answer["Body"]) as body:
+            sent = answer.get("ContentRange", "")
+            if goes_on and not (
+                answer["ETag"] == part.tag and sent.startswith(f"bytes {part.size}-")
+            ):
+                raise FrameError("the store sent another range than was asked for")
+            part.tag = answer["ETag"]
+            _announce(observation, part.size + answer["ContentLength"])
+            while chunk := await asyncio.wait_for(body.read(CHUNK_BYTES), stall_timeout):
+                part.append(chunk)
+    except (FileNotFoundError, PermissionError, TimeoutError, aiohttp.ClientError, SpxdaskError):
+        raise
+    except OSError as error:
+        if goes_on and error.errno == errno.EINVAL:
+            raise FrameError("the file changed while it came") from error
+        raise
+    except ImportError as error:
+        raise ArchiveError(f"{url}: {error}") from error
+    except Exception as error:
+        # Of the store's own library, whose errors have nothing in common.
+        if "Credentials" in type(error).__name__:
+            raise ArchiveError(f"{url}: {error}") from error
+        raise StoreError(f"{type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache
+def _bucket(name: str, stall_timeout: float) -> Any:
+    """Return a file system that leaves trying again to us."""
+    # We give up first, and know why.
+    times = {"connect_timeout": stall_timeout, "read_timeout": 2 * stall_timeout}
+    options = s3_options(**times, retries={"max_attempts": 0})
+    if name == PUBLIC_BUCKET:
+        options["anon"] = True
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
+    filesystem.retries = 1
+    return filesystem
+
+
+async def _from_mirror(observation: Observation, part: _Part, stall_timeout: float) -> None:
+    """Bring `part` to full length from a disk, which has no time limit."""
+
+    def read() -> None:
+        with open(place(observation.download_url), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            _announce(observation, size)
+            part.size = 0
+            while part.size < size:
+                count = file.readinto(part.memory[part.size : size])
+                if not count:
+                    raise FrameError(f"the file ended after {part.size} of {size} bytes")
+                part.size += count
+
+    await asyncio.to_thread(read)
+
+
+_TRANSFERS = {
+    "http": _from_service,
+    "https": _from_service,
+    "s3": _from_bucket,
+    "file": _from_mirror,
+}
 
 
 @asynccontextmanager
@@ -293,6 +390,13 @@ def _open(observation: Observation, part: _Part) -> Frame:
     if frame.band != observation.band:
         raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
     return frame
+
+
+def _announce(observation: Observation, size: int) -> None:
+    """Check the length that a server says a file has."""
+    _check_length(observation, size)
+    if size > MAX_FRAME_BYTES:
+        raise ArchiveError(f"{observation.download_url}: {size} bytes are no frame")
 
 
 def _check_length(observation: Observation, size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,16 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from upath import UPath
 
 from spxdask import tables
 from spxdask.config import PhotometryConfig
-from spxdask.errors import DiskFullError, FrameError
+from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.ledger import Outcome
 from spxdask.observation import filename_identity, is_level2_name
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.frame import Frame, open_frame
 from spxdask.science.photometry import measure
-from spxdask.storage import told_when_full, whole_file
+from spxdask.storage import (
+    is_local,
+    local_copy,
+    move,
+    place,
+    read_bytes,
+    told_when_full,
+    whole_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +56,15 @@ class ExtractOptions:
     serial : bool
         Measure one frame at a time in a process, however many threads it has. For the
         embedded cluster, whose workers have threads to spare for downloads.
+    format : str
+        Of the tables, ``csv`` or ``parquet``.
     """
 
     catalogue: str
     photometry: PhotometryConfig
     fingerprint: str
     serial: bool
+    format: str = "csv"
 
 
 def fingerprint(catalogue: Catalogue, photometry: PhotometryConfig) -> str:
@@ -74,15 +85,9 @@ def _hash(sources: str | bytes, photometry: PhotometryConfig) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def table_name(filename: str) -> str:
+def table_name(filename: str, format: str = "csv") -> str:
     """Return the name of a frame's per-image table."""
-    return f"{Path(filename).stem}_photometry.csv"
-
-
-def has_table(outcome: Outcome, per_image: Path) -> bool:
-    """Tell whether the table that an outcome tells of is there, of the length it had."""
-    table = per_image / table_name(outcome.filename)
-    return outcome.status == "done" and table.exists() and table.stat().st_size == outcome.bytes
+    return f"{Path(filename).stem}_photometry.{format}"
 
 
 def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
@@ -91,10 +96,10 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     Parameters
     ----------
     image : str
-        The frame.
+        The frame, on disk or in a store.
     per_image : str
-        Folder of the tables. The frame's appears in it whole, with only a header when
-        no source of the catalogue is on the frame.
+        Folder of the tables. The frame's appears in it whole, without rows when no source
+        of the catalogue is on the frame.
     options : ExtractOptions
 
     Returns
@@ -102,7 +107,8 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     Outcome
         ``failed`` with the reason for a frame that cannot be measured.
     """
-    return _extract(Path(image).name, lambda: _open(image), per_image, options)
+    path = place(image)
+    return _extract(path.name, lambda: _open(path), per_image, options)
 
 
 def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
@@ -125,14 +131,13 @@ def _extract(
                 frame, catalogue, near, options.photometry
             )
             rows = len(columns["target_id"])
-            text = tables.csv_header(tables.PER_IMAGE) + tables.lines_to_bytes(
-                tables.csv_lines(columns)
-            )
-        with told_when_full(per_image), whole_file(Path(per_image) / table_name(filename)) as part:
-            size = part.write_bytes(text)
+            content = tables.to_bytes(columns, options.format)
+        table = place(per_image) / table_name(filename, options.format)
+        with told_when_full(per_image), whole_file(table) as part:
+            size = part.write_bytes(content)
     except DiskFullError:
         raise
-    except (FrameError, OSError) as error:
+    except (FrameError, StoreError, OSError) as error:
         reason = str(error)
     except Exception as error:
         # One frame must not cost the run, whatever is in it; the log has the traceback.
@@ -154,17 +159,19 @@ def _extract(
     )
 
 
-def _open(image: str) -> Frame:
+def _open(image: Path | UPath) -> Frame:
     """Open a frame; set one aside that does not open, so that it is fetched again.
 
     It did open when it was fetched, so what is wrong with it happened here.
     """
     try:
-        return open_frame(image)
+        if is_local(image):
+            return open_frame(image)
+        return open_frame(memoryview(read_bytes(image)), image.name)
     except FrameError as error:
-        aside = f"{image}.unreadable"
-        os.replace(image, aside)
-        raise FrameError(f"{error}; set aside as {Path(aside).name}") from error
+        aside = f"{image.name}.unreadable"
+        move(image, aside)
+        raise FrameError(f"{error}; set aside as {aside}") from error
 
 
 def measure_catalogue(
@@ -204,4 +211,5 @@ def measure_catalogue(
 @functools.lru_cache(maxsize=2)
 def _catalogue(path: str) -> Catalogue:
     """Map the catalogue once a process. Its name holds its fingerprint, so it cannot age."""
-    return Catalogue.open(path)
+    source = place(path)
+    return Catalogue.open(source if is_local(source) else local_copy(source))

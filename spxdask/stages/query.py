@@ -20,7 +20,13 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from spxdask import retry
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
-from spxdask.observation import Observation, check_uri, filename_identity, is_level2_name
+from spxdask.observation import (
+    Observation,
+    check_uri,
+    filename_identity,
+    frame_url,
+    is_level2_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +133,7 @@ def select(answer: Table, config: BatchConfig) -> list[Observation]:
             mjd=mjd,
             wavelength_um=(lower + upper) / 2 * 1e6,
             uri=uri,
-            download_url=f"{config.archive_url}/{uri}",
+            download_url=frame_url(config.archive_url, uri),
             size_bytes=None if np.ma.is_masked(size) or int(size) <= 0 else int(size),
         )
         # A file name holds exposure, detector and version, and is ours on disk.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spxdask import tables
-from spxdask.errors import FrameError
+from spxdask.errors import DiskFullError, FrameError
 from spxdask.stages import aggregate
 
 
@@ -27,21 +33,40 @@ def make_rows(rng, ids, number) -> pd.DataFrame:
     return frame[list(tables.PER_IMAGE)]
 
 
-def write(folder, rows: pd.DataFrame, number: int) -> aggregate.Table:
-    path = folder / f"level2_{number}_photometry.csv"
+def write(folder, rows: pd.DataFrame, number: int, how: str = "csv") -> aggregate.Table:
+    path = folder / f"level2_{number}_photometry.{how}"
     columns = {name: rows[name].to_numpy() for name in rows}
-    path.write_bytes(
-        tables.csv_header(tables.PER_IMAGE)
-        + bytes(tables.lines_to_bytes(tables.csv_lines(columns)))
+    size = path.write_bytes(tables.to_bytes(columns, how))
+    return aggregate.Table(name=path.name, bytes=size, rows=len(rows))
+
+
+def make_options(per_image, folder, how="csv", buckets=None) -> aggregate.CurveOptions:
+    return aggregate.CurveOptions(
+        per_image=str(per_image),
+        manifest=str(per_image / "tables.parquet"),
+        lightcurves=str(folder),
+        format=how,
+        buckets=buckets,
     )
-    return aggregate.Table(path=str(path), rows=len(rows))
 
 
-def run(client, found, folder, num_buckets=7, buckets=None):
+def run(client, found, folder, num_buckets=7, how="csv", buckets=None):
+    """Aggregate tables that lie beside the folder of the light curves."""
     folder.mkdir(exist_ok=True)
-    groups = aggregate.group(found)
-    frame = aggregate.light_curves(groups, str(folder), buckets, num_buckets)
+    options = make_options(folder.parent, folder, how, buckets)
+    n_groups = aggregate.save_groups(found, options.manifest)
+    frame = aggregate.light_curves(n_groups, num_buckets, options)
     return client.compute(frame).result()
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def groups(manifest) -> list[list[aggregate.Table]]:
+    with pq.ParquetFile(manifest) as file:
+        found = [file.read_row_group(n).to_pylist() for n in range(file.num_row_groups)]
+    return [[aggregate.Table(**row) for row in group] for group in found]
 
 
 def test_light_curves_equal_a_sort_in_pandas(client, tmp_path, monkeypatch):
@@ -69,14 +94,43 @@ def test_result_does_not_depend_on_groups_or_buckets(client, tmp_path, monkeypat
         write(tmp_path, make_rows(rng, np.array([f"s{i}" for i in range(40)]), number), number)
         for number in range(9)
     ]
-    contents = []
+    curves = []
     for n, (files, buckets) in enumerate([(100, 1), (2, 16), (1, 3)]):
         monkeypatch.setattr(aggregate, "GROUP_FILES", files)
-        assert len(aggregate.group(found)) == -(-9 // min(files, 9))
         run(client, found[::-1] if n else found, tmp_path / f"lc{n}", buckets)
-        contents.append({p.name: p.read_bytes() for p in (tmp_path / f"lc{n}").iterdir()})
-    assert contents[0] == contents[1] == contents[2]
-    assert len(contents[0]) == 40
+        assert len(groups(tmp_path / "tables.parquet")) == -(-9 // min(files, 9))
+        curves.append(contents(tmp_path / f"lc{n}"))
+    assert curves[0] == curves[1] == curves[2]
+    assert len(curves[0]) == 40
+
+
+def test_parquet_light_curves_do_not_depend_on_groups_or_formats(client, tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    frames = [make_rows(rng, np.array([f"s{i}" for i in range(40)]), n) for n in range(9)]
+    curves = []
+    for n, (files, how) in enumerate([(100, "csv"), (2, "csv"), (1, "parquet"), (4, "parquet")]):
+        monkeypatch.setattr(aggregate, "GROUP_FILES", files)
+        found = [write(tmp_path, rows, number, how) for number, rows in enumerate(frames)]
+        written = run(client, found[::-1] if n else found, tmp_path / f"lc{n}", 3, "parquet")
+        assert written["rows"].sum() == 9 * 40
+        curves.append(contents(tmp_path / f"lc{n}"))
+    assert curves[0] == curves[1] == curves[2] == curves[3]
+    assert set(curves[0]) == {aggregate.bucket_name(n) for n in range(3)}
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_buckets_beside_the_light_curves(client, tmp_path, how):
+    rng = np.random.default_rng(6)
+    ids = np.array(["a", "b,c", 'd"e', "f\ng"])
+    found = [write(tmp_path, make_rows(rng, ids, number), number) for number in range(5)]
+    (tmp_path / "buckets").mkdir()
+    run(client, found, tmp_path / "lc", 2, how, buckets=str(tmp_path / "buckets"))
+    run(client, found, tmp_path / "alone", 2, "parquet")
+    assert contents(tmp_path / "buckets") == contents(tmp_path / "alone")
+    names = {aggregate.light_curve_name(i) for i in ids}
+    if how == "parquet":
+        names = {"bucket-00000.parquet", "bucket-00001.parquet"}
+    assert set(contents(tmp_path / "lc")) == names
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -105,19 +159,43 @@ def test_frames_in_any_order(client, tmp_path, monkeypatch, seed):
 def test_groups_are_bounded_by_size(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     found = [write(tmp_path, make_rows(rng, np.array(["a", "b"]), n), n) for n in range(6)]
-    size = (tmp_path / "level2_0_photometry.csv").stat().st_size
-    monkeypatch.setattr(aggregate, "GROUP_BYTES", int(2.5 * size))
-    groups = aggregate.group(found)
-    assert [len(g) for g in groups] == [2, 2, 2]
-    assert [t for g in groups for t in g] == found
-    assert aggregate.group([]) == []
+    assert found[0].bytes == (tmp_path / found[0].name).stat().st_size
+    manifest = tmp_path / "tables.parquet"
+    monkeypatch.setattr(aggregate, "GROUP_BYTES", int(2.5 * found[0].bytes))
+    assert aggregate.save_groups(iter(found), str(manifest)) == 3
+    assert [len(g) for g in groups(manifest)] == [2, 2, 2]
+    assert [t for g in groups(manifest) for t in g] == found
+    # One that is too large by itself is read alone.
+    monkeypatch.setattr(aggregate, "GROUP_BYTES", 1)
+    unknown = [replace(table, rows=None) for table in found]
+    assert aggregate.save_groups(unknown, str(manifest)) == 6
+    assert groups(manifest) == [[table] for table in unknown]
+    assert aggregate.save_groups([], str(manifest)) == 0
 
 
-def test_a_table_that_lost_rows_is_refused(tmp_path):
+def test_partitions_are_as_many_as_asked_for_unless_they_were_large(monkeypatch):
+    monkeypatch.setattr(aggregate, "BUCKET_BYTES", 100)
+    found = [aggregate.Table(name=f"{n}", bytes=n, rows=None) for n in (120, 280)]
+    counts = [aggregate.partitions(found, asked) for asked in (1, 3, 4, 5)]
+    assert counts == [4, 4, 4, 5]
+    assert aggregate.partitions([replace(found[0], bytes=1)], 1) == 1
+    # No table, no shuffle.
+    assert aggregate.partitions([], 5) == 0
+
+
+def read(found, folder):
+    options = make_options(folder, folder / "lc")
+    assert aggregate.save_groups(found, options.manifest) == 1
+    return aggregate.read_tables(0, options)
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_a_table_that_lost_rows_is_refused(tmp_path, how):
     rng = np.random.default_rng(4)
-    table = write(tmp_path, make_rows(rng, np.array(["a", "b"]), 0), 0)
-    with pytest.raises(FrameError, match="has 2 rows, 3 were measured"):
-        aggregate.read_tables([aggregate.Table(path=table.path, rows=3)])
+    table = write(tmp_path, make_rows(rng, np.array(["a", "b"]), 0), 0, how)
+    assert len(read([replace(table, rows=None)], tmp_path)) == 2
+    with pytest.raises(FrameError, match=rf"{table.name} has 2 rows, 3 were measured"):
+        read([replace(table, rows=3)], tmp_path)
 
 
 @settings(
@@ -135,39 +213,104 @@ def test_a_table_that_lost_rows_is_refused(tmp_path):
 def test_rows_of_any_ids_are_conserved(tmp_path_factory, ids):
     folder = tmp_path_factory.mktemp("any")
     rows = make_rows(np.random.default_rng(5), np.array(ids, dtype=object), 0)
-    partition = aggregate.read_tables([write(folder, rows, 0)])
-    assert sorted(partition["target_id"]) == sorted(set(ids))
-    assert partition["rows"].sum() == len(ids)
+    one, other = (read([write(folder, rows, 0, how)], folder) for how in ("csv", "parquet"))
+    pd.testing.assert_frame_equal(one, other)
+    assert sorted(one["target_id"]) == sorted(set(ids))
+    assert one["rows"].sum() == len(ids)
     (folder / "lc").mkdir()
-    written = aggregate.write_lightcurves(partition, folder=str(folder / "lc"), buckets=None)
+    written = aggregate.write_lightcurves(one, options=make_options(folder, folder / "lc"))
     assert sorted(written["target_id"]) == sorted(set(ids))
     files = list((folder / "lc").iterdir())
     assert len(files) == len(set(ids))
     assert sum(len(p.read_text().splitlines()) - 1 for p in files) == len(ids)
+    options = make_options(folder, folder / "lc", "parquet")
+    again = aggregate.write_lightcurves(one, options=options, partition_info={"number": 3})
+    pd.testing.assert_frame_equal(again, written)
+    path = folder / "lc" / "bucket-00003.parquet"
+    assert pq.read_table(path).column("target_id").to_pylist() == sorted(ids)
+    assert pq.read_metadata(path).metadata[b"sources"] == str(len(set(ids))).encode()
 
 
-def test_empty_partition(tmp_path):
-    partition = aggregate.META
-    written = aggregate.write_lightcurves(partition, folder=str(tmp_path), buckets=None)
-    assert len(written) == 0
-    assert list(written.columns) == ["target_id", "rows"]
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_empty_partition(tmp_path, how):
+    options = make_options(tmp_path, tmp_path, how)
+    for info in (None, {"number": 0}):
+        written = aggregate.write_lightcurves(aggregate.META, options=options, partition_info=info)
+        assert len(written) == 0
+        assert list(written.columns) == ["target_id", "rows"]
+    found = list(tmp_path.iterdir())
+    if how == "csv":
+        assert found == []
+        return
+    # A file with the columns of the others, so that any number of them is one dataset.
+    assert [path.name for path in found] == ["bucket-00000.parquet"]
+    one = read([write(tmp_path, make_rows(np.random.default_rng(7), ["a"], 0), 0)], tmp_path)
+    aggregate.write_lightcurves(one, options=options, partition_info={"number": 1})
+    empty, full = (pq.read_table(tmp_path / aggregate.bucket_name(n)) for n in range(2))
+    assert (len(empty), len(full)) == (0, 1)
+    assert empty.schema == full.schema
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_a_light_curve_that_cannot_be_written(tmp_path, how, monkeypatch):
+    one = read([write(tmp_path, make_rows(np.random.default_rng(7), ["a"], 0), 0)], tmp_path)
+    options = make_options(tmp_path, tmp_path / "lc", how)
+    (tmp_path / "lc").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    # Returned, as an error of a task is logged where the user sees it.
+    result = aggregate.write_lightcurves(one, options=options, partition_info={"number": 0})
+    assert isinstance(result, DiskFullError)
+    assert str(tmp_path / "lc") in str(result)
+    assert list((tmp_path / "lc").iterdir()) == []
 
 
 def test_keep_only_spares_what_is_not_ours(tmp_path):
     ours = tables.csv_header(tables.LIGHT_CURVE)
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_bytes(ours + b"x\n")
+    for name in ("bucket-00001.parquet", "bucket-00002.parquet", "stars.parquet"):
+        (tmp_path / name).write_bytes(b"PAR1")
     (tmp_path / "star.csv").write_text("ra,dec\n1,2\n")
     (tmp_path / "notes.txt").write_bytes(ours)
     (tmp_path / "folder").mkdir()
-    missing = aggregate.keep_only(str(tmp_path), {"a.csv", "c.csv"}, aggregate.is_light_curve)
+    names = {"a.csv", "c.csv", "bucket-00001.parquet"}
+    missing = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
     assert missing == {"c.csv"}
-    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "star.csv", "notes.txt", "folder"}
+    users = {"stars.parquet", "star.csv", "notes.txt", "folder"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "bucket-00001.parquet"} | users
+    assert aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve) == set()
+    assert {p.name for p in tmp_path.iterdir()} == users
+    # No folder, nothing to remove.
+    assert aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket) == set()
 
 
-def test_table_of_another_kind_is_named(tmp_path):
-    (tmp_path / "x_photometry.csv").write_text("a,b\n1,2\n")
-    table = aggregate.Table(path=str(tmp_path / "x_photometry.csv"), rows=None)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a,b\n1,2\n",
+        b"",
+        tables.parquet_bytes(pa.table({"a": [1]})),
+        tables.parquet_bytes(tables.SCHEMA.empty_table())[:-9],
+        tables.PARQUET_MARK,
+    ],
+)
+def test_table_of_another_kind_is_named(tmp_path, content):
+    (tmp_path / "x_photometry.csv").write_bytes(content)
+    table = aggregate.Table(name="x_photometry.csv", bytes=len(content), rows=None)
     with pytest.raises(FrameError, match=r"x_photometry.csv is not a per-image table"):
-        aggregate.read_tables([table])
+        read([table], tmp_path)
+
+
+def test_a_table_whose_bytes_are_damaged_is_named(tmp_path):
+    """Where it says that it is whole, too."""
+    rows = make_rows(np.random.default_rng(8), np.array([f"s{i}" for i in range(100)]), 0)
+    table = write(tmp_path, rows, 0, "parquet")
+    data = bytearray((tmp_path / table.name).read_bytes())
+    data[4:400] = bytes(396)
+    (tmp_path / table.name).write_bytes(data)
+    with pytest.raises(FrameError, match=rf"{table.name} is not a per-image table"):
+        read([table], tmp_path)

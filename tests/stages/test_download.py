@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import pickle
 import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -22,6 +25,7 @@ from fsspec.asyn import get_loop
 from spxdask import retry, storage
 from spxdask.cluster import error_as_value
 from spxdask.errors import DiskFullError
+from spxdask.memory import Memory
 from spxdask.observation import Observation
 from spxdask.science.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
@@ -776,31 +780,166 @@ def test_passwords_of_others_stay_out_of_the_ledger(frame, images, connected, sc
     assert "secret" not in outcome.reason
 
 
+# From a mirror on disk
+
+
+@pytest.fixture
+def mirror(frame, tmp_path):
+    path = tmp_path / "mirror of the archive" / frame.uri
+    path.parent.mkdir(parents=True)
+    path.write_bytes(frame.path.read_bytes())
+    return path
+
+
+def fetch_from(mirror, frame, images, options=PATIENT, **changes):
+    changes = {"download_url": mirror.as_uri()} | changes
+    return download.download(observed(frame, "", **changes), str(images), options)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_frame_comes_from_a_mirror(frame, content, images, mirror, known):
+    outcome = fetch_from(mirror, frame, images, **{} if known else {"size_bytes": None})
+    assert_done(outcome, images, frame, content, 1)
+    assert outcome.checksum == ones_complement_sum(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "attempts"),
+    [
+        (lambda path: path.unlink(), "No such file or directory", 1),
+        (lambda path: (path.unlink(), path.mkdir()), "Is a directory", 4),
+        (lambda path: os.truncate(path, 1_000_000), "1000000 bytes came, the archive says", 4),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "not a FITS file", 4),
+    ],
+)
+def test_a_mirror_that_does_not_have_it(frame, images, mirror, change, says, attempts):
+    change(mirror)
+    outcome = fetch_from(mirror, frame, images)
+    assert_failed(outcome, images, says, attempts)
+    assert outcome.reason.startswith(f"{mirror.as_uri()}: ")
+
+
+def test_another_frame_of_a_mirror_is_not_taken(frame, other, images, mirror):
+    mirror.write_bytes(other.path.read_bytes())
+    outcome = fetch_from(mirror, frame, images)
+    assert_failed(outcome, images, "the file is of band D1, not D2", 4)
+
+
+def test_a_mirror_that_is_just_being_copied(frame, content, images, mirror, monkeypatch):
+    mirror.write_bytes(content[:1_000_000])
+    pauses = []
+
+    def delay(attempt, retry_after=None):
+        pauses.append(attempt)
+        mirror.write_bytes(content)
+        return 0.0
+
+    monkeypatch.setattr(retry, "delay", delay)
+    assert_done(fetch_from(mirror, frame, images), images, frame, content, 2)
+    assert pauses == [1]
+
+
+# How much at once
+
+
+class Counting(Memory):
+    """Notes what is asked for, and the most that was lent at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.lent, self.peak = [], 0, 0
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def take(self, size, limit=math.inf):
+        with super().take(size, limit) as block:
+            with self.lock:
+                self.asked.append((size, limit))
+                self.lent += 1
+                self.peak = max(self.peak, self.lent)
+            try:
+                yield block
+            finally:
+                with self.lock:
+                    self.lent -= 1
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    memory = Counting()
+    monkeypatch.setattr(download, "frame_memory", memory)
+    return memory
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_worker_holds_no_more_frames_than_it_may(frame, other, images, memory, room):
+    size = frame.path.stat().st_size
+    assert other.path.stat().st_size == size
+    options = replace(PATIENT, scratch_bytes=room * size)
+    with (
+        # So slow that all would be under way at once.
+        SimulatedArchive([frame, other], bandwidth=8 * size) as archive,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        outcomes = list(pool.map(lambda f: fetch(archive, f, images, options), [frame, other] * 3))
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert memory.asked == [(size, room * size)] * 6
+    assert memory.peak <= room
+
+
+@pytest.mark.parametrize(
+    ("limit", "scratch", "expected"),
+    [
+        (8e9, 5e9, 2e9),
+        (8e9, 1e9, 1e9),
+        (None, 5e9, 5e9),
+        (0, 5e9, 5e9),
+        ("no worker", 5e9, 5e9),
+        ("no worker", math.inf, math.inf),
+    ],
+)
+def test_a_quarter_of_the_memory_of_a_worker_is_for_frames(
+    frame, images, memory, monkeypatch, limit, scratch, expected
+):
+    def get_worker():
+        if limit == "no worker":
+            raise ValueError("No worker found")
+        return SimpleNamespace(memory_manager=SimpleNamespace(memory_limit=limit))
+
+    monkeypatch.setattr(download, "get_worker", get_worker)
+    options = replace(PATIENT, scratch_bytes=scratch)
+    with SimulatedArchive([frame]) as archive:
+        assert fetch(archive, frame, images, options).status == "done"
+        assert fetch(archive, frame, images, options, size_bytes=None).status == "done"
+    sizes = [frame.path.stat().st_size, download.MAX_FRAME_BYTES]
+    assert memory.asked == [(size, expected) for size in sizes]
+
+
 # What is there already
 
 
 def test_complete_is_of_the_archives_length(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     unknown = replace(observation, size_bytes=None)
-    assert not is_complete(observation, str(images))
-    assert not is_complete(unknown, str(images / "gone"))
+    assert not is_complete(observation, storage.sizes(images))
+    assert not is_complete(unknown, storage.sizes(images / "gone"))
     path = images / frame.path.name
     for bad in (b"", content[:-1], content + b"x"):
         path.write_bytes(bad)
-        assert not is_complete(observation, str(images))
-        assert is_complete(unknown, str(images))
+        assert not is_complete(observation, storage.sizes(images))
+        assert is_complete(unknown, storage.sizes(images))
     path.write_bytes(content)
-    assert is_complete(observation, str(images))
+    assert is_complete(observation, storage.sizes(images))
 
 
 def test_a_part_is_not_complete(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     (images / f".{frame.path.name}.0123456789ab.part").write_bytes(content)
-    assert not is_complete(observation, str(images))
-    assert not is_complete(replace(observation, size_bytes=None), str(images))
+    assert not is_complete(observation, storage.sizes(images))
+    assert not is_complete(replace(observation, size_bytes=None), storage.sizes(images))
 
 
 def test_what_was_fetched_is_complete(frame, images):
     with SimulatedArchive([frame]) as archive:
         fetch(archive, frame, images)
-        assert is_complete(observed(frame, archive.url), str(images))
+        assert is_complete(observed(frame, archive.url), storage.sizes(images))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import simulated
 from astropy.io import fits
@@ -74,6 +77,24 @@ def test_table_and_outcome(frames, options, tmp_path):
     sky = frames[0]
     np.testing.assert_array_equal(table["ra"], sky.ra[numbers])
     assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_tables_of_either_format_hold_the_same(frames, options, tmp_path, how):
+    frame = frames[1][0]
+    extract(str(frame.path), str(tmp_path), options)
+    outcome = extract(str(frame.path), str(tmp_path), replace(options, format=how))
+    path = tmp_path / f"{frame.path.stem}_photometry.{how}"
+    assert path.name == table_name(frame.path.name, how)
+    assert (outcome.status, outcome.bytes) == ("done", path.stat().st_size)
+    text = tables.read_csv(tmp_path / table_name(frame.path.name))
+    found = tables.read_csv(path) if how == "csv" else pq.read_table(path)
+    assert found.equals(text)
+    assert outcome.rows == len(text) > 5
+    # The same each time.
+    before = path.read_bytes()
+    extract(str(frame.path), str(tmp_path), replace(options, format=how))
+    assert path.read_bytes() == before
 
 
 def test_both_layouts_give_the_same_numbers(frames, catalogue):

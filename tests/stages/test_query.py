@@ -245,6 +245,20 @@ def test_columns_may_be_called_anything():
 
 
 @pytest.mark.parametrize(
+    ("archive_url", "below"),
+    [
+        ("https://example.org/a", uri()),
+        ("s3://nasa-irsa-spherex", uri().removeprefix("ibe/data/spherex/")),
+        ("file:///nowhere/mirror", uri().removeprefix("ibe/data/spherex/")),
+    ],
+)
+def test_frames_are_where_the_archive_is(archive_url, below):
+    [observation] = query.select(table(ROW), config(archive_url=archive_url))
+    assert observation.uri == uri()
+    assert observation.download_url == f"{archive_url}/{below}"
+
+
+@pytest.mark.parametrize(
     "hostile",
     [
         f"../../{uri()}",

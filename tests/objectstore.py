@@ -1,0 +1,58 @@
+"""An object store on 127.0.0.1: moto's S3, and the environment in which it is found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from moto.backends import get_backend
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+BUCKET = "bucket"
+
+
+@contextmanager
+def serving() -> Iterator[S3FileSystem]:
+    """Serve an empty bucket, `BUCKET`, to this process and to those that it starts."""
+    # It says each request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        find(patch, "http://{}:{}".format(*server.get_host_and_port()))
+        try:
+            S3FileSystem.clear_instance_cache()
+            store = S3FileSystem(use_listings_cache=False)
+            store.mkdir(BUCKET)
+            yield store
+        finally:
+            S3FileSystem.clear_instance_cache()
+            server.stop()
+            server._server.server_close()
+            get_backend("s3")["123456789012"]["global"].reset()
+
+
+def find(patch: pytest.MonkeyPatch, url: str) -> None:
+    """Set the environment in which a store is found, and nothing of the user's."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        patch.delenv(name, raising=False)
+    patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    patch.setenv("AWS_ACCESS_KEY_ID", "key")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("AWS_ENDPOINT_URL", url)
+
+
+def contents(store: S3FileSystem, folder: str) -> dict[str, bytes]:
+    """Return the objects in a folder by name."""
+    try:
+        found = store.ls(folder, detail=True)
+    except FileNotFoundError:
+        return {}
+    names = [entry["name"] for entry in found if entry["type"] == "file"]
+    return {name.rpartition("/")[2]: store.cat_file(name) for name in names}
