@@ -303,6 +303,8 @@ def _pipeline(options: argparse.Namespace, *, saved: bool):
 
 def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
+    # First, so that a mistake in it costs no cluster.
+    _ = pipeline.catalogue
     with pipeline:
         print(pipeline.links, file=sys.stderr)
         summary = pipeline.run_all(retry_failed=options.retry_failed)

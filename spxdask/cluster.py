@@ -37,8 +37,6 @@ from spxdask import __version__
 from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, InputError, SpxdaskError
 
-logger = logging.getLogger(__name__)
-
 DASHBOARD_PORT = 8787
 CONNECT_TIMEOUT = "20s"
 REGISTER_ATTEMPTS = 5
@@ -52,7 +50,7 @@ BATCHES = 16
 LAST_SECONDS = 2.5
 # Dask has its workers give freed memory back at once, so that every buffer of a transfer
 # comes as fresh pages, which takes longer than the transfer.
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 32 << 20,
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 4 << 20,
 }
@@ -74,14 +72,14 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     processes = max(1, min(config.max_extract_workers, available_cores()))
     environment = dict(os.environ)
     try:
-        with dask.config.set(_KEEP_FREED_MEMORY), _out_of_reach_of_interrupts():
+        with dask.config.set(KEEP_FREED_MEMORY), _out_of_reach_of_interrupts():
             cluster = LocalCluster(
                 n_workers=processes,
                 threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
                 processes=True,
                 silence_logs=logging.ERROR,
                 host="127.0.0.1",
-                dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
+                dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
             )
     except RuntimeError as error:
         raise InputError(f"the worker processes did not start ({error}); {_NEEDS_GUARD}") from error
@@ -142,10 +140,15 @@ def connect(scheduler: str) -> Client:
         ) from error
 
 
-def check_versions(client: Client) -> None:
+def check_versions(client: Client) -> int:
     """Raise ClusterError unless every worker has the spxdask that this process has.
 
     Workers that come later are looked at by their tasks; see `error_as_value`.
+
+    Returns
+    -------
+    int
+        How many workers there are.
     """
     # A function of Python's own, which a worker without spxdask can run.
     found = client.run(pydoc.locate, "spxdask.__version__", on_error="return")
@@ -153,8 +156,7 @@ def check_versions(client: Client) -> None:
         # One that died just now is no matter.
         if version != __version__ and not isinstance(version, OSError):
             raise _other_version(address, version)
-    if not found:
-        logger.warning("no worker at %s yet; waiting for the first", client.scheduler.address)
+    return len(found)
 
 
 def _other_version(address: str, version: Any) -> ClusterError:
@@ -344,7 +346,7 @@ def busy_threads(client: Client) -> Callable[[], int]:
     return look
 
 
-def _free_port(port: int) -> int:
+def free_port(port: int) -> int:
     """Return `port` if nothing listens on it, else 0 for any."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

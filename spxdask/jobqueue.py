@@ -24,7 +24,7 @@ from dask.utils import parse_bytes, parse_timedelta
 from distributed import CancelledError, Client, Future, SchedulerPlugin, Status
 from distributed.deploy.local import nprocesses_nthreads
 
-from spxdask.cluster import _KEEP_FREED_MEMORY, DASHBOARD_PORT, _free_port
+from spxdask.cluster import KEEP_FREED_MEMORY, DASHBOARD_PORT, free_port
 from spxdask.config import read_options
 from spxdask.errors import ClusterError, ConfigError, InputError
 
@@ -308,12 +308,12 @@ def _keywords(path: Any, system: str, options: dict[str, Any]) -> dict[str, Any]
     # Workers of jobs do not inherit our configuration. First, so that the user has the last
     # word.
     prologue = [
-        f"export {key.rpartition('.')[2]}={value}" for key, value in _KEEP_FREED_MEMORY.items()
+        f"export {key.rpartition('.')[2]}={value}" for key, value in KEEP_FREED_MEMORY.items()
     ]
     arguments = [*options.get("worker_extra_args", [])]
     if not any("--lifetime" in argument for argument in arguments):
         arguments += _lifetime(system, options.get("walltime"))
-    scheduler = {"dashboard_address": f":{_free_port(DASHBOARD_PORT)}"}
+    scheduler = {"dashboard_address": f":{free_port(DASHBOARD_PORT)}"}
     return options | {
         "processes": processes,
         "job_script_prologue": [*prologue, *options.get("job_script_prologue", [])],
@@ -507,7 +507,7 @@ class _Watch:
                 f"{self._in_vain} jobs in a row ended before they brought a worker; see "
                 f"{self._log_of(job)}"
             )
-        self._look_at_refused(refused, alone=len(refused) == len(jobs))
+        self._look_at_refused(refused, alone=refused.keys() == jobs.keys())
         again = time.monotonic() - AGAIN_S
         for name, job in (lost | ended | refused).items():
             if job.refusal is None or job.submitted_at < again:
@@ -515,7 +515,7 @@ class _Watch:
 
     def _look_at_refused(self, refused: Mapping[str, Any], *, alone: bool) -> None:
         """Fail when there are no other jobs; if there once were, not at the first refusal."""
-        if not (refused and alone):
+        if not alone:
             self._refusals = 0
         new = [job for job in refused.values() if not job.told]
         if not new:

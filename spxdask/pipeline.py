@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import time
@@ -38,6 +39,7 @@ from spxdask.errors import (
     RunFolderError,
     SpxdaskError,
 )
+from spxdask.jobqueue import jobqueue_client, steady
 from spxdask.ledger import Outcome
 from spxdask.monitor import Teller, show_page
 from spxdask.observation import Observation
@@ -47,6 +49,8 @@ from spxdask.runfolder import Observations, RunFolder
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
 from spxdask.storage import is_local, sizes, told_when_full
+
+logger = logging.getLogger(__name__)
 
 # What a frame needs.
 _NOTHING, _MEASURE, _FETCH, _STREAM = range(4)
@@ -261,7 +265,7 @@ class BatchPipeline:
             written = aggregate.WRITTEN
             if n_groups:
                 # The graph of a shuffle is tied to the client that is current.
-                with client.as_current(), ready_to_shuffle(client):
+                with client.as_current(), steady(client), ready_to_shuffle(client):
                     frame = aggregate.light_curves(n_groups, count, options)
                     written = self._write(client, frame)
             report.rows = int(written["rows"].sum())
@@ -326,8 +330,6 @@ class BatchPipeline:
             yield client
             return
         if self._jobqueue is not None:
-            from spxdask.jobqueue import jobqueue_client
-
             made = jobqueue_client(self._jobqueue)
         else:
             made = connect(self._scheduler) if self._scheduler else embedded_client(self.config)
@@ -343,8 +345,9 @@ class BatchPipeline:
         """Look, once, whether a cluster can be used, and have its scheduler show the run."""
         if self._page is not None and self._page[0] == client.id:
             return
-        if not self._embedded:
-            check_versions(client)
+        if not self._embedded and not check_versions(client) and self._jobqueue is None:
+            address = client.scheduler.address
+            logger.warning("%s has no worker yet; waiting for the first", address)
         self._page = client.id, show_page(client)
         self._progress.client = client
 
@@ -357,6 +360,8 @@ class BatchPipeline:
         reports = [StageReport(stage=stage) for stage in stages or (name,)]
         started = time.monotonic()
         with self.folder.locked(), self._cluster() as client:
+            # Another run may have been at work since.
+            self.folder.ledger.refresh()
             if name != "query":
                 self.folder.save_config(self.config)
             self._progress.start(name, total, unit)

@@ -96,9 +96,10 @@ class RunFolder:
                     for folder in (self.images, self.per_image, self.lightcurves, self.state):
                         folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock.locked(self.state / "lock"))
-            except (OSError, StoreError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise RunFolderError(f"output_dir {self.path}: {reason}") from error
+            except StoreError as error:
+                raise RunFolderError(f"output_dir {error}") from error
+            except OSError as error:
+                raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
             self.tidy()
             yield
 
@@ -123,8 +124,11 @@ class RunFolder:
 
     def saved_config(self) -> BatchConfig:
         """Return the configuration of the last run; raise RunFolderError when there is none."""
-        with told_when_out_of_reach(self.path):
-            exists = self.config.exists()
+        try:
+            with told_when_out_of_reach(self.path):
+                exists = self.config.exists()
+        except StoreError as error:
+            raise RunFolderError(f"output_dir {error}") from error
         if not exists:
             raise RunFolderError(
                 f"{self.path} is not the output folder of a run: start with `spxdask run` or "

@@ -138,21 +138,20 @@ def remove(folder: Path | UPath, names: Iterable[str]) -> None:
             _each(folder.fs, "rm_file", ((f"{folder.path}/{name}",) for name in some))
 
 
-def _each(fs: Any, method: str, calls: Iterable[tuple]) -> None:
+def _each(fs: Any, method: str, calls: Iterable[tuple], **options: Any) -> list:
     """Call a method of a file system again and again, at once where it can."""
     if not fs.async_impl:
-        for arguments in calls:
-            getattr(fs, method)(*arguments)
-        return
+        return [getattr(fs, method)(*arguments, **options) for arguments in calls]
 
-    async def run() -> None:
-        tasks = [getattr(fs, f"_{method}")(*arguments) for arguments in calls]
+    async def run() -> list:
+        tasks = [getattr(fs, f"_{method}")(*arguments, **options) for arguments in calls]
         # None is left at work behind the error of another.
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         for error in filter(lambda result: isinstance(result, BaseException), ended):
             raise error
+        return ended
 
-    sync(fs.loop, run)
+    return sync(fs.loop, run)
 
 
 def move(path: Path | UPath, name: str) -> None:
@@ -197,15 +196,15 @@ def read_each(folder: Path | UPath, names: Iterable[str]) -> Iterator[bytearray]
             with open(folder / name, "rb") as file:
                 yield bytearray(file.read())
         return
-    names, how = iter(names), {"on_error": "raise"}
+    names, options = iter(names), {}
     with told_when_out_of_reach(folder):
         if "max_concurrency" in inspect.signature(folder.fs.cat_file).parameters:
             # With one connection a file, s3fs does not ask for its length first.
-            how["max_concurrency"] = 1
-    while paths := [f"{folder.path}/{name}" for name in islice(names, AT_ONCE)]:
+            options["max_concurrency"] = 1
+    while paths := [(f"{folder.path}/{name}",) for name in islice(names, AT_ONCE)]:
         with told_when_out_of_reach(folder):
             # Not `cat`, which takes a * in a name for any text.
-            found = folder.fs.cat_ranges(paths, None, None, **how)
+            found = _each(folder.fs, "cat_file", paths, **options)
         yield from map(bytearray, found)
 
 

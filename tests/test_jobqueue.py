@@ -335,7 +335,8 @@ def jobs(slurm, write, tmp_path):
     until(lambda: not queued())
 
     def jobs(*, minimum: int = 1, **options) -> Path:
-        return write(minimum=minimum, log_directory=str(tmp_path / "logs"), **options)
+        options = {"processes": 1, "log_directory": str(tmp_path / "logs")} | options
+        return write(minimum=minimum, **options)
 
     yield jobs
     # Jobs that were given back need a moment to end.

@@ -1,0 +1,63 @@
+"""What a run asks of a Dask cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from spxdask import cluster
+
+
+@pytest.fixture
+def small():
+    """A worker of many threads and little memory."""
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=20,
+            memory_limit="1.3GB",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=50,
+        ) as cluster_,
+        Client(cluster_) as client,
+    ):
+        yield client
+
+
+def threads(client) -> tuple[int, int]:
+    def count(dask_worker):
+        return dask_worker.state.nthreads, dask_worker.executors["default"]._max_workers
+
+    return next(iter(client.run(count).values()))
+
+
+def test_a_shuffle_takes_the_threads_that_memory_bears(small):
+    before = threads(small)
+    assert before == (20, 20)
+    with cluster.ready_to_shuffle(small):
+        assert threads(small) == (2, 2)
+        # Its threads are enough for more tasks than there are of them.
+        assert small.gather(small.map(abs, range(50))) == list(range(50))
+    assert threads(small) == before
+    assert small.submit(abs, -1).result() == 1
+
+
+def test_a_worker_that_dies_as_a_shuffle_begins_is_no_matter(small):
+    process = psutil.Process(next(iter(small.run(os.getpid).values())))
+    process.send_signal(signal.SIGKILL)
+    with cluster.ready_to_shuffle(small):
+        # Of the worker that came in its place.
+        small.wait_for_workers(1, timeout=30)
+        assert small.submit(abs, -1).result() == 1
+        assert threads(small) == (2, 2)
+
+
+def test_a_worker_that_dies_as_versions_are_compared_is_no_matter(small):
+    process = psutil.Process(next(iter(small.run(os.getpid).values())))
+    process.send_signal(signal.SIGKILL)
+    cluster.check_versions(small)
