@@ -24,7 +24,7 @@ from dask.utils import parse_bytes, parse_timedelta
 from distributed import CancelledError, Client, Future, SchedulerPlugin, Status
 from distributed.deploy.local import nprocesses_nthreads
 
-from spxdask.cluster import KEEP_FREED_MEMORY, DASHBOARD_PORT, free_port
+from spxdask.cluster import DASHBOARD_PORT, KEEP_FREED_MEMORY, free_port
 from spxdask.config import read_options
 from spxdask.errors import ClusterError, ConfigError, InputError
 

@@ -39,7 +39,7 @@ STATES = {
 # Tasks by the stage that they are of.
 STAGES = (
     *("query", "download-extract", "download", "extract"),
-    *("read-tables", "shuffle-transfer", "shuffle-barrier", "shuffle_p2p", "write-lightcurves"),
+    *("read", "shuffle-transfer", "shuffle-barrier", "p2pshuffle", "write-lightcurves"),
 )
 
 

@@ -104,7 +104,7 @@ def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.D
         Lazy; one row a source with its `target_id` and the `rows` of its light curve.
     """
     read = functools.partial(read_tables, options=options)
-    rows = dd.from_map(read, range(n_groups), meta=META, label="read-tables")
+    rows = dd.from_map(read, range(n_groups), meta=META, label="read")
     shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
     return shuffled.map_partitions(
         functools.partial(write_lightcurves, options=options),
