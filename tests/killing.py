@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -155,6 +156,34 @@ class Deadly(WorkerPlugin):
             return call
 
         patch(self.point, make)
+
+
+class Fetches(WorkerPlugin):
+    """Notes when each fetch of a worker begins and ends, on the clock of the machine."""
+
+    name = "fetches"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def setup(self, worker) -> None:
+        from spxdask.stages import download
+
+        fetch, path = download._fetch, self.path
+
+        async def noted(*arguments):
+            # One write each, so that lines of two processes do not mix.
+            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            name = f"{os.getpid()} {arguments[0].filename}"
+            try:
+                os.write(log, f"begin {time.monotonic()} {name}\n".encode())
+                return await fetch(*arguments)
+            finally:
+                os.write(log, f"end {time.monotonic()} {name}\n".encode())
+                os.close(log)
+
+        if fetch.__name__ != "noted":
+            download._fetch = noted
 
 
 def hold(point: str, held: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import simulated
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, LocalCluster
+from killing import Fetches
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.progress import Silent
@@ -60,34 +61,6 @@ def config(survey, archive, folder, **options) -> BatchConfig:
     )
 
 
-class Log(WorkerPlugin):
-    """Notes when each fetch of a worker begins and ends, on the clock of the machine."""
-
-    name = "log"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def setup(self, worker) -> None:
-        from spxdask.stages import download
-
-        fetch, path = download._fetch, self.path
-
-        async def noted(*arguments):
-            # One write each, so that lines of two processes do not mix.
-            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            name = f"{os.getpid()} {arguments[0].filename}"
-            try:
-                os.write(log, f"begin {time.monotonic()} {name}\n".encode())
-                return await fetch(*arguments)
-            finally:
-                os.write(log, f"end {time.monotonic()} {name}\n".encode())
-                os.close(log)
-
-        if fetch.__name__ != "noted":
-            download._fetch = noted
-
-
 def most_at_once(log: Path, died: dict[int, float]) -> int:
     """Return the most fetches at one time; those of a killed process ended with it."""
     events, begun = [], {}
@@ -123,7 +96,7 @@ class Killer(Silent):
 
 
 def test_the_cap_holds_while_workers_die(survey, workers, tmp_path):
-    workers.register_plugin(Log(tmp_path / "log"))
+    workers.register_plugin(Fetches(tmp_path / "log"))
     size = sum(frame.path.stat().st_size for frame in survey[1])
     # So slow that others are on their way whenever one ends.
     with SimulatedArchive(survey[1], bandwidth=size / 4) as archive:
