@@ -97,7 +97,8 @@ class RunStatus:
         warned = self.warnings.most_common(SHOWN)
         lines += [("warning", f"{n:,} frames: {text}") for text, n in warned]
         if self.per_second is not None:
-            left = f", {duration(self.pending / self.per_second)} left" if self.per_second else ""
+            going = self.per_second and self.pending
+            left = f", {duration(self.pending / self.per_second)} left" if going else ""
             lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
         lines.append(("last", f"{self.last or 'no frame ended yet'}"))
         lines.append(("at work", self.at_work or "nobody"))
