@@ -71,16 +71,24 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
         raise InputError(_NEEDS_GUARD)
     processes = max(1, min(config.max_extract_workers, available_cores()))
     environment = dict(os.environ)
+
+    def start() -> LocalCluster:
+        return LocalCluster(
+            n_workers=processes,
+            threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
+            processes=True,
+            silence_logs=logging.ERROR,
+            host="127.0.0.1",
+            dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
+        )
+
     try:
         with dask.config.set(KEEP_FREED_MEMORY), _out_of_reach_of_interrupts():
-            cluster = LocalCluster(
-                n_workers=processes,
-                threads_per_worker=1 + math.ceil(config.max_download_workers / processes),
-                processes=True,
-                silence_logs=logging.ERROR,
-                host="127.0.0.1",
-                dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
-            )
+            try:
+                cluster = start()
+            except RuntimeError:
+                # A worker may have died as it began.
+                cluster = start()
     except RuntimeError as error:
         raise InputError(f"the worker processes did not start ({error}); {_NEEDS_GUARD}") from error
     finally:

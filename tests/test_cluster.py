@@ -9,7 +9,8 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from spxdask import cluster
+from spxdask import BatchConfig, cluster
+from spxdask.errors import InputError
 
 
 @pytest.fixture
@@ -61,3 +62,26 @@ def test_a_worker_that_dies_as_versions_are_compared_is_no_matter(small):
     process = psutil.Process(next(iter(small.run(os.getpid).values())))
     process.send_signal(signal.SIGKILL)
     cluster.check_versions(small)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_worker_that_dies_as_it_begins(monkeypatch, failures):
+    """Others are started once more; that it happens again is no accident."""
+    left = [RuntimeError("Nanny failed to start.")] * failures
+
+    def start(**options):
+        if left:
+            raise left.pop()
+        return LocalCluster(**options)
+
+    monkeypatch.setattr(cluster, "LocalCluster", start)
+    config = BatchConfig(catalog_path="a.csv", center_ra=0, center_dec=0, radius=1)
+    if failures == 1:
+        with cluster.embedded_client(config) as client:
+            assert client.submit(abs, -1).result() == 1
+    else:
+        with (
+            pytest.raises(InputError, match=r"did not start \(Nanny failed"),
+            cluster.embedded_client(config),
+        ):
+            pytest.fail("there is no cluster")
