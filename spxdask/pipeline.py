@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ import dask.bag as db
 import pandas as pd
 from dask.delayed import Delayed
 from distributed import CancelledError, Client, KilledWorker, as_completed
+from distributed.comm import CommClosedError
 
 from spxdask.cluster import (
     as_task,
@@ -52,6 +54,9 @@ from spxdask.storage import is_local, sizes, told_when_full
 
 logger = logging.getLogger(__name__)
 
+SHUFFLE_ATTEMPTS = 3
+# How Dask's errors of a shuffle begin.
+SHUFFLE_LOST = ("P2P ", "No active shuffle", "Worker ", "Shuffle ")
 # What a frame needs.
 _NOTHING, _MEASURE, _FETCH, _STREAM = range(4)
 
@@ -266,8 +271,7 @@ class BatchPipeline:
             if n_groups:
                 # The graph of a shuffle is tied to the client that is current.
                 with client.as_current(), steady(client), ready_to_shuffle(client):
-                    frame = aggregate.light_curves(n_groups, count, options)
-                    written = self._write(client, frame)
+                    written = self._write(client, n_groups, count, options)
             report.rows = int(written["rows"].sum())
             report.total = report.done = len(written)
             expected = [table.rows for table in found]
@@ -412,12 +416,16 @@ class BatchPipeline:
                 return _task("download-extract", o, stream.stream, *call)
 
             # What is on disk first: it waits for nobody.
+            suspects: list[tuple[Observation, int]] = []
             for kinds, window in (
                 ((_MEASURE,), busy_threads(client)),
                 ((_FETCH, _STREAM), lambda: self.config.max_download_workers),
             ):
                 tasks = ((pair, task(*pair)) for pair in needing(*kinds))
-                self._collect(client, report, tasks, window)
+                self._collect(client, report, tasks, window, suspects)
+            # One by one, which tells those that kill workers from those that were beside them.
+            tasks = ((pair, task(*pair)) for pair in suspects)
+            self._collect(client, report, tasks, lambda: 1)
 
     def _needs(
         self,
@@ -473,8 +481,12 @@ class BatchPipeline:
         report: dict[str, StageReport],
         tasks: Iterator[tuple[tuple[Observation, int], Delayed]],
         window: Callable[[], int],
+        suspects: list[tuple[Observation, int]] | None = None,
     ) -> None:
-        """Run tasks, and put what became of each frame in the ledger and the reports."""
+        """Run tasks, and put what became of each frame in the ledger and the reports.
+
+        Those whose workers died again and again go to `suspects`, if that is given.
+        """
         full: DiskFullError | None = None
         tasks = takewhile(lambda _: full is None, tasks)
         for (observation, need), result in run_window(client, tasks, window):
@@ -484,6 +496,9 @@ class BatchPipeline:
                 continue
             if isinstance(result, ClusterError):
                 raise result
+            if isinstance(result, KilledWorker) and suspects is not None:
+                suspects.append((observation, need))
+                continue
             if isinstance(result, BaseException):
                 # The task itself reports what it can; this is a worker that died of it.
                 reason = f"{type(result).__name__}: {result}"
@@ -549,7 +564,26 @@ class BatchPipeline:
             serial=self._embedded,
         )
 
-    def _write(self, client: Client, frame) -> pd.DataFrame:
+    def _write(
+        self, client: Client, n_groups: int, count: int, options: aggregate.CurveOptions
+    ) -> pd.DataFrame:
+        """Compute the light curves, again if the shuffle did not survive the loss of a worker."""
+        for left in reversed(range(SHUFFLE_ATTEMPTS)):
+            # Of its own, as keys that are still known to the scheduler are not computed.
+            frame = aggregate.light_curves(
+                n_groups, count, dataclasses.replace(options, run=uuid.uuid4().hex)
+            )
+            try:
+                return self._written(client, frame)
+            except RuntimeError as error:
+                # It mostly does; but Dask has moments when it does not.
+                if not left or not str(error).lstrip().startswith(SHUFFLE_LOST):
+                    raise
+                logger.warning("the shuffle was lost with a worker (%s); once more", error)
+                self._progress.start("aggregate", count, "buckets")
+        raise AssertionError
+
+    def _written(self, client: Client, frame) -> pd.DataFrame:
         """Compute the light curves, partition by partition as they end."""
         futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
         written = []
@@ -571,8 +605,11 @@ class BatchPipeline:
                     ) from error
                 except RuntimeError as error:
                     # A shuffle tells of what went wrong in a task as of its own failure.
-                    if isinstance(error.__cause__, SpxdaskError | OSError):
-                        raise error.__cause__ from None
+                    cause = error.__cause__
+                    if isinstance(cause, SpxdaskError | OSError) and not isinstance(
+                        cause, CommClosedError
+                    ):
+                        raise cause from None
                     raise
         finally:
             client.cancel(futures)

@@ -510,7 +510,7 @@ def test_archive_never_sees_more_connections_than_allowed(make_config, client, s
 def test_embedded_cluster_and_plain_call(make_config):
     config = make_config(bands=["D3"], max_extract_workers=1, max_download_workers=2)
     state = (
-        multiprocessing.get_start_method(allow_none=True),
+        multiprocessing.get_start_method(),
         logging.getLogger().handlers[:],
         logging.getLogger("spxdask").handlers[:],
         warnings.filters[:],
@@ -525,7 +525,7 @@ def test_embedded_cluster_and_plain_call(make_config):
     assert pipeline.summary.stages["extract"].done == 3
     assert pipeline.dashboard_link is None
     assert state == (
-        multiprocessing.get_start_method(allow_none=True),
+        multiprocessing.get_start_method(),
         logging.getLogger().handlers[:],
         logging.getLogger("spxdask").handlers[:],
         warnings.filters[:],
@@ -811,6 +811,37 @@ def test_without_tables_in_the_new_format_light_curves_stay(finished, make_confi
     with pytest.raises(RunFolderError, match="run extract first"):
         other.run_aggregate()
     assert contents(other.folder.lightcurves) == contents(finished.folder.lightcurves)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (RuntimeError("P2P 0a failed during barrier phase"), True),
+        (RuntimeError("No active shuffle with id='0a' found"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_a_shuffle_that_did_not_survive_a_worker_is_done_again(
+    finished, make_config, client, monkeypatch, error, ends
+):
+    config = make_config()
+    written, raised = BatchPipeline._written, []
+
+    def once(self, *arguments):
+        if not raised:
+            raised.append(error)
+            raise error
+        return written(self, *arguments)
+
+    monkeypatch.setattr(BatchPipeline, "_written", once)
+    pipeline = BatchPipeline(config, client=client)
+    if ends:
+        assert not pipeline.run_all().failed
+        assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
+    else:
+        with pytest.raises(RuntimeError, match="something else"):
+            pipeline.run_all()
+    assert raised == [error]
 
 
 # Full disks

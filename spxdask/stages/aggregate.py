@@ -78,6 +78,8 @@ class CurveOptions:
         Theirs: ``csv``, one a source, or ``parquet``, one a partition.
     buckets : str or None
         Folder to keep partitions as Parquet in, too.
+    run : str
+        Other runs of the stage have another.
     """
 
     per_image: str
@@ -85,6 +87,7 @@ class CurveOptions:
     lightcurves: str
     format: str
     buckets: str | None
+    run: str = ""
 
 
 def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.DataFrame:
