@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spxdask.simulate.archive import ArchivedFrame
+from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
     Exposure,
     Planes,
@@ -69,3 +69,27 @@ def write_catalogue(path: Path, ids, ra, dec) -> Path:
         writer.writerow(["targetid", "ra", "dec"])
         writer.writerows(zip(ids, np.asarray(ra).tolist(), np.asarray(dec).tolist(), strict=True))
     return path
+
+
+def small_survey(folder: Path, number: int) -> tuple[Path, list[ArchivedFrame]]:
+    """Return a catalogue and some frames about it, five places in six bands."""
+    sky = field_sky()
+    ids = [f"s{i}" for i in range(len(sky))]
+    catalogue = write_catalogue(folder / "sources.csv", ids, sky.ra, sky.dec)
+    exposures = [exposure(i % 5, 1 + i % 6) for i in range(number)]
+    return catalogue, [frame.archived for frame in simulate(folder, exposures, sky)]
+
+
+def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) -> dict:
+    """Return the options of a run over the field, few buckets and no patience."""
+    return {
+        "catalog_path": str(catalogue),
+        "center_ra": CENTER[0],
+        "center_dec": CENTER[1],
+        "radius": 0.05,
+        "output_dir": str(output),
+        "num_buckets": 5,
+        "max_retries": 0,
+        "tap_url": archive.tap_url,
+        "archive_url": archive.archive_url,
+    }

@@ -24,27 +24,12 @@ N_FRAMES = 6
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    home = tmp_path_factory.mktemp("monitor")
-    sky = simulated.field_sky()
-    catalogue = simulated.write_catalogue(
-        home / "sources.csv", [f"s{i}" for i in range(len(sky))], sky.ra, sky.dec
-    )
-    exposures = [simulated.exposure(i, 1 + i % 6) for i in range(N_FRAMES)]
-    frames = simulated.simulate(home, exposures, sky)
-    return catalogue, [frame.archived for frame in frames]
+    return simulated.small_survey(tmp_path_factory.mktemp("monitor"), N_FRAMES)
 
 
 def config(survey, archive, folder, **options) -> BatchConfig:
-    return BatchConfig(
-        catalog_path=str(survey[0]),
-        center_ra=simulated.CENTER[0],
-        center_dec=simulated.CENTER[1],
-        radius=0.5,
-        output_dir=str(folder / "out"),
-        tap_url=archive.tap_url,
-        archive_url=archive.archive_url,
-        **options,
-    )
+    defaults = simulated.run_options(survey[0], archive, folder / "out")
+    return BatchConfig(**(defaults | options))
 
 
 def page(pipeline, name: str = "") -> str:

@@ -103,17 +103,7 @@ def make_config(survey, archive, tmp_path):
     catalogue = simulated.write_catalogue(tmp_path / "sources.csv", all_ids(sky), sky.ra, sky.dec)
 
     def make(**options) -> BatchConfig:
-        defaults = {
-            "catalog_path": catalogue,
-            "center_ra": simulated.CENTER[0],
-            "center_dec": simulated.CENTER[1],
-            "radius": 0.05,
-            "output_dir": tmp_path / "out",
-            "num_buckets": 5,
-            "max_retries": 0,
-            "tap_url": archive.tap_url,
-            "archive_url": archive.archive_url,
-        }
+        defaults = simulated.run_options(catalogue, archive, tmp_path / "out")
         return BatchConfig(**(defaults | options))
 
     return make

@@ -587,17 +587,7 @@ def catalogue(survey, store, tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_config(archive, catalogue):
     def make(output, **options) -> BatchConfig:
-        defaults = {
-            "catalog_path": catalogue[1],
-            "center_ra": simulated.CENTER[0],
-            "center_dec": simulated.CENTER[1],
-            "radius": 0.05,
-            "output_dir": output,
-            "num_buckets": 5,
-            "max_retries": 0,
-            "tap_url": archive.tap_url,
-            "archive_url": archive.archive_url,
-        }
+        defaults = simulated.run_options(catalogue[1], archive, output)
         return BatchConfig(**(defaults | options))
 
     return make

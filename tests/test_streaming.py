@@ -22,13 +22,7 @@ N_FRAMES = 10
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    home = tmp_path_factory.mktemp("streaming")
-    sky = simulated.field_sky()
-    catalogue = simulated.write_catalogue(
-        home / "sources.csv", [f"s{i}" for i in range(len(sky))], sky.ra, sky.dec
-    )
-    exposures = [simulated.exposure(i % 5, 1 + i % 6) for i in range(N_FRAMES)]
-    return catalogue, [frame.archived for frame in simulated.simulate(home, exposures, sky)]
+    return simulated.small_survey(tmp_path_factory.mktemp("streaming"), N_FRAMES)
 
 
 @pytest.fixture
@@ -48,17 +42,8 @@ def workers():
 
 
 def config(survey, archive, folder, **options) -> BatchConfig:
-    return BatchConfig(
-        catalog_path=str(survey[0]),
-        center_ra=simulated.CENTER[0],
-        center_dec=simulated.CENTER[1],
-        radius=0.5,
-        output_dir=str(folder / "out"),
-        keep_images=False,
-        tap_url=archive.tap_url,
-        archive_url=archive.archive_url,
-        **options,
-    )
+    defaults = simulated.run_options(survey[0], archive, folder / "out")
+    return BatchConfig(**(defaults | {"keep_images": False} | options))
 
 
 def most_at_once(log: Path, died: dict[int, float]) -> int:
