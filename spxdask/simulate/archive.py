@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import random
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -46,6 +47,7 @@ _CHUNK_SIZE = 256 * 1024
 _ACTIVE_PHASES = {"PENDING", "QUEUED", "EXECUTING"}
 # Seconds that a transfer under way may still take when the archive stops.
 _SHUTDOWN_TIMEOUT = 0.1
+_ROUNDS_TO_CONNECT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,14 +380,20 @@ class SimulatedArchive:
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, "127.0.0.1", self._port)
-            await site.start()
+            listener = socket.create_server(("127.0.0.1", self._port))
+            await web.SockSite(runner, listener).start()
         except OSError as error:
             started.set_exception(error)
         else:
             started.set_result(runner.addresses[0][1])
             logger.debug("simulated archive serves at %s", runner.addresses[0])
             await self._stopping.wait()
+            # asyncio loses a connection that it has just accepted when the listener is closed in
+            # that round of the loop, and its client would wait for ever: no more are accepted
+            # first, then the last of them become ones that the runner knows of and closes.
+            self._loop.remove_reader(listener)
+            for _ in range(_ROUNDS_TO_CONNECT):
+                await asyncio.sleep(0)
         await runner.cleanup()
         self._tables.close()
 
