@@ -28,7 +28,7 @@ PIECES = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
     "zodiacal fit, one pass of four planes": (kernels, "zodi_sums"),
-    "median variance, two passes of one": (kernels, "positive_median"),
+    "median variance, one pass of one": (kernels, "positive_median"),
     "positions on the detector": (photometry, "on_frame"),
     "background and aperture of each source": (kernels, "measure_sources"),
     "wavelengths": (frame.Frame, "wavelength_at"),

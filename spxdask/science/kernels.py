@@ -18,6 +18,8 @@ from spxdask.science.compiled import OPTIONS, compiled, inner
 
 # Sums that run side by side in the statistics of a background.
 _LANES = 64
+# The same in the zodiacal fit.
+_ZODI_LANES = 128
 # Bits of the smallest and of the largest positive float.
 _SMALLEST = uint32(1)
 _LARGEST = uint32(0x7F7FFFFF)
@@ -129,98 +131,136 @@ def zodi_sums(image, variance, zodi, flags, excluded):
         Pixels with none of the excluded bits.
     unflagged : int
         Pixels with an invalid variance and no flag at all.
-    finite, valid : int
-        Pixels with a finite IMAGE; pixels with a valid variance.
+    finite, valid : bool
+        Whether any pixel of IMAGE is finite, any variance valid.
     """
     ny, nx = image.shape
-    clear = unflagged = finite = valid = 0
-    # Sums a column, and no branch: the loop runs on vectors, and the order of the
-    # additions, so the result, does not depend on how long they are.
-    izw, zzw, iz, zz = np.zeros(nx), np.zeros(nx), np.zeros(nx), np.zeros(nx)
+    clear = unflagged = 0
+    finite = valid = False
+    iz = zz = 0.0
+    # No branch, and a sum for each of many lanes: the loop runs on vectors, and the order
+    # of the additions, so the result, does not depend on how long they are.
+    izw, zzw = np.zeros(_ZODI_LANES), np.zeros(_ZODI_LANES)
     for row in range(ny):
-        for column in range(nx):
-            flag = _swap(flags[row, column])
-            v = _real(variance[row, column])
-            i = _real(image[row, column])
-            z = _real(zodi[row, column])
-            is_valid = (v > 0.0) & (v < math.inf)
-            is_clear = (flag & excluded) == 0
-            valid += is_valid
-            clear += is_clear
-            finite += _is_finite(i)
-            unflagged += (not is_valid) & (flag == 0)
-            use = is_clear & _is_finite(i) & _is_finite(z)
-            i, z = (i if use else 0.0), (z if use else 0.0)
-            weighted = z / v if is_valid else 0.0
-            izw[column] += i * weighted
-            zzw[column] += z * weighted
-            plain = z if (not is_valid) & (flag != 0) else 0.0
-            iz[column] += i * plain
-            zz[column] += z * plain
-    sums = np.zeros(4)
-    for column in range(nx):
-        sums[0] += izw[column]
-        sums[1] += zzw[column]
-        sums[2] += iz[column]
-        sums[3] += zz[column]
-    return sums[0], sums[1], sums[2], sums[3], clear, unflagged, finite, valid
-
-
-@njit(inline="always", **OPTIONS)
-def _corner(x, y, r):
-    """Area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
-    sign = 1.0
-    if x < 0.0:
-        x, sign = -x, -sign
-    if y < 0.0:
-        y, sign = -y, -sign
-    x, y = min(x, r), min(y, r)
-    if x * x + y * y <= r * r:
-        return sign * x * y
-    # Up to `start` the top is the line y, beyond it the arc.
-    start = math.sqrt(max(r * r - y * y, 0.0))
-    arc = x * math.sqrt(max(r * r - x * x, 0.0)) + r * r * math.asin(x / r)
-    arc -= start * y + r * r * math.asin(start / r)
-    return sign * (start * y + 0.5 * arc)
+        for start in range(0, nx, _ZODI_LANES):
+            some_image = image[row, start : start + _ZODI_LANES]
+            some_variance = variance[row, start : start + _ZODI_LANES]
+            some_zodi = zodi[row, start : start + _ZODI_LANES]
+            some_flags = flags[row, start : start + _ZODI_LANES]
+            odd = False
+            for k in range(len(some_image)):
+                flag = _swap(some_flags[k])
+                v = _real(some_variance[k])
+                i = _real(some_image[k])
+                z = _real(some_zodi[k])
+                is_valid = (v > 0.0) & (v < math.inf)
+                is_clear = (flag & excluded) == 0
+                is_finite = _is_finite(i)
+                use = is_clear & is_finite & _is_finite(z)
+                valid |= is_valid
+                clear += is_clear
+                finite |= is_finite
+                odd |= (not is_valid) & (use | (flag == 0))
+                i, z = (i if use else 0.0), (z if use else 0.0)
+                weighted = z / v if is_valid else 0.0
+                izw[k] += i * weighted
+                zzw[k] += z * weighted
+            if not odd:
+                continue
+            # Few pixels have an invalid variance that matters; they are looked at again.
+            for k in range(len(some_image)):
+                v = _real(some_variance[k])
+                if (v > 0.0) & (v < math.inf):
+                    continue
+                flag = _swap(some_flags[k])
+                i, z = _real(some_image[k]), _real(some_zodi[k])
+                if flag == 0:
+                    unflagged += 1
+                elif (flag & excluded) == 0 and _is_finite(i) and _is_finite(z):
+                    iz += i * z
+                    zz += z * z
+    sums = np.zeros(2)
+    for lane in range(_ZODI_LANES):
+        sums[0] += izw[lane]
+        sums[1] += zzw[lane]
+    return sums[0], sums[1], iz, zz, clear, unflagged, finite, valid
 
 
 @inner
-def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_variance):
+def _edges(first, count, centre, r, position, arc):
+    """Prepare `_corner` for the edges of pixels along one axis.
+
+    `position` gets the distances from the centre to the edges `first` - 0.5, `first` + 0.5
+    and so on, no farther than r, and `arc` the areas under the circle from the centre to there.
+    """
+    for k in range(count):
+        t = min(max(first - 0.5 + k - centre, -r), r)
+        position[k] = t
+        t = abs(t)
+        arc[k] = 0.5 * (t * math.sqrt(max(r * r - t * t, 0.0)) + r * r * math.asin(t / r))
+
+
+@njit(inline="always", **OPTIONS)
+def _corner(x, x_arc, y, y_arc, r):
+    """Area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
+    if x * x + y * y <= r * r:
+        return x * y
+    # What the two arcs have in common, less the quarter of the disc that they make up.
+    return math.copysign(x_arc + y_arc - 0.25 * math.pi * r * r, x * y)
+
+
+@inner
+def _aperture_room(ny, nx, r):
+    """Return what `_aperture` needs to work in, for circles of radius r anywhere on a frame."""
+    n = min(int(2.0 * r), max(ny, nx)) + 3
+    return np.empty((5, n + 1)), np.empty((2, n, n)), np.empty((n, n), np.uint32)
+
+
+@inner
+def _aperture(image, variance, zodi, flags, x, y, r, scale, unit, median_variance, room):
     """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
 
     The sums are NaN when a pixel inside is not finite, or the circle leaves the frame.
     """
+    (xs, x_arcs, ys, y_arcs, corners), (values, variances), masks = room
     ny, nx = image.shape
     low_column, high_column = max(math.floor(x - r + 0.5), 0), min(math.ceil(x + r - 0.5), nx - 1)
     low_row, high_row = max(math.floor(y - r + 0.5), 0), min(math.ceil(y + r - 0.5), ny - 1)
+    rows, columns = high_row - low_row + 1, high_column - low_column + 1
+    # Copied first, so that the memory of one row is waited for while that of others is.
+    for j in range(rows):
+        for k in range(columns):
+            row, column = low_row + j, low_column + k
+            values[j, k] = _real(image[row, column]) - scale * _real(zodi[row, column])
+            variances[j, k] = _real(variance[row, column])
+            masks[j, k] = _swap(flags[row, column])
+    _edges(low_column, columns + 1, x, r, xs, x_arcs)
+    _edges(low_row, rows + 1, y, r, ys, y_arcs)
     total = total_variance = 0.0
     flag_or = uint32(0)
     repaired = False
-    corners = np.empty(high_column - low_column + 2)
-    for k in range(len(corners)):
-        corners[k] = _corner(low_column - 0.5 + k - x, low_row - 0.5 - y, r)
-    for row in range(low_row, high_row + 1):
+    for k in range(columns + 1):
+        corners[k] = _corner(xs[k], x_arcs[k], ys[0], y_arcs[0], r)
+    for j in range(rows):
         left = corners[0]
-        corners[0] = _corner(low_column - 0.5 - x, row + 0.5 - y, r)
-        for column in range(low_column, high_column + 1):
-            k = column - low_column + 1
-            below = corners[k]
-            corners[k] = _corner(column + 0.5 - x, row + 0.5 - y, r)
-            fraction = corners[k] - corners[k - 1] - below + left
+        corners[0] = _corner(xs[0], x_arcs[0], ys[j + 1], y_arcs[j + 1], r)
+        for k in range(columns):
+            below = corners[k + 1]
+            corners[k + 1] = _corner(xs[k + 1], x_arcs[k + 1], ys[j + 1], y_arcs[j + 1], r)
+            fraction = corners[k + 1] - corners[k] - below + left
             left = below
-            flag = _swap(flags[row, column])
-            dx, dy = column - x, row - y
+            flag = masks[j, k]
+            dx, dy = low_column + k - x, low_row + j - y
             if dx * dx + dy * dy <= r * r:
                 flag_or |= flag
             # What rounding leaves of a pixel outside must not let its NaN in.
             if fraction <= 1e-14:
                 continue
-            value = _real(image[row, column]) - scale * _real(zodi[row, column])
-            v = _real(variance[row, column])
+            v = variances[j, k]
             if not (v > 0.0 and v < math.inf):
                 v = median_variance if flag else math.nan
                 repaired = repaired or flag != 0
-            total += fraction * (value * unit)
+            total += fraction * (values[j, k] * unit)
             total_variance += fraction * (v * unit * unit)
     outside = x - r < -0.5 or y - r < -0.5 or x + r > nx - 0.5 or y + r > ny - 0.5
     if outside or not (_is_finite(total) and _is_finite(total_variance)):
@@ -251,6 +291,17 @@ def _select(values, n, k):
         else:
             break
     return values[k]
+
+
+@inner
+def _select_two(values, n, lower, upper):
+    """Return the values of two ranks that are one and the same or neighbours; reorders them."""
+    second = first = _select(values, n, upper)
+    if lower < upper:
+        first = values[0]
+        for i in range(1, upper):
+            first = max(first, values[i])
+    return first, second
 
 
 @inner
@@ -305,12 +356,7 @@ def _median(values, size, count, below, mean, deviation, scratch):
             break
         # A spread that rounding made zero must not stop the widening.
         half = 4.0 * half if half > 0.0 else 1e-12 * max(abs(guess), 1.0)
-    upper = _select(scratch, picked, upper_rank - before)
-    if lower_rank == upper_rank:
-        return upper
-    lower = scratch[0]
-    for i in range(1, upper_rank - before):
-        lower = max(lower, scratch[i])
+    lower, upper = _select_two(scratch, picked, lower_rank - before, upper_rank - before)
     return 0.5 * (lower + upper)
 
 
@@ -467,6 +513,7 @@ def measure_sources(
         height = width = 2.0 * annulus[2]
     values = np.empty(int((height + 3) * (width + 3)) + 2 * _LANES)
     scratch = np.empty(len(values))
+    room = _aperture_room(ny, nx, radius)
     for k in range(n):
         box = _box(ny, nx, y[k], x[k], 0.5 * height, 0.5 * width)
         # The inner edge belongs to an annulus, the outer does not, as in photutils.
@@ -495,7 +542,7 @@ def measure_sources(
             continue
         level, deviation = _clipped(values, size, sigma, iterations, scratch)
         total, total_variance, flag_or, used_median = _aperture(
-            image, variance, zodi, flags, x[k], y[k], radius, scale, unit, median_variance
+            image, variance, zodi, flags, x[k], y[k], radius, scale, unit, median_variance, room
         )
         sums[k, 0], sums[k, 1] = total, total_variance
         sums[k, 2], sums[k, 3] = level, deviation / math.sqrt(count)
@@ -515,26 +562,13 @@ def word_sum(words):
     return total
 
 
-@inner
-def _count_words(pixels, low, high):
-    """Return how many positive floats there are, below `low`, and from `low` to `high`."""
-    total = before = inside = 0
-    for i in range(len(pixels)):
-        word = _swap(pixels[i])
-        # Unsigned, so that what is below wraps round to above.
-        total += word - _SMALLEST <= _LARGEST - _SMALLEST
-        before += word - _SMALLEST < low - _SMALLEST
-        inside += word - low <= high - low
-    return total, before, inside
-
-
 @compiled
 def positive_median(plane):
     """Return the median of the finite positive values of a plane, NaN when there are none.
 
     The bits of positive floats sort as the floats do. A sample brackets the median, one
-    pass counts what is below the bracket, another picks out what is in it. Should the
-    sample have been misleading, everything is picked out.
+    pass counts what is below the bracket and picks out what is in it. Should the sample
+    have been misleading, everything is picked out.
     """
     pixels = plane.reshape(plane.size)
     sample = np.empty(len(pixels) // _SAMPLE_STRIDE + 1, np.uint32)
@@ -544,22 +578,30 @@ def positive_median(plane):
         n += sample[n] - _SMALLEST <= _LARGEST - _SMALLEST
     low, high = _SMALLEST, _LARGEST
     if n > 1000:
-        low, high = _select(sample, n, int(0.48 * n)), _select(sample, n, int(0.52 * n))
+        low, high = _select(sample, n, int(0.485 * n)), _select(sample, n, int(0.515 * n))
+    picked = np.empty(len(pixels), np.uint32)
     while True:
-        total, before, inside = _count_words(pixels, low, high)
+        total = before = inside = 0
+        for start in range(0, len(pixels), _LANES):
+            block = pixels[start : start + _LANES]
+            some = 0
+            for k in range(len(block)):
+                word = _swap(block[k])
+                # Unsigned, so that what is below wraps round to above.
+                total += word - _SMALLEST <= _LARGEST - _SMALLEST
+                before += word - _SMALLEST < low - _SMALLEST
+                some += word - low <= high - low
+            if some:
+                for k in range(len(block)):
+                    # No branch, which would be guessed wrong now and then.
+                    picked[inside] = _swap(block[k])
+                    inside += picked[inside] - low <= high - low
         if total == 0:
             return math.nan
         lower_rank, upper_rank = (total - 1) // 2 - before, total // 2 - before
         if lower_rank >= 0 and upper_rank < inside:
             break
         low, high = _SMALLEST, _LARGEST
-    picked = np.empty(inside, np.uint32)
-    n = 0
-    for i in range(len(pixels)):
-        word = _swap(pixels[i])
-        if word - low <= high - low:
-            picked[n] = word
-            n += 1
-    lower = uint32(_select(picked, n, lower_rank)).view(np.float32)
-    upper = uint32(_select(picked, n, upper_rank)).view(np.float32)
+    lower, upper = _select_two(picked, inside, lower_rank, upper_rank)
+    lower, upper = uint32(lower).view(np.float32), uint32(upper).view(np.float32)
     return 0.5 * (np.float64(lower) + np.float64(upper))

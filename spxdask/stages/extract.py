@@ -37,7 +37,7 @@ from spxdask.storage import (
 logger = logging.getLogger(__name__)
 
 # Raised whenever the numbers or the columns change, so that older rows are made again.
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 
 _one_at_a_time = threading.Lock()
 

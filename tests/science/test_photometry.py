@@ -199,15 +199,16 @@ def test_pixel_fractions_are_exact(x, y, r):
     expected = mask.to_image((size, size))
     one = np.ones((size, size), ">f4").view("<u4")
     flags = np.zeros((size, size), ">i4").view("<u4")
+    room = kernels._aperture_room(size, size, r)
     total, _, _, _ = kernels._aperture(
-        one, one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan
+        one, one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan, room
     )
     assert total == pytest.approx(np.pi * r * r, rel=1e-10, abs=1e-12)
     column, row = center + round(np.clip(r * 0.9 + x, -14, 14)), center
     spot = np.zeros((size, size), ">f4")
     spot[row, column] = 1.0
     total, _, _, _ = kernels._aperture(
-        spot.view("<u4"), one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan
+        spot.view("<u4"), one, one, flags, center + x, center + y, r, 0.0, 1.0, np.nan, room
     )
     assert total == pytest.approx(expected[row, column], rel=1e-9, abs=1e-12)
 

@@ -532,7 +532,7 @@ def test_started_again_at_the_same_address(frames, content):
 def test_a_taken_port_is_an_error(frames):
     with SimulatedArchive(frames) as archive:
         other = SimulatedArchive(frames, port=int(archive.url.rpartition(":")[2]))
-        with pytest.raises(OSError, match="[Aa]ddress already in use"):
+        with pytest.raises(OSError, match=r"[Aa]ddress already in use"):
             other.start()
 
 
