@@ -18,8 +18,10 @@ from pathlib import Path
 
 import dask.bag
 import dask.dataframe
+import duckdb
 import numpy as np
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -692,11 +694,10 @@ def with_dask(folder: Path) -> pa.Table:
 
 
 def with_polars(folder: Path) -> pa.Table:
-    return pytest.importorskip("polars").read_parquet(folder).to_arrow()
+    return polars.read_parquet(folder).to_arrow()
 
 
 def with_duckdb(folder: Path) -> pa.Table:
-    duckdb = pytest.importorskip("duckdb")
     with duckdb.connect() as database:
         return database.read_parquet(f"{folder}/*.parquet").to_arrow_table()
 
