@@ -12,12 +12,13 @@ import pydoc
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dask
 from dask import delayed
@@ -26,6 +27,7 @@ from distributed import (
     CancelledError,
     Client,
     Future,
+    KilledWorker,
     LocalCluster,
     WorkerPlugin,
     as_completed,
@@ -37,12 +39,16 @@ from spxdask import __version__
 from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, InputError, SpxdaskError
 
+logger = logging.getLogger(__name__)
+
 DASHBOARD_PORT = 8787
 CONNECT_TIMEOUT = "20s"
 REGISTER_ATTEMPTS = 5
 # Memory that a thread needs at the most to read tables for a shuffle, or to write light
 # curves, with what the shuffle itself has.
 SHUFFLE_BYTES = 600_000_000
+# How the names of plugins for it begin.
+READY = "spxdask-ready-"
 # A window is refilled when such a part of it is free.
 BATCHES = 16
 # What is in flight when a run is stopped is waited for this long; a client that closes
@@ -67,8 +73,7 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
     One process a core, as extraction holds a core; each with threads to spare for its
     share of the downloads, which only wait.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise InputError(_NEEDS_GUARD)
+    refuse_to_start_in_a_worker()
     processes = max(1, min(config.max_extract_workers, available_cores()))
     environment = dict(os.environ)
 
@@ -98,6 +103,12 @@ def embedded_client(config: BatchConfig) -> Iterator[Client]:
         os.environ.update(environment)
     with cluster, Client(cluster) as client:
         yield client
+
+
+def refuse_to_start_in_a_worker() -> None:
+    """Raise InputError in a worker process that has yet to import the script behind it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(_NEEDS_GUARD)
 
 
 @contextmanager
@@ -266,6 +277,10 @@ def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> An
         result = client.compute(task, optimize_graph=False).result()
     except CancelledError:
         raise lost(client) from None
+    except KilledWorker:
+        raise ClusterError(
+            "each worker that was to ask the archive died, of too little memory perhaps"
+        ) from None
     if isinstance(result, SpxdaskError):
         raise result
     return result
@@ -294,36 +309,50 @@ def error_as_value(function: Callable, *arguments: Any, version: str = __version
 
 
 class _Ready(WorkerPlugin):
-    """Prepares a worker for a shuffle.
+    """Prepares a worker for a shuffle of a client.
 
     It imports what several threads would import at once; one could find dask.dataframe half
-    imported by another, and fail. And it takes up as few tasks at a time as its memory bears:
-    a worker may have a hundred threads, to wait for downloads.
+    imported by another, and fail. And it has the worker take up as few tasks at a time as its
+    memory bears: it may have a hundred threads, to wait for downloads.
     """
 
-    name = "spxdask-ready"
+    # Of workers that are prepared: what they had before, and for which plugins they are.
+    _prepared: ClassVar[dict[str, tuple[tuple, set[str]]]] = {}
+
+    def __init__(self, client: str) -> None:
+        self.name = f"{READY}{client}-{uuid.uuid4().hex}"
 
     def setup(self, worker: Any) -> None:
         importlib.import_module("dask.dataframe")
+        if worker.id in self._prepared:
+            self._prepared[worker.id][1].add(self.name)
+            return
         memory = worker.memory_manager.memory_limit or math.inf
         threads = int(max(1, min(worker.state.nthreads, memory // SHUFFLE_BYTES)))
-        self._before = worker.state.nthreads, worker.executors["default"]
+        before = worker.state.nthreads, worker.executors["default"]
+        self._prepared[worker.id] = before, {self.name}
         # A pool of its own, as memory that a thread has freed is there for this thread only.
         pool = ThreadPoolExecutor(threads, thread_name_prefix="Dask-Shuffle-Threads")
         worker.state.nthreads, worker.executors["default"] = threads, pool
 
     def teardown(self, worker: Any) -> None:
+        before, users = self._prepared[worker.id]
+        users.discard(self.name)
+        if users:
+            return
+        del self._prepared[worker.id]
         pool = worker.executors["default"]
-        worker.state.nthreads, worker.executors["default"] = self._before
+        worker.state.nthreads, worker.executors["default"] = before
         pool.shutdown(wait=False)
 
 
 @contextmanager
 def ready_to_shuffle(client: Client) -> Iterator[None]:
     """Keep the workers ready for a shuffle, those that come meanwhile included."""
+    plugin = _Ready(client.id)
     for left in reversed(range(REGISTER_ATTEMPTS)):
         try:
-            client.register_plugin(_Ready())
+            client.register_plugin(plugin)
             break
         except OSError:
             # A worker died just now.
@@ -334,7 +363,26 @@ def ready_to_shuffle(client: Client) -> Iterator[None]:
     finally:
         # A scheduler that is gone needs no tidying, and would be waited for.
         if client.status == "running":
-            client.unregister_worker_plugin(_Ready.name)
+            client.unregister_worker_plugin(plugin.name)
+
+
+def tidy_workers(client: Client) -> None:
+    """Let workers have all their threads again that a client, killed in a shuffle, left ready."""
+    try:
+        names = client.run_on_scheduler(_left_ready)
+    except Exception as error:
+        # A scheduler may lack spxdask; the run does without.
+        logger.debug("plugins of the scheduler are not known: %s", error)
+        return
+    for name in names:
+        # Another run may have seen to it.
+        with suppress(ValueError):
+            client.unregister_worker_plugin(name)
+
+
+def _left_ready(dask_scheduler: Any) -> list[str]:
+    ready = [name for name in dask_scheduler.worker_plugins if name.startswith(READY)]
+    return [n for n in ready if not any(n.startswith(READY + c) for c in dask_scheduler.clients)]
 
 
 def busy_threads(client: Client) -> Callable[[], int]:

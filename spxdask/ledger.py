@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spxdask.storage import is_local, place, read_each, sizes, told_when_out_of_reach
+from spxdask.storage import (
+    is_local,
+    place,
+    read_each,
+    sizes,
+    told_when_full,
+    told_when_out_of_reach,
+)
 
 # In a store, lines are sent together, and this much of them makes a file.
 FLUSH_S = 5.0
@@ -121,6 +128,9 @@ class Ledger:
         self._read_on()
 
     def _read_on(self) -> None:
+        if is_local(self.path) and self._file is not None and self._is_another():
+            # The user has removed the folder, or put another in its place.
+            self._where, self._file, self._read_to, self.last_time = {}, None, 0, None
         if self._file is None and self.path.exists():
             self._file = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
@@ -133,6 +143,15 @@ class Ledger:
                     break
                 self._note(line, self._read_to)
                 self._read_to += len(line)
+
+    def _is_another(self) -> bool:
+        """Tell whether the file that is open is not that of the ledger's name any more."""
+        ours = os.fstat(self._file)
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(ours, there) or there.st_size < self._read_to
 
     def get(self, stage: str, filename: str) -> Outcome | None:
         """Return the last outcome of a stage for a frame, None when there is none."""
@@ -161,7 +180,7 @@ class Ledger:
                 record[option.name] = round(value, 4) if option.name == "seconds" else value
         line = json.dumps(record).encode() + b"\n"
         if is_local(self.path):
-            with open(self.path, "ab+") as file:
+            with told_when_full(self.path.parent), open(self.path, "ab+") as file:
                 if file.tell() and not _ends_in_line_feed(self.path):
                     file.write(b"\n")
                 file.write(line)

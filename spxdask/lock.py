@@ -35,7 +35,7 @@ _held: set[str] = set()
 
 
 @contextmanager
-def locked(path: Path | UPath) -> Iterator[None]:
+def locked(path: Path | UPath) -> Iterator[threading.Event]:
     """Keep other runs out for as long as the block lasts.
 
     Parameters
@@ -43,13 +43,19 @@ def locked(path: Path | UPath) -> Iterator[None]:
     path : Path or UPath
         The file that stands for the lock.
 
+    Yields
+    ------
+    threading.Event
+        Set when another run has taken over, which in a store it can from one that was asleep
+        or cut off for longer than `LEASE_S`.
+
     Raises
     ------
     RunFolderError
         If another run is at work.
     """
-    with (_on_disk if is_local(path) else _in_store)(path):
-        yield
+    with (_on_disk if is_local(path) else _in_store)(path) as taken:
+        yield taken
 
 
 def holder(path: Path | UPath) -> str | None:
@@ -80,7 +86,7 @@ def _refusal(path: Path | UPath, holder: dict | str) -> RunFolderError:
 
 
 @contextmanager
-def _on_disk(path: Path) -> Iterator[None]:
+def _on_disk(path: Path) -> Iterator[threading.Event]:
     with open(path, "a+", encoding="utf-8") as lock:
         try:
             _lock(lock)
@@ -93,7 +99,8 @@ def _on_disk(path: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        yield
+        # The system sees to it that nobody takes it over.
+        yield threading.Event()
 
 
 def _lock(file: IO) -> None:
@@ -106,7 +113,7 @@ def _lock(file: IO) -> None:
 
 
 @contextmanager
-def _in_store(path: UPath) -> Iterator[None]:
+def _in_store(path: UPath) -> Iterator[threading.Event]:
     """Hold an object that is written anew every `BEAT_S`."""
     mine = {
         "who": f"process {os.getpid()} on {socket.gethostname()}",
@@ -114,16 +121,16 @@ def _in_store(path: UPath) -> Iterator[None]:
         "pid": os.getpid(),
         "run": uuid.uuid4().hex,
     }
-    over = threading.Event()
+    over, taken = threading.Event(), threading.Event()
     keeper = threading.Thread(
-        target=_keep, args=(path, mine, over), name="spxdask-lock", daemon=True
+        target=_keep, args=(path, mine, over, taken), name="spxdask-lock", daemon=True
     )
     # Before it is written: others of this process take it for one that died otherwise.
     _held.add(mine["run"])
     try:
         _acquire(path, mine)
         keeper.start()
-        yield
+        yield taken
     finally:
         over.set()
         if keeper.ident is not None:
@@ -186,15 +193,15 @@ def _release(path: UPath, mine: dict) -> None:
         logger.warning("%s: the lock was not removed: %s", path, error)
 
 
-def _keep(path: UPath, mine: dict, over: threading.Event) -> None:
-    """Write the lock again and again, as long as it is ours."""
+def _keep(path: UPath, mine: dict, over: threading.Event, taken: threading.Event) -> None:
+    """Write the lock again and again, as long as it is ours; set `taken` when it is not."""
     for beat in count(1):
         if over.wait(BEAT_S):
             return
         try:
             if (_read(path) or mine).get("run") != mine["run"]:
                 # We were asleep, or cut off, for so long that another run began.
-                logger.error("%s: another run has taken over; stop this one", path.parent.parent)
+                taken.set()
                 return
             _write(path, mine | {"beat": beat})
         # A store that is away for a while comes back, or the run fails of it elsewhere.

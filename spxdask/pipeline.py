@@ -30,11 +30,14 @@ from spxdask.cluster import (
     embedded_client,
     lost,
     ready_to_shuffle,
+    refuse_to_start_in_a_worker,
     run_one,
     run_window,
+    tidy_workers,
 )
 from spxdask.config import BatchConfig
 from spxdask.errors import (
+    CatalogueError,
     ClusterError,
     ConfigError,
     DiskFullError,
@@ -50,15 +53,21 @@ from spxdask.report import RunSummary, StageReport
 from spxdask.runfolder import Observations, RunFolder
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
-from spxdask.storage import is_local, sizes, told_when_full
+from spxdask.storage import is_local, place, sizes, told_when_full
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE_ATTEMPTS = 3
+# A source farther than this from the field is on none of its frames, which are 3.5 deg wide.
+FRAME_DEG = 6.0
 # How Dask's errors of a shuffle begin.
 SHUFFLE_LOST = ("P2P ", "No active shuffle", "Worker ", "Shuffle ")
 # What a frame needs.
 _NOTHING, _MEASURE, _FETCH, _STREAM = range(4)
+
+
+class _NothingMeasuredError(RunFolderError):
+    """There is nothing to make light curves of."""
 
 
 class BatchPipeline:
@@ -119,6 +128,7 @@ class BatchPipeline:
         self.folder = RunFolder(config.output_dir)
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
+        self._catalogue_was: tuple | None = None
         self._given_client = client
         self._scheduler = scheduler
         self._jobqueue = jobqueue
@@ -127,6 +137,11 @@ class BatchPipeline:
         self._open = ExitStack()
         bars: Progress = Bars() if progress is True else progress or Silent()
         self._progress = Teller(bars, str(self.folder.path))
+
+    def __repr__(self) -> str:
+        if self.summary is not None:
+            return str(self.summary)
+        return f"BatchPipeline in {self.folder.path}"
 
     def __enter__(self) -> BatchPipeline:
         self._open.enter_context(self._cluster())
@@ -154,8 +169,9 @@ class BatchPipeline:
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        """The catalogue, read and checked."""
+        """The catalogue, read and checked; each stage reads it again if its file has changed."""
         self.folder.refuse_within(self.config.catalog_path)
+        self._catalogue_was = self._catalogue_is()
         return Catalogue.from_csv(self.config.catalog_path)
 
     @property
@@ -194,8 +210,11 @@ class BatchPipeline:
             If there are more frames than ``max_images``.
         """
         # First, so that a mistake in it costs no query.
-        _ = self.catalogue
-        with self._work("query", 1, "query") as (client, report):
+        self._look_again()
+        inside = self.catalogue.within(
+            self.config.center_ra, self.config.center_dec, self.config.radius
+        )
+        with self._work("query", "query", lambda: 1) as (client, report):
             found = run_one(
                 client, query.find_observations, self.config, key=("query", uuid.uuid4().hex)
             )
@@ -203,6 +222,8 @@ class BatchPipeline:
             self.folder.save_config(self.config)
             report.total = report.done = len(found)
             report.bytes = sum(o.size_bytes or 0 for o in found)
+            report.outside = len(self.catalogue) - len(inside)
+            report.releases.update(f"qr{o.recency[0]}" for o in found)
             self._progress.advance()
         return found
 
@@ -263,15 +284,21 @@ class BatchPipeline:
             format=self.config.lightcurve_format,
             buckets=str(buckets) if keep else None,
         )
-        found = self._tables()
-        count = aggregate.partitions(found, self.config.num_buckets)
-        with self._work("aggregate", count, "buckets") as (client, report):
+        found: list[aggregate.Table] = []
+        count = left_out = 0
+
+        def look() -> int:
+            nonlocal found, count, left_out
+            found, left_out = self._tables()
+            count = aggregate.partitions(found, self.config.num_buckets)
+            return count
+
+        with self._work("aggregate", "buckets", look) as (client, report):
             n_groups = aggregate.save_groups(found, str(self.folder.tables))
-            written = aggregate.WRITTEN
-            if n_groups:
-                # The graph of a shuffle is tied to the client that is current.
-                with client.as_current(), steady(client), ready_to_shuffle(client):
-                    written = self._write(client, n_groups, count, options)
+            # The graph of a shuffle is tied to the client that is current.
+            with client.as_current(), steady(client), ready_to_shuffle(client):
+                written = self._write(client, n_groups, count, options)
+            report.left_out = left_out
             report.rows = int(written["rows"].sum())
             report.total = report.done = len(written)
             expected = [table.rows for table in found]
@@ -285,7 +312,9 @@ class BatchPipeline:
             names = of_buckets
             if options.format == "csv":
                 names = {aggregate.light_curve_name(t) for t in written["target_id"]}
-            missing = aggregate.keep_only(folder, names, aggregate.is_light_curve)
+            missing, removed = aggregate.keep_only(folder, names, aggregate.is_light_curve)
+            if options.format == "csv":
+                report.removed = sum(name.endswith(".csv") for name in removed)
             if missing:
                 raise SpxdaskError(
                     f"{len(missing):,} light curves were written and are not in {folder}, "
@@ -309,11 +338,17 @@ class BatchPipeline:
             Its text is what the command line prints.
         """
         self.reports = {}
+        # Before a cluster is started for it.
+        _ = self.catalogue
         with self._cluster():
-            # Nothing found is more often a mistake than a reason to drop light curves.
+            # Nothing found, or measured, is more often a mistake than a reason to drop
+            # light curves.
             if self._observations() if retry_failed else self.run_query():
                 self._frames("download", "extract", only_failed=retry_failed)
-                self.run_aggregate()
+                try:
+                    self.run_aggregate()
+                except _NothingMeasuredError as error:
+                    logger.warning("%s", error)
         self.summary = RunSummary(
             stages=self.reports,
             n_sources=len(self.catalogue),
@@ -352,20 +387,31 @@ class BatchPipeline:
         if not self._embedded and not check_versions(client) and self._jobqueue is None:
             address = client.scheduler.address
             logger.warning("%s has no worker yet; waiting for the first", address)
+        if not self._embedded:
+            tidy_workers(client)
         self._page = client.id, show_page(client)
         self._progress.client = client
 
     @contextmanager
-    def _work(self, name: str, total: int, unit: str, *stages: str) -> Iterator[tuple]:
+    def _work(
+        self, name: str, unit: str, count: Callable[[], int], *stages: str
+    ) -> Iterator[tuple]:
         """Give the client and a report for each stage, and time what is done to them.
 
-        `stages` are those that `name` stands for, if it is none itself.
+        `count` is asked for the number of units once the folder is ours and what others did
+        in it is known. `stages` are those that `name` stands for, if it is none itself.
         """
         reports = [StageReport(stage=stage) for stage in stages or (name,)]
         started = time.monotonic()
-        with self.folder.locked(), self._cluster() as client:
-            # Another run may have been at work since.
+        with ExitStack() as held:
+            if self._embedded:
+                refuse_to_start_in_a_worker()
+            held.enter_context(self.folder.locked())
+            # Another run, or the user, may have been at work since.
             self.folder.ledger.refresh()
+            self._look_again()
+            total = count()
+            client = held.enter_context(self._cluster())
             if name != "query":
                 self.folder.save_config(self.config)
             self._progress.start(name, total, unit)
@@ -373,7 +419,9 @@ class BatchPipeline:
                 yield client, *reports
             finally:
                 self._progress.finish()
-                self.folder.ledger.flush()
+                # What is another's now is written by that one alone.
+                if not self.folder.is_taken:
+                    self.folder.ledger.flush()
             # Of workers that died on the way.
             self.folder.tidy()
         for report in reports:
@@ -385,11 +433,15 @@ class BatchPipeline:
         observations = self._observations()
         bag = _bag(observations)
         has_failed = self.folder.ledger.has_failed
-        total = len(observations)
-        if only_failed:
-            total = sum(has_failed(o.filename) for o in _walk(bag))
+
+        def count() -> int:
+            self._check_catalogue()
+            if only_failed:
+                return sum(has_failed(o.filename) for o in _walk(bag))
+            return len(observations)
+
         name = stages[0] if len(stages) == 1 else "frames"
-        with self._work(name, total, "frames", *stages) as (client, *reports):
+        with self._work(name, "frames", count, *stages) as (client, *reports):
             report = {each.stage: each for each in reports}
             fetch, measure = self._fetch_options(), None
             if "extract" in report:
@@ -490,6 +542,7 @@ class BatchPipeline:
         full: DiskFullError | None = None
         tasks = takewhile(lambda _: full is None, tasks)
         for (observation, need), result in run_window(client, tasks, window):
+            self.folder.check_taken()
             if isinstance(result, DiskFullError):
                 # What is in flight may still find room; no more is asked for.
                 full = result
@@ -525,6 +578,17 @@ class BatchPipeline:
             self._progress.advance(failed=failed, reason=reason)
         if full is not None:
             raise full
+
+    def _check_catalogue(self) -> None:
+        """Raise CatalogueError when all of the catalogue is far from the field."""
+        config = self.config
+        ra, dec, reach = config.center_ra, config.center_dec, config.radius + FRAME_DEG
+        if not len(self.catalogue.within(ra, dec, reach)):
+            raise CatalogueError(
+                f"{config.catalog_path}: none of the {len(self.catalogue):,} sources lies within "
+                f"{reach:g} deg of the field's centre ({ra:g}, {dec:g}); are ra and dec in "
+                "degrees, and the right way round?"
+            )
 
     def _check_room(self, needed: int) -> None:
         """Raise DiskFullError unless there is room for frames to be kept."""
@@ -591,6 +655,7 @@ class BatchPipeline:
             with told_when_full(self.folder.path):
                 try:
                     for _, result in as_completed(futures, with_results=True):
+                        self.folder.check_taken()
                         if isinstance(result, SpxdaskError):
                             raise result
                         if isinstance(result, CancelledError):
@@ -622,6 +687,20 @@ class BatchPipeline:
             raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
         return observations
 
+    def _catalogue_is(self) -> tuple | None:
+        """Return what changes with the catalogue's file, None where that is not known."""
+        path = place(self.config.catalog_path)
+        if not is_local(path) or not path.exists():
+            return None
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _look_again(self) -> None:
+        """Forget a catalogue that was edited, and what was made of it."""
+        if self._catalogue_was != self._catalogue_is():
+            vars(self).pop("catalogue", None)
+            vars(self).pop("_fingerprint", None)
+
     @cached_property
     def _fingerprint(self) -> str:
         return extract.fingerprint(self.catalogue, self.config.photometry)
@@ -631,7 +710,12 @@ class BatchPipeline:
         outcome = self.folder.ledger.get("extract", observation.filename)
         name = extract.table_name(observation.filename, self.config.per_image_format)
         there = outcome is not None and outcome.status == "done" and name in tables
-        return outcome if there and self._is_current(outcome, tables[name]) else None
+        if not there or not self._is_current(outcome, tables[name]):
+            return None
+        # The archive may have put another file under the name since.
+        fetched = self.folder.ledger.get("download", observation.filename)
+        known = fetched is not None and fetched.status == "done" and observation.size_bytes
+        return None if known and fetched.bytes != observation.size_bytes else outcome
 
     def _is_current(self, outcome: Outcome, size: int) -> bool:
         """Tell whether a frame's table is as it was, of this catalogue and these options.
@@ -663,8 +747,8 @@ class BatchPipeline:
         self.folder.ledger.add(outcome)
         return outcome
 
-    def _tables(self) -> list[aggregate.Table]:
-        """The per-image tables to aggregate, and how many rows each must have."""
+    def _tables(self) -> tuple[list[aggregate.Table], int]:
+        """The per-image tables to aggregate, and how many of the query's frames have none."""
         suffix = self.config.per_image_format
         there = sizes(self.folder.per_image)
         observations = self.folder.load_observations(self.config)
@@ -672,23 +756,29 @@ class BatchPipeline:
             names = sorted(n for n in there if n.endswith(extract.table_name("", suffix)))
             if not names:
                 raise RunFolderError(f"no per-image tables in {self.folder.per_image}: run extract")
-            return [_table(name, there[name], None) for name in names]
-        found, stale = [], []
+            return [_table(name, there[name], None) for name in names], 0
+        found, stale, left_out = [], [], 0
         for observation in observations:
             name = extract.table_name(observation.filename, suffix)
             outcome = self._measured(observation, there)
             if outcome is not None:
                 found.append(_table(name, outcome.bytes, outcome.rows))
-            elif (name in there or self._was_measured(observation)) and not self._failed(
-                observation
-            ):
+                continue
+            left_out += 1
+            known = name in there or self._was_measured(observation)
+            if known and not self._failed(observation):
                 stale.append(name)
         if stale:
             raise RunFolderError(
                 f"{len(stale)} per-image tables are not those of this catalogue and these "
                 f"options, or were changed or removed since, {stale[0]} for one: run extract first"
             )
-        return found
+        if not found:
+            raise _NothingMeasuredError(
+                f"none of the {left_out:,} frames of the query is measured, so the light curves in "
+                f"{self.folder.lightcurves} are left as they are"
+            )
+        return found, left_out
 
     def _was_measured(self, observation: Observation) -> bool:
         """Tell whether a frame had a table, of whatever catalogue, options and format."""

@@ -22,6 +22,14 @@ class StageReport:
         Found finished from an earlier one.
     failed : dict of str to str
         Reason by file name.
+    releases : Counter
+        For query, frames of each release, such as qr2.
+    outside : int
+        For query, sources of the catalogue that do not lie in the circle.
+    left_out : int
+        For aggregate, frames of the query that have no table.
+    removed : int
+        For aggregate, light curves of sources that are not in the tables any more.
     rows : int
         Rows in all tables, reused ones included.
     skipped : Counter
@@ -39,6 +47,10 @@ class StageReport:
     done: int = 0
     reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    releases: Counter = field(default_factory=Counter)
+    outside: int = 0
+    left_out: int = 0
+    removed: int = 0
     rows: int = 0
     skipped: Counter = field(default_factory=Counter)
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -120,6 +132,16 @@ def describe(report: StageReport) -> str:
         text = f"{report.total:,} light curves, {report.rows:,} rows"
         speed = f"{report.rows / rate:,.0f} rows/s"
     lines = [_line(report.stage, f"{text:<52} {report.seconds:8.1f} s   {speed}".rstrip())]
+    if len(report.releases) > 1:
+        of = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
+        lines.append(_line("", f"{of}: their flux scales differ by some percent"))
+    if report.outside and report.total:
+        have = "have only the frames that touch the circle"
+        lines.append(_line("", f"{report.outside:,} sources lie outside: they {have}"))
+    if report.left_out:
+        lines.append(_line("", f"{report.left_out:,} frames are not in them: not measured"))
+    if report.removed:
+        lines.append(_line("", f"{report.removed:,} of sources without a row now were removed"))
     for reason, count in sorted(report.skipped.items()):
         lines.append(_line("", f"{count:,} measurements left out: {reason}"))
     if report.warnings:

@@ -68,6 +68,7 @@ class RunFolder:
         self.config = self.state / "config.yaml"
         self.observations = self.state / "observations.parquet"
         self.tables = self.state / "tables.parquet"
+        self._taken: threading.Event | None = None
 
     def refuse_within(self, path: str | os.PathLike) -> None:
         """Raise RunFolderError for a file of the user's that a run could write over."""
@@ -95,13 +96,26 @@ class RunFolder:
                 if is_local(self.path):
                     for folder in (self.images, self.per_image, self.lightcurves, self.state):
                         folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock.locked(self.state / "lock"))
+                self._taken = held.enter_context(lock.locked(self.state / "lock"))
             except StoreError as error:
                 raise RunFolderError(f"output_dir {error}") from error
             except OSError as error:
                 raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
             self.tidy()
             yield
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another run has taken the folder over from the one that held it last."""
+        return self._taken is not None and self._taken.is_set()
+
+    def check_taken(self) -> None:
+        """Raise RunFolderError if another run has taken the folder over."""
+        if self.is_taken:
+            raise RunFolderError(
+                f"another run has taken over {self.path}, as nothing was heard of this one for "
+                "some time: it stops"
+            )
 
     def tidy(self) -> None:
         """Remove what writers that were killed left; only while nobody writes."""

@@ -98,11 +98,14 @@ def told_when_out_of_reach(path: Path | UPath) -> Iterator[None]:
 def sizes(folder: Path | UPath) -> dict[str, int]:
     """Return the length of every file in a folder, by name; none when there is no folder."""
     if is_local(folder):
-        try:
-            with os.scandir(folder) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file()}
-        except FileNotFoundError:
-            return {}
+        found: dict[str, int] = {}
+        with suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                # One that gets another name just now must not cost us the others.
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
     with told_when_out_of_reach(folder):
         try:
             found = folder.fs.ls(folder.path, detail=True)

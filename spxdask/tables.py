@@ -179,7 +179,8 @@ def sort_lines(text: bytes | memoryview) -> bytes:
     source = pa.BufferReader(csv_header(LIGHT_CURVE) + bytes(text))
     found = pa.table(_parse_lines(source, LIGHT_CURVE))
     found = found.set_column(0, "mjd", pc.cast(found["mjd"], pa.float64()))
-    order = pc.sort_indices(found, [(name, "ascending") for name in SORT_KEYS[1:]])
+    # By the line itself where an exposure is there in two releases.
+    order = pc.sort_indices(found, [(name, "ascending") for name in (*SORT_KEYS[1:], "line")])
     return "".join(found["line"].take(order).to_pylist()).encode()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -46,6 +50,46 @@ def test_a_shuffle_takes_the_threads_that_memory_bears(small):
         assert small.gather(small.map(abs, range(50))) == list(range(50))
     assert threads(small) == before
     assert small.submit(abs, -1).result() == 1
+
+
+def test_two_shuffles_at_once(small):
+    before = threads(small)
+    with Client(small.scheduler.address, set_as_default=False) as other:
+        with ExitStack() as second:
+            with cluster.ready_to_shuffle(small):
+                second.enter_context(cluster.ready_to_shuffle(other))
+            # The first has ended, the second needs it still.
+            assert threads(small) == (2, 2)
+        assert threads(small) == before
+
+
+def test_what_a_killed_client_left_is_tidied(small):
+    before = threads(small)
+    code = f"""
+import os
+from distributed import Client
+from spxdask.cluster import ready_to_shuffle
+shuffle = ready_to_shuffle(Client({small.scheduler.address!r}))
+shuffle.__enter__()
+os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert threads(small) == (2, 2)
+    with cluster.ready_to_shuffle(small):
+        small.run_on_scheduler(until_clients_are_gone, 1)
+        cluster.tidy_workers(small)
+        # Not what is in use.
+        assert threads(small) == (2, 2)
+    assert threads(small) == before
+
+
+async def until_clients_are_gone(but, dask_scheduler):
+    others = [c for c in dask_scheduler.clients if c.startswith("Client-") and "worker" not in c]
+    while len(others) > but:
+        await asyncio.sleep(0.01)
+        others = [
+            c for c in dask_scheduler.clients if c.startswith("Client-") and "worker" not in c
+        ]
 
 
 def test_a_worker_that_dies_as_a_shuffle_begins_is_no_matter(small):

@@ -284,3 +284,18 @@ def test_a_ledger_that_somebody_cut(path):
     assert ledger.get(FULL.stage, FULL.filename) is None
     path.write_bytes(b"")
     assert ledger.get("download", "a.fits") is None
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_ledger_that_somebody_removed(path, other):
+    ledger = Ledger(path)
+    ledger.add(outcome())
+    path.unlink()
+    if other:
+        Ledger(path).add(FULL)
+    ledger.refresh()
+    assert ledger.get("download", "a.fits") is None
+    assert ledger.get(FULL.stage, FULL.filename) == (FULL if other else None)
+    ledger.add(outcome())
+    assert ledger.get("download", "a.fits") == outcome()
+    assert Ledger(path).get("download", "a.fits") == outcome()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import itertools
 import logging
 import multiprocessing
@@ -27,7 +28,8 @@ import pyarrow.parquet as pq
 import pytest
 import simulated
 import yaml
-from distributed import Client
+from astropy.io import fits
+from distributed import Client, Future, KilledWorker
 
 from spxdask import (
     BatchConfig,
@@ -38,9 +40,19 @@ from spxdask import (
     run_batch,
 )
 from spxdask.cli import main
-from spxdask.errors import ConfigError, DiskFullError, FrameError, InputError, RunFolderError
+from spxdask.errors import (
+    CatalogueError,
+    ClusterError,
+    ConfigError,
+    DiskFullError,
+    FrameError,
+    InputError,
+    RunFolderError,
+)
 from spxdask.observation import Observation
+from spxdask.progress import Silent
 from spxdask.runfolder import RunFolder
+from spxdask.science.frame import angular_distance
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 from spxdask.stages.extract import table_name
@@ -404,6 +416,19 @@ def test_two_runs_in_one_folder(make_config, client):
     assert BatchPipeline(make_config(), client=client).run_query()
 
 
+@pytest.mark.parametrize("unit", ["frames", "buckets"])
+def test_a_run_that_another_took_over_from_stops(make_config, client, unit):
+    class Takes(Silent):
+        def start(self, stage, total, unit_):
+            if unit_ == unit:
+                pipeline.folder._taken.set()
+
+    pipeline = BatchPipeline(make_config(), client=client, progress=Takes())
+    with pytest.raises(RunFolderError, match="another run has taken over"):
+        pipeline.run_all()
+    assert BatchPipeline(make_config(), client=client).run_all().failed == {}
+
+
 def test_stages_of_another_query_are_refused(make_config, client):
     BatchPipeline(make_config(bands=["D3"]), client=client).run_query()
     other = BatchPipeline(make_config(bands=["D4"]), client=client)
@@ -418,7 +443,7 @@ def test_client_that_is_not_the_default(make_config, client):
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
 def test_frame_without_sources_leaves_a_table_without_rows(make_config, client, tmp_path, how):
-    catalogue = simulated.write_catalogue(tmp_path / "far.csv", ["far"], [90.0], [-66.56])
+    catalogue = simulated.write_catalogue(tmp_path / "off.csv", ["off"], [270.0], [70.5])
     formats = {"per_image_format": how, "lightcurve_format": how}
     config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
     pipeline = BatchPipeline(config, client=client)
@@ -437,15 +462,16 @@ def test_frame_without_sources_leaves_a_table_without_rows(make_config, client, 
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
-def test_without_a_table_there_is_no_shuffle(make_config, client, how):
+def test_without_a_table_light_curves_stay(make_config, client, how):
     pipeline = BatchPipeline(make_config(bands=["D1"], lightcurve_format=how), client=client)
     assert pipeline.run_all().n_measured > 0
+    curves = contents(pipeline.folder.lightcurves)
     # Another query, of which nothing is measured yet.
     other = BatchPipeline(make_config(bands=["D6"], lightcurve_format=how), client=client)
     other.run_query()
-    report = other.run_aggregate()
-    assert (report.total, report.rows, report.failed) == (0, 0, {})
-    assert list(other.folder.lightcurves.iterdir()) == []
+    with pytest.raises(RunFolderError, match="none of the 1 frames of the query is measured"):
+        other.run_aggregate()
+    assert contents(other.folder.lightcurves) == curves
 
 
 def test_skip_existing_can_be_turned_off(make_config, client):
@@ -547,6 +573,134 @@ def test_threads_only_client(make_config):
     with Client(processes=False, dashboard_address=":0", n_workers=1, threads_per_worker=2) as own:
         summary = BatchPipeline(make_config(bands=["D6"]), client=own).run_all()
     assert summary.stages["extract"].done == 1
+
+
+def test_a_stage_sees_what_another_process_did(make_config, client, survey, archive):
+    lost = survey[1][0].exposure
+    archive.add_faults(lost.uri, [Fault(status=404)])
+    one = BatchPipeline(make_config(), client=client)
+    assert set(one.run_all().failed) == {lost.filename}
+    other = BatchPipeline(make_config(), client=client)
+    assert other.run_all(retry_failed=True).failed == {}
+    rows = other.reports["aggregate"].rows
+    curves = contents(one.folder.lightcurves)
+    # It knew the frame as one that failed.
+    assert one.run_aggregate().rows == rows
+    assert contents(one.folder.lightcurves) == curves
+
+
+def test_frames_without_a_table_are_told_by_aggregate(make_config, client, survey, archive):
+    lost = survey[1][0].exposure
+    archive.add_faults(lost.uri, [Fault(status=404)])
+    pipeline = BatchPipeline(make_config(), client=client)
+    summary = pipeline.run_all()
+    assert summary.stages["aggregate"].left_out == 1
+    assert "1 frames are not in them: not measured" in str(summary)
+
+
+def test_a_folder_that_was_removed_is_begun_anew(make_config, client, survey, archive):
+    lost = survey[1][0].exposure
+    archive.add_faults(lost.uri, [Fault(status=404)])
+    pipeline = BatchPipeline(make_config(), client=client)
+    assert len(pipeline.run_all().failed) == 1
+    shutil.rmtree(pipeline.folder.path)
+    summary = pipeline.run_all()
+    assert summary.failed == {}
+    assert summary.stages["aggregate"].rows == summary.stages["extract"].rows
+    assert summary.stages["extract"].done == 6
+
+
+def test_when_all_frames_fail_light_curves_stay(make_config, client, archive, survey):
+    pipeline = BatchPipeline(make_config(keep_images=False), client=client)
+    pipeline.run_all()
+    curves = contents(pipeline.folder.lightcurves)
+    for frame in survey[1][:6]:
+        archive.add_faults(frame.exposure.uri, [Fault(status=404)])
+    photometry = PhotometryConfig(fwhm_multiplier=3.0)
+    config = make_config(keep_images=False, photometry=photometry)
+    summary = BatchPipeline(config, client=client).run_all()
+    assert len(summary.failed) == 6
+    assert "aggregate" not in summary.stages
+    assert contents(pipeline.folder.lightcurves) == curves
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_frame_that_the_archive_replaced_is_measured_again(
+    make_config, client, survey, tmp_path, keep
+):
+    frames = [frame.archived for frame in survey[1][:2]]
+    with SimulatedArchive(frames) as archive:
+        config = make_config(
+            keep_images=keep, tap_url=archive.tap_url, archive_url=archive.archive_url
+        )
+        pipeline = BatchPipeline(config, client=client)
+        pipeline.run_all()
+    tables = contents(pipeline.folder.per_image)
+    first = survey[1][0]
+    content = first.path.read_bytes()
+    # The same and an extension more under the name.
+    more = io.BytesIO()
+    fits.HDUList([fits.PrimaryHDU(), fits.ImageHDU(np.zeros((4, 4)), name="MORE")]).writeto(more)
+    replaced = tmp_path / first.path.name
+    replaced.write_bytes(content + more.getvalue()[2880:])
+    frames = [replace(frames[0], path=replaced), frames[1]]
+    with SimulatedArchive(frames) as archive:
+        config = replace(config, tap_url=archive.tap_url, archive_url=archive.archive_url)
+        again = BatchPipeline(config, client=client)
+        summary = again.run_all()
+    assert (summary.stages["extract"].done, summary.stages["extract"].reused) == (1, 1)
+    assert contents(pipeline.folder.per_image) == tables
+
+
+def test_an_edited_catalogue_is_read_again(make_config, client, survey):
+    config = make_config(bands=["D1"])
+    pipeline = BatchPipeline(config, client=client)
+    before = pipeline.run_all()
+    sky, ids = survey[0], all_ids(survey[0])
+    table = pd.read_csv(
+        next(pipeline.folder.per_image.iterdir()), dtype={"target_id": str}, keep_default_na=False
+    )
+    keep = [ids.index(target) for target in table["target_id"][:2]]
+    kept = [ids[k] for k in keep]
+    simulated.write_catalogue(Path(config.catalog_path), kept, sky.ra[keep], sky.dec[keep])
+    after = pipeline.run_all()
+    assert (after.n_sources, after.n_measured) == (2, 2)
+    assert after.stages["aggregate"].removed == before.n_measured - 2
+    assert "of sources without a row now were removed" in str(after)
+
+
+def test_a_catalogue_that_is_elsewhere_costs_no_download(make_config, client, archive, tmp_path):
+    far = simulated.write_catalogue(tmp_path / "far.csv", ["a", "b"], [10.0, 11.0], [10.0, 10.0])
+    pipeline = BatchPipeline(make_config(catalog_path=far), client=client)
+    asked = len(archive.requests)
+    with pytest.raises(CatalogueError, match=r"none of the 2 sources lies within .* deg"):
+        pipeline.run_all()
+    assert not any(r.path.endswith(".fits") for r in archive.requests[asked:])
+
+
+def test_releases_are_told_apart(finished, make_config, client):
+    assert finished.summary.stages["query"].releases == {"qr2": 4, "qr3": 2}
+    assert "4 of qr2, 2 of qr3: their flux scales differ" in str(finished.summary)
+    one = BatchPipeline(make_config(bands=["D1"]), client=client)
+    assert repr(one) == f"BatchPipeline in {one.folder.path}"
+    assert "flux scales" not in str(one.run_all())
+    assert repr(one) == str(one.summary)
+
+
+def test_sources_outside_the_circle_are_counted(finished, survey):
+    ra, dec = survey[0].ra, survey[0].dec
+    outside = int((angular_distance(*simulated.CENTER, ra, dec) > 0.05).sum())
+    assert finished.summary.stages["query"].outside == outside > 0
+    assert f"{outside} sources lie outside" in str(finished.summary)
+
+
+def test_a_query_whose_workers_die_is_told(make_config, client, monkeypatch):
+    def killed(*_, **__):
+        raise KilledWorker("query", None, 3)
+
+    monkeypatch.setattr(Future, "result", killed)
+    with pytest.raises(ClusterError, match="each worker that was to ask the archive died"):
+        BatchPipeline(make_config(), client=client).run_query()
 
 
 def test_nothing_found_is_said(make_config, client):
@@ -1178,6 +1332,7 @@ def test_usage_errors(make_config, client):
 
 def test_script_without_main_guard_is_told(tmp_path):
     script = tmp_path / "script.py"
+    simulated.write_catalogue(tmp_path / "sources.csv", ["one"], [1.0], [1.0])
     script.write_text(
         "from spxdask import run_batch\n"
         "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0)\n"

@@ -10,6 +10,7 @@ import string
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 from urllib.parse import quote, unquote
@@ -324,6 +325,22 @@ def test_folders_and_their_files(tmp_path):
     remove(tmp_path, {"b c.csv", "é"})
     assert names_in(tmp_path) == {".hidden"}
     remove(tmp_path, [])
+
+
+def test_a_file_that_goes_while_others_are_listed(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    scandir = os.scandir
+
+    @contextmanager
+    def then_gone(folder):
+        with scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+            (tmp_path / "b").unlink()
+            yield iter(found)
+
+    monkeypatch.setattr(os, "scandir", then_gone)
+    assert sizes(tmp_path) == {"a": 1, "c": 1}
 
 
 def test_a_folder_that_is_not_there(tmp_path):

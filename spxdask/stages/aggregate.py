@@ -267,10 +267,10 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     stops = np.append(starts, n)[1:]
 
     # Tables are read in order of time, so that one piece hardly ever begins before
-    # another ends.
+    # another ends, or with the same exposure in another release.
     one, next_ = order[:-1], order[1:]
     ends_later = (last[0][one] > first[0][next_]) | (
-        (last[0][one] == first[0][next_]) & (last[1][one] > first[1][next_])
+        (last[0][one] == first[0][next_]) & (last[1][one] >= first[1][next_])
     )
     mixed = set(target[one][(target[one] == target[next_]) & ends_later].tolist())
 
@@ -326,13 +326,13 @@ def bucket_name(number: int) -> str:
 
 def keep_only(
     folder: Path | UPath, names: set[str], is_ours: Callable[[Path | UPath], bool]
-) -> set[str]:
+) -> tuple[set[str], set[str]]:
     """Remove from a folder what an older run left there; a user's own files stay.
 
     Returns
     -------
-    set of str
-        The names that are not there.
+    missing, removed : set of str
+        The names that are not there, and those of what was removed.
     """
     there = names_in(folder)
     others = sorted(there - names)
@@ -340,8 +340,9 @@ def keep_only(
         # In a store, many are looked at in the time of one.
         look = map if is_local(folder) else pool.map
         ours = list(look(is_ours, [folder / name for name in others]))
-    remove(folder, compress(others, ours))
-    return names - there
+    removed = set(compress(others, ours))
+    remove(folder, removed)
+    return names - there, removed
 
 
 def is_light_curve(path: Path | UPath) -> bool:

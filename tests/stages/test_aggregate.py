@@ -278,14 +278,16 @@ def test_keep_only_spares_what_is_not_ours(tmp_path):
     (tmp_path / "notes.txt").write_bytes(ours)
     (tmp_path / "folder").mkdir()
     names = {"a.csv", "c.csv", "bucket-00001.parquet"}
-    missing = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
-    assert missing == {"c.csv"}
+    missing, removed = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
+    assert (missing, removed) == ({"c.csv"}, {"b.csv", "bucket-00002.parquet"})
     users = {"stars.parquet", "star.csv", "notes.txt", "folder"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "bucket-00001.parquet"} | users
-    assert aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve) == set()
+    missing, removed = aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve)
+    assert (missing, removed) == (set(), {"a.csv", "bucket-00001.parquet"})
     assert {p.name for p in tmp_path.iterdir()} == users
     # No folder, nothing to remove.
-    assert aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket) == set()
+    nothing = aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket)
+    assert nothing == (set(), set())
 
 
 @pytest.mark.parametrize(
@@ -314,3 +316,22 @@ def test_a_table_whose_bytes_are_damaged_is_named(tmp_path):
     (tmp_path / table.name).write_bytes(data)
     with pytest.raises(FrameError, match=rf"{table.name} is not a per-image table"):
         read([table], tmp_path)
+
+
+def test_the_order_of_arrival_does_not_matter_for_two_releases(tmp_path):
+    rng = np.random.default_rng(2)
+    one = make_rows(rng, ["a", "b"], 0)
+    other = make_rows(rng, ["a", "b"], 0).assign(filename="level2_1.fits")
+    options = make_options(tmp_path, tmp_path / "lc")
+    found = [write(tmp_path, one, 0), write(tmp_path, other, 1)]
+    groups = []
+    for table in found:
+        aggregate.save_groups([table], options.manifest)
+        groups.append(aggregate.read_tables(0, options))
+    curves = []
+    for parts in (groups, groups[::-1]):
+        (tmp_path / "lc").mkdir(exist_ok=True)
+        written = aggregate.write_lightcurves(pd.concat(parts, ignore_index=True), options=options)
+        assert written["rows"].tolist() == [2, 2]
+        curves.append([path.read_bytes() for path in sorted((tmp_path / "lc").iterdir())])
+    assert curves[0] == curves[1]
