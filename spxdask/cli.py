@@ -11,16 +11,18 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 from spxdask import __version__
 from spxdask.config import (
+    SHORT_NAMES,
     BatchConfig,
     PhotometryConfig,
+    check_options,
     default_of,
     read_options,
     template,
@@ -40,8 +42,21 @@ STAGES = {
         "stall_timeout",
         "archive_url",
     ),
-    "extract": ("output_dir", "catalog_path", "max_extract_workers", "photometry"),
-    "aggregate": ("output_dir", "max_extract_workers", "num_buckets", "keep_bucket_files"),
+    "extract": (
+        "output_dir",
+        "catalog_path",
+        "max_extract_workers",
+        "per_image_format",
+        "photometry",
+    ),
+    "aggregate": (
+        "output_dir",
+        "max_extract_workers",
+        "num_buckets",
+        "keep_bucket_files",
+        "per_image_format",
+        "lightcurve_format",
+    ),
 }
 COMMANDS = {
     "demo": "the four stages on a simulated sky, checked against its truth",
@@ -66,20 +81,18 @@ a real one:
 exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped
 """
 # Options whose flag is not their name.
-FLAGS = {
-    "center_ra": "--ra",
-    "center_dec": "--dec",
-    "catalog_path": "--catalog",
-    "coverage_mode": "--coverage",
-    "output_dir": "--output",
-}
+FLAGS = {name: f"--{short}" for short, name in SHORT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args([_plain_number(a) for a in arguments])
+    options, unknown = parser.parse_known_args(_no_minus_for_a_flag(arguments))
+    if unknown:
+        # Of the command, whose help has the flags that there are.
+        parser.prog = f"spxdask {options.command or ''}".strip()
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
@@ -127,9 +140,22 @@ def _second_interrupt_ends_it() -> Iterator[None]:
 
 def _plain_number(argument: str) -> str:
     """Write -1e-5 as -0.00001, which argparse does not take for a flag."""
-    if re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+", argument):
+    if re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", argument):
         return format(Decimal(argument), "f")
     return argument
+
+
+def _no_minus_for_a_flag(arguments: Sequence[str]) -> list[str]:
+    """Write --dec -66d as --dec=-66d: argparse takes only plain numbers for values."""
+    found: list[str] = []
+    for argument in map(_plain_number, arguments):
+        follows = bool(found) and re.fullmatch(r"--\w[\w-]*", found[-1])
+        plain = re.fullmatch(r"-\d+|-\d*\.\d+", argument)
+        if follows and not plain and re.match(r"-\.?\d", argument):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _log(verbose: int) -> None:
@@ -141,9 +167,19 @@ def _log(verbose: int) -> None:
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes flags in full only, as a new one would change what a shortened one means."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"spxdask: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     commands_help = "".join(f"  {name:<11} {text}\n" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="spxdask",
         usage="spxdask COMMAND [options]      (spxdask COMMAND --help says more)",
         description=f"{HEAD}\n{commands_help}",
@@ -151,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"spxdask {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "-v", "--verbose", action="count", default=0, help="say more; twice for every frame"
     )
@@ -231,7 +267,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
         return
     count = {"bands": "+", "bad_flags": "*", "mjd_range": 2, "window_size": "+"}.get(option.name)
     metavar = {"bands": "D1..D6", "mjd_range": ("FIRST", "LAST"), "output_dir": "DIR"}
-    text_options = ("catalog_path", "output_dir", "tap_url", "archive_url")
+    text_options = ("bands", "catalog_path", "output_dir", "tap_url", "archive_url")
     group.add_argument(
         flag,
         nargs=count,
@@ -254,30 +290,69 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     """Return options from the folder's last run or from a file, overruled by the flags."""
     from spxdask.runfolder import RunFolder
 
+    flags = _given(options)
     values: dict[str, Any] = {}
+    path = None
     if saved:
         if getattr(options, "config", None) is not None:
             raise ConfigError("--retry-failed goes on with the options of the run; drop --config")
-        output = getattr(options, "output_dir", default_of(_field(BatchConfig, "output_dir")))
+        output = flags.get("output_dir", default_of(_field(BatchConfig, "output_dir")))
         values = RunFolder(output).saved_config().to_dict()
     elif options.config is not None:
-        values = read_options(options.config)
-    given = vars(options)
-    values |= {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
-    photometry = {f.name: given[f.name] for f in fields(PhotometryConfig) if f.name in given}
-    if isinstance(photometry.get("window_size"), list) and len(photometry["window_size"]) == 1:
-        photometry["window_size"] = photometry["window_size"][0]
-    if photometry:
-        base = PhotometryConfig.from_dict(values.get("photometry") or {}).to_dict()
-        values["photometry"] = base | photometry
+        path = options.config
+        values = _not_overruled(read_options(path), flags)
+    with _told_of(path):
+        check_options(BatchConfig, values)
     missing = [
         FLAGS.get(f.name, f"--{f.name}")
         for f in fields(BatchConfig)
-        if f.default is MISSING and f.default_factory is MISSING and values.get(f.name) is None
+        if f.default is f.default_factory is MISSING and f.name not in values | flags
     ]
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
-    return BatchConfig.from_dict(values)
+    check_options(BatchConfig, flags)
+    measuring = values.get("photometry") or {}
+    merged = values | flags | {"photometry": measuring | flags.get("photometry", {})}
+    # What is wrong now is wrong of options together.
+    with _told_of(path if measuring else None):
+        return BatchConfig.from_dict(merged)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that flags were given for."""
+    given = vars(options)
+    flags = {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
+    if "bands" in flags:
+        # D3 D4, D3,D4 or D3, D4
+        flags["bands"] = [b for text in flags["bands"] for b in text.split(",") if b]
+    photometry = {f.name: given[f.name] for f in fields(PhotometryConfig) if f.name in given}
+    if isinstance(photometry.get("window_size"), list) and len(photometry["window_size"]) == 1:
+        photometry["window_size"] = photometry["window_size"][0]
+    return flags | ({"photometry": photometry} if photometry else {})
+
+
+def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a file that no flag overrules, and that were filled in."""
+    required = [f.name for f in fields(BatchConfig) if f.default is f.default_factory is MISSING]
+    left = {}
+    for name, value in values.items():
+        if name == "photometry" and isinstance(value, Mapping):
+            overruled = flags.get(name, {})
+            left[name] = {key: v for key, v in value.items() if key not in overruled}
+        elif name not in flags or name == "photometry":
+            left[name] = value
+    return {name: v for name, v in left.items() if v is not None or name not in required}
+
+
+@contextmanager
+def _told_of(path: str | None) -> Iterator[None]:
+    """Name the file that an option came from, if it came from one."""
+    try:
+        yield
+    except ConfigError as error:
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _field(options: type, name: str) -> Field:

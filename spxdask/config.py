@@ -7,6 +7,7 @@ command line's flags and the commented template that ``spxdask config`` writes.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import re
@@ -27,6 +28,14 @@ BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
 RELEASES = ("latest", "qr2", "qr3", "all")
 IRSA_TAP_URL = "https://irsa.ipac.caltech.edu/TAP"
 IRSA_ARCHIVE_URL = "https://irsa.ipac.caltech.edu"
+# What the command line calls some options, and what they are called everywhere else.
+SHORT_NAMES = {
+    "ra": "center_ra",
+    "dec": "center_dec",
+    "catalog": "catalog_path",
+    "coverage": "coverage_mode",
+    "output": "output_dir",
+}
 
 Check = Callable[[Any], Any]
 T = TypeVar("T")
@@ -52,6 +61,29 @@ def _number(low: float, high: float, *, open_low: bool = False) -> Check:
         return float(value)
 
     return check
+
+
+def _degrees(low: float, high: float, sexagesimal: str) -> Check:
+    number = _number(low, high)
+
+    def check(value: Any) -> float:
+        try:
+            return number(value)
+        except ValueError as error:
+            if not isinstance(value, str) or _reads_as_number(value):
+                raise
+            hint = f"degrees as a decimal number, {sexagesimal} is not one"
+            raise ValueError(f"{error}: {hint}") from None
+
+    return check
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _integer(low: int, high: int | None = None) -> Check:
@@ -105,13 +137,19 @@ def _scheme(value: Any) -> str:
 def _url(value: Any) -> str:
     if _scheme(value) not in ("http", "https"):
         raise ValueError("an http or https URL")
-    return value.rstrip("/")
+    return _plain_url(value)
 
 
 def _archive(value: Any) -> str:
     if _scheme(value) not in ("http", "https", "s3", "file"):
         raise ValueError("an http, https, s3 or file URL, such as s3://nasa-irsa-spherex")
-    return value.rstrip("/")
+    return _plain_url(value)
+
+
+def _plain_url(url: str) -> str:
+    """Write the scheme in lower case, as those who look at it expect, and no slash at the end."""
+    scheme, colon, rest = url.partition(":")
+    return scheme.lower() + colon + rest.rstrip("/")
 
 
 def _file_or_url(value: Any) -> str:
@@ -127,9 +165,10 @@ def _bands(value: Any) -> list[str] | None:
     if value is None:
         return None
     listed = isinstance(value, list | set | frozenset) and len(value) > 0
-    if not listed or any(band not in BANDS for band in value):
-        raise ValueError("a list of some of " + ", ".join(BANDS) + ", or null for all")
-    return sorted(set(value))
+    names = {b.upper() if isinstance(b, str) else None for b in value} if listed else set()
+    if not names or not names <= set(BANDS):
+        raise ValueError(f"a list of some of {BANDS[0]} to {BANDS[-1]}, or null for all")
+    return sorted(names)
 
 
 def _mjd_range(value: Any) -> tuple[float, float] | None:
@@ -175,18 +214,64 @@ def _native(value: Any) -> Any:
     return {_native(v) for v in value} if isinstance(value, set | frozenset) else value
 
 
+def _checked(option: Field, value: Any) -> Any:
+    """Return the value of an option in its final type."""
+    try:
+        return option.metadata["check"](_native(value))
+    except ConfigError as error:
+        raise ConfigError(f"{option.name}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{option.name} is {value!r}; allowed is {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{option.name} has lists within lists without end") from None
+
+
+def _refuse_unknown(options: type, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a name that is no option, with the one that may be meant."""
+    known = [option.name for option in fields(options)]
+    for key in values:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1)
+        if options is BatchConfig and key in SHORT_NAMES:
+            hint = f"{key} is {SHORT_NAMES[key]} here"
+        elif options is BatchConfig and key in {o.name for o in fields(PhotometryConfig)}:
+            hint = f"{key} belongs under photometry"
+        elif near:
+            hint = f"did you mean {near[0]}?"
+        else:
+            hint = f"known are {', '.join(known)}"
+        raise ConfigError(f"unknown option {key!r}; {hint}")
+
+
+def check_options(options: type, values: Mapping[str, Any]) -> None:
+    """Check some options of a configuration, each by itself.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown or a value is not allowed whatever the other options are.
+    """
+    _refuse_unknown(options, values)
+    for option in fields(options):
+        if option.name not in values:
+            continue
+        value = values[option.name]
+        if option.name != "photometry" or not isinstance(value, Mapping):
+            _checked(option, value)
+            continue
+        try:
+            check_options(PhotometryConfig, value)
+        except ConfigError as error:
+            raise ConfigError(f"photometry: {error}") from None
+
+
 class _Options:
     """What the two configurations have in common: checks, dictionaries, YAML."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            try:
-                checked = option.metadata["check"](_native(value))
-            except ConfigError as error:
-                raise ConfigError(f"{option.name}: {error}") from None
-            except ValueError as error:
-                raise ConfigError(f"{option.name} is {value!r}; allowed is {error}") from None
+            checked = _checked(option, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
 
     @classmethod
@@ -200,13 +285,8 @@ class _Options:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} needs a mapping of options, got {values!r}")
-        known = {option.name: option for option in fields(cls)}
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-                raise ConfigError(f"unknown option {key!r}{hint}")
-        missing = [name for name, o in known.items() if _required(o) and name not in values]
+        _refuse_unknown(cls, values)
+        missing = [o.name for o in fields(cls) if _required(o) and o.name not in values]
         if missing:
             raise ConfigError(f"missing option: {', '.join(missing)}")
         return cls(**values)
@@ -236,6 +316,12 @@ class _Loader(yaml.SafeLoader):
     """YAML as people mean it: 1e3 is a number, 12:30 is not, and no key comes twice."""
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = f"line {key.start_mark.line + 1} has a list or mapping for a name"
+                raise yaml.constructor.ConstructorError(problem=problem)
         keys = [key.value for key, _ in node.value]
         if len(keys) > len(set(keys)):
             twice = next(key for key in keys if keys.count(key) > 1)
@@ -271,7 +357,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 def read_options(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file of options; raise ConfigError naming the file when it is none."""
     try:
-        values = yaml.load(read_bytes(place(path)).decode(), Loader=_Loader)
+        values = _parsed(read_bytes(place(path)).decode())
     # PyYAML lets a ValueError through for a date such as 2026-02-31.
     except (OSError, StoreError, ValueError, yaml.YAMLError) as error:
         reason = (error.strerror or error) if isinstance(error, OSError) else error
@@ -281,8 +367,41 @@ def read_options(path: str | os.PathLike) -> dict[str, Any]:
     return values or {}
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("lists or mappings within each other without end") from None
+    # For a value that does not fit its tag, such as !!bool maybe.
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError("a value is not of the kind that its tag says") from error
+
+
 def _required(option: Field) -> bool:
     return option.default is MISSING and option.default_factory is MISSING
+
+
+def _unit(option: Field) -> str:
+    return f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
+
+
+def _documented(options: type[T]) -> type[T]:
+    """Describe every option in the docstring, before what is raised."""
+    lines = ["Parameters", "----------"]
+    for option in fields(options):
+        default = ""
+        if option.default is not MISSING:
+            default = f", default {option.default!r}"
+        elif not _required(option):
+            # As the environment may decide which it is.
+            default = ", optional"
+        text = option.metadata["help"].replace("null for", "None for") + _unit(option)
+        text = text.removesuffix(": the options below")
+        lines.append(f"{option.name} : {option.type}{default}")
+        lines += textwrap.wrap(text, 88, initial_indent="    ", subsequent_indent="    ")
+    head, raises, rest = inspect.cleandoc(options.__doc__).partition("Raises\n")
+    options.__doc__ = head + "\n".join(lines) + "\n\n" + raises + rest
+    return options
 
 
 def _plain(value: Any) -> Any:
@@ -291,6 +410,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+@_documented
 @dataclass(frozen=True, kw_only=True)
 class PhotometryConfig(_Options):
     """How a source is measured. Pixels are 6.15 arcsec.
@@ -313,7 +433,10 @@ class PhotometryConfig(_Options):
         2.5, _number(0, 50, open_low=True), "diameter of the fwhm aperture", unit="PSF FWHM"
     )
     background_method: str = _option(
-        "window", _choice("window", "annulus"), "where the local background is taken"
+        "window",
+        _choice("window", "annulus"),
+        "'window' takes the local background from a rectangle about the source, 'annulus' from "
+        "a ring about the aperture",
     )
     window_size: int | tuple[int, int] = _option(
         50,
@@ -402,11 +525,15 @@ class PhotometryConfig(_Options):
 def _photometry(value: Any) -> PhotometryConfig:
     if isinstance(value, PhotometryConfig):
         return value
+    # In YAML, what a heading with nothing but comments below it is.
+    if value is None:
+        return PhotometryConfig()
     if isinstance(value, Mapping):
         return PhotometryConfig.from_dict(value)
     raise ValueError("a PhotometryConfig or a mapping of its options")
 
 
+@_documented
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(_Options):
     """A run: where on the sky, which catalogue, which frames, how.
@@ -418,10 +545,18 @@ class BatchConfig(_Options):
     """
 
     center_ra: float = field(
-        metadata={"check": _number(0, 360), "help": "centre of the field, ICRS", "unit": "deg"}
+        metadata={
+            "check": _degrees(0, 360, "00:42:44"),
+            "help": "centre of the field, ICRS",
+            "unit": "deg",
+        }
     )
     center_dec: float = field(
-        metadata={"check": _number(-90, 90), "help": "centre of the field, ICRS", "unit": "deg"}
+        metadata={
+            "check": _degrees(-90, 90, "-66:30:00"),
+            "help": "centre of the field, ICRS",
+            "unit": "deg",
+        }
     )
     radius: float = field(
         metadata={
@@ -433,7 +568,8 @@ class BatchConfig(_Options):
     catalog_path: str = field(
         metadata={
             "check": _file_or_url,
-            "help": "CSV file with the columns targetid, ra, dec; a path or a URL (s3://...)",
+            "help": "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
+            "(s3://...)",
         }
     )
     coverage_mode: str = _option(
@@ -442,7 +578,7 @@ class BatchConfig(_Options):
         "'any' takes frames that touch the field, 'full' those that hold all of it",
     )
     bands: list[str] | None = _option(
-        None, _bands, "detectors to use, such as [D3, D4]; null for all"
+        None, _bands, "detectors to use, of D1 to D6, such as [D3, D4]; null for all"
     )
     mjd_range: tuple[float, float] | None = _option(
         None,
@@ -485,7 +621,9 @@ class BatchConfig(_Options):
     keep_bucket_files: bool = _option(
         False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
     )
-    per_image_format: str = _option("csv", _choice("csv", "parquet"), "of the tables in per_image/")
+    per_image_format: str = _option(
+        "csv", _choice("csv", "parquet"), "'csv' or 'parquet', for the tables in per_image/"
+    )
     lightcurve_format: str = _option(
         "csv",
         _choice("csv", "parquet"),
@@ -525,8 +663,7 @@ def template() -> str:
 
 def _lines(options: type, indent: str) -> Iterator[str]:
     for option in fields(options):
-        unit = f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
-        text = option.metadata["help"] + unit
+        text = option.metadata["help"] + _unit(option)
         yield ""
         yield from textwrap.wrap(
             text, 88, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "

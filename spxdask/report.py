@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class StageReport:
     """The account of one stage.
 
@@ -57,8 +57,12 @@ class StageReport:
     bytes: int = 0
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        # For the end of a notebook's cell.
+        return describe(self)
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, repr=False)
 class RunSummary:
     """The account of a run.
 
@@ -110,6 +114,8 @@ class RunSummary:
             lines.append(_line("failed", "none"))
         lines.append(_line("output", self.output))
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def describe(report: StageReport) -> str:

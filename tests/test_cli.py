@@ -84,6 +84,29 @@ def test_stages_take_only_the_options_they_read(run):
     assert "--bands" in err
 
 
+def test_tables_and_light_curves_in_another_format(run, tmp_path):
+    assert run("query", *FIELD)[0] == 0
+    assert run("download")[0] == 0
+    assert run("extract", "--per-image-format", "parquet")[0] == 0
+    tables = list((tmp_path / "batch_output" / "per_image").iterdir())
+    assert [path.suffix for path in tables] == [".parquet"] * 2
+    curves = ["--lightcurve-format", "parquet", "--num-buckets", "2"]
+    assert run("aggregate", *curves)[0] == 0
+    found = list((tmp_path / "batch_output" / "lightcurves").iterdir())
+    assert found
+    assert {path.suffix for path in found} == {".parquet"}
+    status, _, err = run("aggregate", "--per-image-format", "csv")
+    assert status == 2
+    assert "run extract first" in err
+
+
+@pytest.mark.parametrize("bands", [["D3,d5"], ["d3", "D5"], ["D3,", "d5"]])
+def test_bands_as_people_write_them(run, tmp_path, bands):
+    assert run("query", *FIELD, "--bands", *bands)[0] == 0
+    saved = BatchConfig.from_yaml(tmp_path / "batch_output" / "state" / "config.yaml")
+    assert saved.bands == ["D3", "D5"]
+
+
 def test_small_negative_coordinates(run, tmp_path):
     arguments = ["run", *FIELD[:4], "--dec", "-1e-5", *FIELD[6:]]
     assert run(*arguments)[0] == 0
@@ -138,7 +161,16 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
         (["run"], "missing --ra, --dec, --radius, --catalog"),
         (["run", *FIELD[:-1], "-1"], "radius is -1; allowed is a number above 0"),
         (["run", *FIELD[:-1], "wide"], "radius is 'wide'; allowed is"),
-        (["run", *FIELD, "--bands", "D7"], "bands is ['D7']; allowed is"),
+        (["run", *FIELD, "--ra", "00:42:44"], "center_ra is '00:42:44'; allowed is a number from"),
+        (["run", *FIELD, "--dec", "-66:30:00"], "center_dec is '-66:30:00'; allowed is a number"),
+        (["run", *FIELD, "--dec", "-66d30m"], "degrees as a decimal number, -66:30:00 is not one"),
+        (["run", *FIELD, "--radius", "-.5d"], "radius is '-.5d'; allowed is"),
+        (["run", *FIELD, "--mjd-range", "-1e5", "3"], "mjd_range is [-100000, 3]; allowed is"),
+        (["run", *FIELD, "--dec", "-1e99999999999"], "center_dec is -inf; allowed is a number"),
+        (["run", *FIELD, "--dec"], "spxdask: argument --dec: expected one argument"),
+        (["run", *FIELD, "--out", "o"], "unrecognized arguments: --out o; see spxdask run --help"),
+        (["run", *FIELD, "--bands", "D7"], "bands is ['D7']; allowed is a list of some of D1 to"),
+        (["run", *FIELD, "--bands", ","], "bands is []; allowed is"),
         (["run", *FIELD, "--coverage", "some"], "coverage_mode is 'some'; allowed is one of any"),
         (["run", *FIELD, "--window-size", "2"], "window_size is 2; allowed is"),
         (["run", *FIELD, "--mjd-range", "3", "1"], "mjd_range is [3, 1]; allowed is two MJDs"),
@@ -151,23 +183,78 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
         (["status"], "batch_output is not the output folder of a run"),
         (["run", *FIELD, "--output", "sources.csv"], "sources.csv: "),
         (["bogus"], "invalid choice: 'bogus'"),
-        (["run", *FIELD, "--frob"], "--frob"),
+        (["run", *FIELD, "--frob"], "--frob; see spxdask run --help"),
+        (["--frob"], "--frob; see spxdask --help"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_status_2(run, arguments, says):
-    status, _, err = run(
-        *arguments, scheduler=arguments[0] in ("run", "download") and "--frob" not in arguments
-    )
+    # At the end, the scheduler would be the value of an option that lacks one.
+    takes = arguments[0] in ("run", "download") and arguments[-1] not in ("--frob", "--dec")
+    status, _, err = run(*arguments, scheduler=takes)
+    assert status == 2
+    # Where the run's pages are may come before it.
+    assert len([line for line in err.splitlines() if "http://" not in line]) == 1
+    assert err.splitlines()[-1].startswith("spxdask: ")
+    assert says in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "says"),
+    [
+        ("ra: 270\n", [], "run.yaml: unknown option 'ra'; ra is center_ra here"),
+        ("output: o\n", FIELD, "run.yaml: unknown option 'output'; output is output_dir here"),
+        ("fwhm_multiplier: 3\n", FIELD, "run.yaml: unknown option 'fwhm_multiplier'; fwhm_mul"),
+        ("radius: 400\n", [], "run.yaml: radius is 400; allowed is"),
+        ("max_images: many\n", FIELD, "run.yaml: max_images is 'many'; allowed is"),
+        ("photometry: fwhm\n", FIELD, "run.yaml: photometry is 'fwhm'; allowed is"),
+        ("photometry: {bad_flags: 3}\n", FIELD, "run.yaml: photometry: bad_flags is 3; allowed"),
+        ("photometry: {window: 3}\n", FIELD, "run.yaml: photometry: unknown option 'window'; did"),
+        (
+            "photometry: {aperture_diameter: 10, background_method: annulus}\n",
+            [*FIELD, "--aperture-method", "fixed"],
+            "run.yaml: photometry: max_outer_radius is 5.0; allowed is",
+        ),
+        # What a flag says is none of the file's.
+        ("max_images: 3\n", [*FIELD, "--bands", "D7"], "spxdask: bands is ['D7']; allowed is"),
+        ("max_images: 3\n", FIELD[:-2], "spxdask: missing --radius (or a --config FILE"),
+        ("center_ra:\nradius: 1\n", FIELD[:2], "spxdask: missing --ra, --dec (or"),
+        (
+            "photometry: {window_size: 20}\n",
+            [*FIELD, "--fwhm-multiplier", "-1"],
+            "spxdask: photometry: fwhm_multiplier is -1; allowed is",
+        ),
+        (
+            "photometry:\n",
+            [*FIELD, "--aperture-method", "fixed", "--window-size", "3"],
+            "spxdask: photometry: window_size is 3; allowed is",
+        ),
+    ],
+)
+def test_mistakes_in_a_file_name_it(run, tmp_path, content, flags, says):
+    (tmp_path / "run.yaml").write_text(content)
+    status, _, err = run("run", *flags, "--config", "run.yaml")
     assert status == 2
     assert says in err
-    assert "Traceback" not in err
+    assert err.startswith("spxdask: ")
+    assert err.count("\n") == 1
+    assert ("run.yaml" in err) == ("run.yaml" in says)
+
+
+def test_flags_overrule_mistakes_in_a_file(run, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "radius: 400\nphotometry:\n  window_size: 3\n  aperture_method: fixed\n"
+    )
+    assert run("query", "--config", "run.yaml", *FIELD, "--window-size", "30")[0] == 0
+    saved = BatchConfig.from_yaml(tmp_path / "batch_output" / "state" / "config.yaml")
+    assert (saved.radius, saved.photometry.window_size) == (0.05, 30)
 
 
 def test_unreachable_archive_is_status_1(run, monkeypatch):
     monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
     status, _, err = run("run", *FIELD, "--max-retries", "0")
     assert status == 1
-    assert "does not answer" in err
+    assert "http://127.0.0.1:9/TAP" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_config_template_is_a_run(run, tmp_path):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import inspect
+import os
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from spxdask.config import (
     IRSA_ARCHIVE_URL,
     IRSA_TAP_URL,
     RELEASES,
+    SHORT_NAMES,
     BatchConfig,
     PhotometryConfig,
     template,
@@ -143,7 +148,7 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
         ("catalog_path", ["", b"x", None, 3, "a\0b"], "a path"),
         ("catalog_path", NO_STORES, "a path, or the URL of a store, such as s3://"),
         ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "one of any, full"),
-        ("bands", [[], "D1", ["D7"], ["d1"], [1], [["D1"]], [None], 3, {"D1": 1}], "D1, D2, D3"),
+        ("bands", [[], "D1", ["D7"], [1], [["D1"]], [None], 3, {"D1": 1}, ["all"]], "D1 to D6"),
         (
             "mjd_range",
             [[], [61000], [61001, 61000], [1, 2, 3], ["a", "b"], 61000, {61000, 61001}, [[1], 2]],
@@ -169,7 +174,7 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
             ["", "irsa", "ftp://x", "gs://b", "https:///x", "http://[", "s3://", "file://", None],
             "an http, https, s3 or file URL, such as s3://nasa-irsa-spherex",
         ),
-        ("photometry", [None, 3, [], "fwhm"], "a PhotometryConfig or a mapping"),
+        ("photometry", [3, [], "fwhm", False], "a PhotometryConfig or a mapping"),
     ],
 )
 def test_batch_options_say_what_is_allowed(name, values, allowed):
@@ -213,9 +218,35 @@ def test_photometry_options_say_what_is_allowed(name, values, allowed):
             batch(photometry={name: value})
 
 
+@pytest.mark.parametrize("name", ["center_ra", "center_dec"])
+def test_text_that_is_no_number_of_degrees(name):
+    for value in ("00:42:44", "-66:30:00", "10d", "ten", ""):
+        with pytest.raises(ConfigError) as caught:
+            batch(**{name: value})
+        assert re.search(
+            r"; allowed is a number from -?\d+ to \d+: degrees as a decimal number, "
+            r"[-:\d]+ is not one$",
+            str(caught.value),
+        )
+    for value in ("3", 400, None):
+        with pytest.raises(ConfigError, match=r"; allowed is a number from -?\d+ to \d+$"):
+            batch(**{name: value})
+
+
+def test_lists_within_lists_without_end():
+    endless = []
+    endless.append(endless)
+    with pytest.raises(ConfigError, match=r"^bands has lists within lists without end$"):
+        batch(bands=endless)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        *(({s: 1}, f"unknown option '{s}'; {s} is {name} here") for s, name in SHORT_NAMES.items()),
+        ({"fwhm_multiplier": 3}, "'fwhm_multiplier'; fwhm_multiplier belongs under photometry"),
+        ({"window_size": 3}, "unknown option 'window_size'; window_size belongs under photometry"),
+        ({"photometry": {"ra": 3}}, "photometry: unknown option 'ra'; known are aperture_method"),
         ({"centre_ra": 1.0}, "unknown option 'centre_ra'; did you mean center_ra?"),
         ({"num_bucket": 1}, "unknown option 'num_bucket'; did you mean num_buckets?"),
         ({"zzz": 1}, "unknown option 'zzz'; known are center_ra, center_dec, "),
@@ -227,6 +258,11 @@ def test_photometry_options_say_what_is_allowed(name, values, allowed):
 def test_unknown_options_are_errors_with_a_hint(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         BatchConfig.from_dict(REQUIRED | options)
+
+
+def test_unknown_options_come_before_missing_ones():
+    with pytest.raises(ConfigError, match=r"^unknown option 'ra'; ra is center_ra here$"):
+        BatchConfig.from_dict({"ra": 10.0, "dec": -20.0})
 
 
 def test_from_dict_needs_a_mapping():
@@ -256,6 +292,7 @@ def test_from_dict_needs_a_mapping():
         ("coverage_mode", np.str_("full"), "full"),
         ("bands", ("D4", "D3", "D4"), ["D3", "D4"]),
         ("bands", {"D6"}, ["D6"]),
+        ("bands", ["d4", "D3", "D4"], ["D3", "D4"]),
         ("bands", np.array(["D2", "D1"]), ["D1", "D2"]),
         ("mjd_range", [np.int32(61000), np.float32(61000.5)], (61000.0, 61000.5)),
         ("mjd_range", np.array([1.0, 1.0]), (1.0, 1.0)),
@@ -264,7 +301,12 @@ def test_from_dict_needs_a_mapping():
         ("tap_url", "http://host:80/TAP//", "http://host:80/TAP"),
         ("archive_url", "s3://nasa-irsa-spherex/", "s3://nasa-irsa-spherex"),
         ("archive_url", "file:///data/spherex/", "file:///data/spherex"),
+        ("archive_url", "HTTPS://Host/Path/", "https://Host/Path"),
+        ("archive_url", "S3://nasa-irsa-spherex", "s3://nasa-irsa-spherex"),
+        ("archive_url", "File:///Data", "file:///Data"),
+        ("tap_url", "HTTP://host:80/TAP", "http://host:80/TAP"),
         ("photometry", {}, PhotometryConfig()),
+        ("photometry", None, PhotometryConfig()),
     ],
 )
 def test_values_are_kept_in_their_plain_type(name, value, becomes):
@@ -454,6 +496,16 @@ def test_options_cannot_be_changed():
         (b"\xff\xfe\xfa", "decode"),
         (b"output_dir: 2026-02-31\n", "day"),
         (b"max_image: 3\n", "did you mean max_images?"),
+        (b"ra: 3\n", "ra is center_ra here"),
+        (b"? [a, b]\n: 1\n", "line 1 has a list or mapping for a name"),
+        (b"radius: 1\n{a: b}: 1\n", "line 2 has a list or mapping for a name"),
+        (b"!!map [a]\n", "expected a mapping node"),
+        (b"[" * 5000, "within each other without end"),
+        (b"a: " + b"{a: " * 5000, "within each other without end"),
+        (b"bands: &all [*all]\n" + yaml.safe_dump(REQUIRED).encode(), "bands has lists within"),
+        (b"x: !!int [1]\n", "not of the kind that its tag says"),
+        (b"x: !!bool maybe\n", "not of the kind that its tag says"),
+        (b"x: !!timestamp soon\n", "not of the kind that its tag says"),
         (b"center_ra: 400\ncenter_dec: 0\nradius: 1\ncatalog_path: x\n", "center_ra is 400"),
         (b"x: !!python/object:os.system {}\n", "could not determine a constructor"),
     ],
@@ -464,6 +516,12 @@ def test_bad_files_are_named(tmp_path, content, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         BatchConfig.from_yaml(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_heading_with_nothing_below_it_means_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(REQUIRED) + "photometry:\n  # window_size: 30\n")
+    assert BatchConfig.from_yaml(path) == batch()
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -503,6 +561,45 @@ def test_every_option_of_the_template_is_explained():
     options = [i for i, line in enumerate(lines) if re.match(r" *\w+:", line)]
     assert len(options) == len(fields(BatchConfig)) + len(fields(PhotometryConfig))
     assert all(lines[i - 1].lstrip().startswith("# ") for i in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
+)
+def test_choices_are_named_where_the_option_is_explained(options, n_choices):
+    found = {}
+    for option in fields(options):
+        try:
+            option.metadata["check"]("?")
+        except ValueError as error:
+            if str(error).startswith("one of "):
+                found[option.name] = str(error).removeprefix("one of ").split(", ")
+    assert len(found) == n_choices
+    help_texts = {option.name: option.metadata["help"] for option in fields(options)}
+    for name, choices in found.items():
+        assert all(f"'{choice}'" in help_texts[name] for choice in choices), name
+
+
+@pytest.mark.parametrize("options", [BatchConfig, PhotometryConfig])
+def test_every_option_is_a_parameter_of_the_docstring(options):
+    head, parameters = inspect.getdoc(options).split("Parameters\n----------\n")
+    parameters, raises = parameters.split("\n\nRaises\n------\n")
+    assert head.endswith("\n\n")
+    assert raises.startswith("ConfigError\n    ")
+    named = [line for line in parameters.splitlines() if not line.startswith("    ")]
+    assert [line.split(" : ")[0] for line in named] == [option.name for option in fields(options)]
+    assert max(map(len, parameters.splitlines())) <= 100
+    assert parameters.count("\n    ") >= len(named)
+
+
+def test_the_docstring_does_not_follow_the_environment():
+    code = "from spxdask import BatchConfig; print(BatchConfig.__doc__)"
+    env = os.environ | {"SPXDASK_TAP_URL": "http://127.0.0.1:9/TAP"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert "tap_url : str, optional" in out
+    assert "127.0.0.1" not in out
 
 
 def test_filled_template_is_the_defaults(tmp_path):

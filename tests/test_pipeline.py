@@ -684,7 +684,8 @@ def test_releases_are_told_apart(finished, make_config, client):
     one = BatchPipeline(make_config(bands=["D1"]), client=client)
     assert repr(one) == f"BatchPipeline in {one.folder.path}"
     assert "flux scales" not in str(one.run_all())
-    assert repr(one) == str(one.summary)
+    assert repr(one) == repr(one.summary) == str(one.summary)
+    assert repr(one.reports["aggregate"]).startswith("aggregate   ")
 
 
 def test_sources_outside_the_circle_are_counted(finished, survey):

@@ -18,6 +18,8 @@ from spxdask.science.frame import angular_distance
 from spxdask.storage import is_local, place, read_bytes
 
 COLUMNS = ("targetid", "ra", "dec")
+# What the tables we write call a column.
+SYNONYMS = {"targetid": "target_id"}
 # Declination zones of one degree, each sorted in right ascension: a frame of 3.5 deg
 # looks into seven of them with two binary searches each.
 ZONES = 180
@@ -33,7 +35,7 @@ class Catalogue:
     Attributes
     ----------
     target_id : (n,) pyarrow large_string array
-        Ids as in the file, to the last character.
+        Ids as in the file, to the last digit, without blanks around them.
     ra, dec : (n,) float array
         ICRS, deg, as in the file.
     row : (n,) int array
@@ -56,10 +58,10 @@ class Catalogue:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> Catalogue:
-        """Read a catalogue with the columns targetid, ra and dec.
+        """Read a catalogue with the columns targetid (or target_id), ra and dec.
 
-        Names may be in any case, other columns are ignored, a byte-order mark and
-        quoting are understood. Ids are text.
+        Names may be in any case, other columns and blanks around values are ignored, a
+        byte-order mark and quoting are understood. Ids are text.
 
         Raises
         ------
@@ -78,8 +80,8 @@ class Catalogue:
             raise CatalogueError(str(error)) from error
         if not len(table):
             raise CatalogueError(f"{path}: no rows below the header")
-        ids = table.column(0)
-        _refuse(path, pc.equal(pc.utf8_trim_whitespace(ids), ""), "targetid is empty", ids)
+        ids = _trimmed(table.column(0))
+        _refuse(path, pc.equal(ids, ""), "targetid is empty", ids)
         ra = _coordinate(path, "ra", table.column(1), 0.0, 360.0)
         dec = _coordinate(path, "dec", table.column(2), -90.0, 90.0)
         if pc.count_distinct(ids).as_py() < len(ids):
@@ -198,11 +200,18 @@ def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     content = os.fspath(path) if far is None else pa.BufferReader(far)
     wanted = []
     for column in COLUMNS:
-        found = [name for name in names if name.strip().lower() == column]
+        called = (column, SYNONYMS.get(column, column))
+        found = [name for name in names if name.strip().lower() in called]
         if len(found) != 1:
+            for separator, what in ((";", "';'"), ("\t", "a tab")):
+                if not found and any(separator in name for name in names):
+                    raise CatalogueError(
+                        f"{path}: the file has to be comma-separated, and its header has {what}"
+                    )
             what = "no column" if not found else f"{len(found)} columns"
+            what += f" {' or '.join(dict.fromkeys(called))}"
             raise CatalogueError(
-                f"{path}: {what} {column}; the header has to name each of "
+                f"{path}: {what}; the header has to name each of "
                 f"{', '.join(COLUMNS)} once, and says: {', '.join(names)[:200] or 'nothing'}"
             )
         wanted.append(found[0])
@@ -217,6 +226,15 @@ def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     )
     arrays = [column.combine_chunks() for column in table.columns]
     return pa.RecordBatch.from_arrays(arrays, names=list(COLUMNS))
+
+
+def _trimmed(text: pa.Array) -> pa.Array:
+    """Return text without blanks around it; the array itself where there are none.
+
+    Its buffers go into the fingerprint, and those of a copy may be longer.
+    """
+    trimmed = pc.utf8_trim_whitespace(text)
+    return text if trimmed.equals(text) else trimmed
 
 
 def _coordinate(path, name: str, text: pa.Array, low: float, high: float) -> np.ndarray:

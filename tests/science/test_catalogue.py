@@ -25,7 +25,7 @@ def test_ids_are_text_to_the_last_character(tmp_path):
         "NA",
         "nan",
         "null",
-        " a ",
+        "a b",
         "ü/..",
         "=1+1",
     ]
@@ -43,6 +43,9 @@ def test_ids_are_text_to_the_last_character(tmp_path):
         ('"ra","name","targetid","DEC"\n1.0,"x,\ny","a"," 2.0 "\n', "utf-8"),
         ("dec, targetid ,ra,mag,mag\n2,a,1,7,8\n\n", "utf-8"),
         ("targetid,ra,dec\na,+1.0e0,2", "utf-8"),
+        ("obs_id,Target_ID,ra,dec\nx,a,1,2\n", "utf-8"),
+        ('targetid,ra,dec,"note; more"\na,1,2,x\n', "utf-8"),
+        ("targetid,ra,dec,a\tb\na,1,2,x\n", "utf-8"),
     ],
 )
 def test_headers_and_quoting(tmp_path, text, encoding):
@@ -56,11 +59,16 @@ def test_headers_and_quoting(tmp_path, text, encoding):
     [
         ("", "no column targetid"),
         ("targetid,ra\na,1\n", "no column dec"),
-        ("targetid,ra,dec,RA\na,1,2,3\n", "2 columns ra"),
+        ("targetid,ra,dec,RA\na,1,2,3\n", "2 columns ra;"),
+        ("targetid,target_id,ra,dec\na,a,1,2\n", "2 columns targetid or target_id;"),
+        ("targetid;ra;dec\na;1;2\n", "has to be comma-separated, and its header has ';'"),
+        ("targetid\tra\tdec\na\t1\t2\n", "has to be comma-separated, and its header has a tab"),
+        ("targetid|ra|dec\na|1|2\n", "no column targetid or target_id; the header has to"),
         ("targetid,ra,dec\n", "no rows"),
         ("targetid,ra,dec\na,1,2\n,3,4\n", r"targetid is empty in data row 2"),
         ("targetid,ra,dec\na,1,2\n  ,3,4\n", r"targetid is empty in data row 2"),
         ("targetid,ra,dec\na,1,2\nb,1,2\na,3,4\n", r"more than once in data row 3 \('a'\)"),
+        ("targetid,ra,dec\na,1,2\n a,1,2\n", r"more than once in data row 2 \('a'\)"),
         ("targetid,ra,dec\na,1h,2\n", r"ra is not a number in data row 1 \('1h'\)"),
         ("targetid,ra,dec\na,1,\n", r"dec is not a number in data row 1 \(''\)"),
         ("targetid,ra,dec\na,-0.1,2\n", "ra is not within 0 to 360"),
@@ -75,6 +83,17 @@ def test_bad_catalogues_say_where(tmp_path, text, says):
     with pytest.raises(CatalogueError, match=says) as raised:
         Catalogue.from_csv(path)
     assert str(path) in str(raised.value)
+
+
+def test_blanks_around_ids_are_not_of_them(tmp_path):
+    clean = Catalogue.from_csv(write(tmp_path, "targetid,ra,dec\na,1,2\nb c,3,4\nü,5,6\n"))
+    padded = Catalogue.from_csv(
+        write(tmp_path, 'targetid,ra,dec\n a,1,2\n" b c\t",3,4\nü\u00a0 ,5,6\n')
+    )
+    assert sorted(padded.target_id.to_pylist()) == ["a", "b c", "ü"]
+    assert padded.fingerprint == clean.fingerprint
+    # Of folders that are there; another would have all frames measured anew.
+    assert clean.fingerprint == "77ce30d62cbd3342d5d4cbe840704163"
 
 
 def test_missing_file_and_binary(tmp_path):
