@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from spxdask.simulate.frames import (
     pixel_integrated_psf,
     write_frame,
 )
+from spxdask.storage import is_local
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300
@@ -36,6 +37,9 @@ N_SOURCES = 300
 DEC_OFFSETS_DEG = (-1.0, 0.0, 1.0)
 FIRST_ID = 39633458707826492
 STAMP_SIZE = 21
+# In the folder of a demo, and no other.
+MARK = "spxdask-demo.txt"
+MARK_TEXT = "spxdask demo made this folder, and will write over what is in it.\n"
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,19 @@ def run_demo(output: str) -> RunSummary:
     Returns
     -------
     RunSummary
+
+    Raises
+    ------
+    InputError
+        If the folder holds anything that is not of an earlier demo.
     """
     folder = RunFolder(output)
-    if folder.config.exists() and "127.0.0.1" not in folder.saved_config().tap_url:
-        raise InputError(f"{output} holds a real run: give the demo another folder with --output")
+    _claim(folder)
     print(
         "The sky of this demo is SIMULATED: sources of known spectrum, rendered into full-size\n"
         "Level 2 frames and served by an archive on 127.0.0.1. The four stages are the real ones.\n"
     )
-    archive_folder = folder.path / "archive"
     catalogue = folder.path / "sources.csv"
-    folder.path.mkdir(parents=True, exist_ok=True)
     sky = make_sky(
         CENTER_RA,
         CENTER_DEC,
@@ -78,9 +84,11 @@ def run_demo(output: str) -> RunSummary:
         seed=2026,
     )
     _write_catalogue(catalogue, sky)
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix="archive-", dir=folder.path, ignore_cleanup_errors=True
+    ) as archive_folder:
         frames = [
-            _simulate(exposure, sky, archive_folder)
+            _simulate(exposure, sky, Path(archive_folder))
             for exposure in tqdm(_exposures(), "simulate", unit=" frames", disable=None)
         ]
         with SimulatedArchive([frame.archived for frame in frames]) as archive:
@@ -97,8 +105,6 @@ def run_demo(output: str) -> RunSummary:
             with pipeline:
                 print(pipeline.links, file=sys.stderr)
                 summary = pipeline.run_all()
-    finally:
-        shutil.rmtree(archive_folder, ignore_errors=True)
     print(summary)
     measured = _compare(folder, pd.concat([frame.truth for frame in frames]))
     print(_table(measured))
@@ -106,6 +112,23 @@ def run_demo(output: str) -> RunSummary:
     _plot(plot, measured, sky)
     print(f"\nspectra     {plot}")
     return summary
+
+
+def _claim(folder: RunFolder) -> None:
+    """Make the folder of the demo, or raise InputError if it is somebody else's."""
+    elsewhere = "give the demo another folder with --output"
+    if not is_local(folder.path):
+        raise InputError(f"{folder.path} is not on a disk of this machine: {elsewhere}")
+    mark = folder.path / MARK
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and any(folder.path.iterdir()):
+            raise InputError(f"{folder.path} holds what is not of an earlier demo: {elsewhere}")
+        if folder.config.exists() and "127.0.0.1" not in folder.saved_config().tap_url:
+            raise InputError(f"{folder.path} holds a real run: {elsewhere}")
+        mark.write_text(MARK_TEXT, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder.path}: {error.strerror}") from error
 
 
 def _exposures() -> list[Exposure]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import getpass
 import importlib
 import inspect
 import logging
@@ -392,7 +391,10 @@ def _job_class(base: type) -> type:
                 self.status = Status.running
 
         async def close(self) -> None:
-            await super().close()
+            try:
+                await super().close()
+            except OSError as error:
+                logger.warning("job %s could not be cancelled: %s", self.job_id, error)
             self.status = Status.closed
 
         @staticmethod
@@ -485,17 +487,20 @@ class _Watch:
         while not self._over.wait(LOOK_S if self.failure is None else 1.0):
             if self._cluster.status != Status.running:
                 return
-            if self.failure is None:
-                self.look()
-            if self.failure is not None:
-                futures = [Future(key, self._client) for key in list(self._client.futures)]
-                self._client.cancel(futures, reason="no jobs")
+            try:
+                if self.failure is None:
+                    self.look()
+                if self.failure is not None:
+                    futures = [Future(key, self._client) for key in list(self._client.futures)]
+                    self._client.cancel(futures, reason="no jobs")
+            except Exception:
+                # Without these looks a run could wait for ever; the next may do better.
+                if self._cluster.status == Status.running:
+                    logger.warning("the jobs could not be looked after", exc_info=True)
 
     def look(self) -> None:
         """Look after the jobs once."""
-        jobs = dict(self._cluster.workers)
-        workers = list(self._cluster.scheduler.workers.values())
-        there = {self.job_of(worker) for worker in workers}
+        jobs, there = self._present()
         lost = self._lost(jobs, there)
         ended = self._ended(jobs)
         refused = {name: job for name, job in jobs.items() if job.refusal is not None}
@@ -512,6 +517,16 @@ class _Watch:
         for name, job in (lost | ended | refused).items():
             if job.refusal is None or job.submitted_at < again:
                 self._drop(name, job)
+
+    def _present(self) -> tuple[dict[str, Any], set[str]]:
+        """Return the jobs, and the names of those that have workers."""
+
+        # On the loop, as that changes both.
+        async def present() -> tuple[dict[str, Any], set[str]]:
+            workers = self._cluster.scheduler.workers.values()
+            return dict(self._cluster.workers), {self.job_of(worker) for worker in workers}
+
+        return self._cluster.sync(present)
 
     def _look_at_refused(self, refused: Mapping[str, Any], *, alone: bool) -> None:
         """Fail when there are no other jobs; if there once were, not at the first refusal."""
@@ -559,7 +574,8 @@ class _Watch:
         waiting = {n: j for n, j in jobs.items() if j.job_id is not None and not j.came}
         if self._settings.system != "slurm" or not waiting:
             return {}
-        command = ["squeue", "--noheader", "--format=%A", f"--user={getpass.getuser()}"]
+        # By number, as not all have a name, in a container for example.
+        command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}"]
         try:
             asked = subprocess.run(
                 command,

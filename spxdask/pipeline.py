@@ -37,7 +37,6 @@ from spxdask.cluster import (
 )
 from spxdask.config import BatchConfig
 from spxdask.errors import (
-    CatalogueError,
     ClusterError,
     ConfigError,
     DiskFullError,
@@ -580,14 +579,14 @@ class BatchPipeline:
             raise full
 
     def _check_catalogue(self) -> None:
-        """Raise CatalogueError when all of the catalogue is far from the field."""
+        """Warn when all of the catalogue is far from the field, before frames are fetched."""
         config = self.config
         ra, dec, reach = config.center_ra, config.center_dec, config.radius + FRAME_DEG
         if not len(self.catalogue.within(ra, dec, reach)):
-            raise CatalogueError(
-                f"{config.catalog_path}: none of the {len(self.catalogue):,} sources lies within "
-                f"{reach:g} deg of the field's centre ({ra:g}, {dec:g}); are ra and dec in "
-                "degrees, and the right way round?"
+            logger.warning(
+                "%s: none of the %s sources lies within %g deg of the field's centre (%g, %g); "
+                "are ra and dec in degrees, and the right way round?",
+                *(config.catalog_path, f"{len(self.catalogue):,}", reach, ra, dec),
             )
 
     def _check_room(self, needed: int) -> None:

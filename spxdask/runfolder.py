@@ -38,6 +38,7 @@ from spxdask.storage import (
     told_when_out_of_reach,
     whole_file,
 )
+from spxdask.urls import without_credentials
 
 # Observations are read so many at a time, or in so many parts: few enough that walking over
 # them costs nothing, many enough to spread.
@@ -170,6 +171,7 @@ class RunFolder:
         """Keep the query's result, for the later stages and for the user."""
         names = [option.name for option in dataclasses.fields(Observation)]
         columns = {name: [getattr(o, name) for o in observations] for name in names}
+        columns["download_url"] = list(map(without_credentials, columns["download_url"]))
         with whole_file(self.observations) as part:
             asked = {"query": json.dumps(_query_options(config)), "query_time": _now()}
             schema = _OBSERVATION_SCHEMA.with_metadata(asked)
@@ -296,7 +298,7 @@ def _write_summary(file, observations: Sequence[Observation], config: BatchConfi
                 "band": o.band,
                 "mjd": round(o.mjd, 6),
                 "wavelength_um": round(o.wavelength_um, 6),
-                "download_url": o.download_url,
+                "download_url": without_credentials(o.download_url),
             }
             for o in observations[start : start + 1000]
         ]

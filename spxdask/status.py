@@ -125,6 +125,8 @@ def status(path: str | os.PathLike) -> RunStatus:
 def watch(path: str | os.PathLike, every: float = 2.0) -> Iterator[RunStatus]:
     """Tell it again and again, with rate and time left, until the run that is at work ends.
 
+    When none is, it waits for one, unless no frame is pending.
+
     Parameters
     ----------
     path : path
@@ -144,7 +146,7 @@ def watch(path: str | os.PathLike, every: float = 2.0) -> Iterator[RunStatus]:
         seconds, frames = started - past[0][0], found.ended - past[0][1]
         found.per_second = frames / seconds if seconds else 0.0
         yield found
-        if was_at_work and found.at_work is None:
+        if found.at_work is None and (was_at_work or not found.pending):
             return
         was_at_work = found.at_work is not None
         time.sleep(max(every, 9 * (time.monotonic() - started)))
@@ -166,22 +168,28 @@ def _look(folder: RunFolder) -> RunStatus:
     )
     for o in observations:
         found.frame_bytes += o.size_bytes or 0
-        found.fetched += download.is_complete(o, images)
-        outcomes = [folder.ledger.get(stage, o.filename) for stage in ("download", "extract")]
-        failed = next((x for x in outcomes if x is not None and x.status == "failed"), None)
+        fetched = download.is_complete(o, images)
+        found.fetched += fetched
+        outcome = {stage: folder.ledger.get(stage, o.filename) for stage in ("download", "extract")}
+        extracted = outcome["extract"]
+        table = extract.table_name(o.filename, config.per_image_format)
+        measured = (
+            extracted is not None
+            and extracted.status == "done"
+            and tables.get(table) == extracted.bytes
+        )
+        # A download that failed is over when the frame came otherwise, or is not wanted any
+        # more.
+        if fetched or (measured and not config.keep_images):
+            outcome["download"] = None
+        failed = next((x for x in outcome.values() if x and x.status == "failed"), None)
         if failed is not None:
             found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
-        measured = outcomes[1]
-        table = extract.table_name(o.filename, config.per_image_format)
-        if (
-            measured is not None
-            and measured.status == "done"
-            and tables.get(table) == measured.bytes
-        ):
+        if measured:
             found.measured += 1
-            found.rows += measured.rows
-            found.skipped.update(measured.skipped)
-            found.warnings.update(measured.warnings)
+            found.rows += extracted.rows
+            found.skipped.update(extracted.skipped)
+            found.warnings.update(extracted.warnings)
         elif failed is None:
             found.pending += 1
     found.last = folder.ledger.last_time

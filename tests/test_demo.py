@@ -8,11 +8,18 @@ import pytest
 
 from spxdask import BatchConfig
 from spxdask.cli import main
+from spxdask.demo import MARK
 from spxdask.runfolder import RunFolder
 
 
 @pytest.mark.timeout(400)
 def test_demo_recovers_what_was_injected(tmp_path, capsys):
+    # What an earlier demo left may be written over, what is the user's may not go.
+    mine = tmp_path / "demo" / "archive" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    (tmp_path / "demo" / MARK).touch()
+    (tmp_path / "demo" / "sources.csv").write_text("targetid,ra,dec\n1,2,3\n")
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     assert "SIMULATED" in out
@@ -25,7 +32,8 @@ def test_demo_recovers_what_was_injected(tmp_path, capsys):
     assert 0.9 < float(scatter) < 1.1
     assert float(re.search(r"error of a wavelength: (\S+) um", out)[1]) < 1e-4
     assert (tmp_path / "demo" / "spectra.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "demo" / "archive").exists()
+    assert [path.name for path in (tmp_path / "demo").glob("archive*")] == ["archive"]
+    assert mine.read_text() == "mine"
     assert len(list((tmp_path / "demo" / "lightcurves").iterdir())) == 300
 
 
@@ -40,5 +48,35 @@ def test_demo_leaves_a_real_run_alone(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     with folder.locked():
         folder.save_config(config)
+    # Also in a folder that was a demo's before.
+    (tmp_path / MARK).touch()
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "holds a real run" in capsys.readouterr().err
+
+
+def tree(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", ["sources.csv", "archive/raw.fits", "state/config.yaml", ".hidden"]
+)
+def test_demo_leaves_the_folder_of_another_alone(tmp_path, capsys, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = tree(tmp_path)
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{tmp_path} holds what is not of an earlier demo" in err
+    assert tree(tmp_path) == before
+
+
+def test_demo_has_no_room_for_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert main(["demo", "--output", "memory://demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2
+    assert "file: File exists" in err
+    assert "is not on a disk" in err

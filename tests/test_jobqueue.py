@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import re
@@ -10,16 +11,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import pytest
 import simulated
 import yaml
-from distributed import Client, Event, LocalCluster, as_completed
+from distributed import Client, Event, LocalCluster, Status, as_completed
 from killing import Command
 
 from spxdask import BatchConfig, BatchPipeline, jobqueue
@@ -286,6 +289,97 @@ def test_a_cluster_that_does_not_adapt_is_left_alone(client):
         assert client.cluster._adaptive is None
     with Client(client.scheduler.address, set_as_default=False) as stranger, steady(stranger):
         assert len(stranger.nthreads()) == 2
+
+
+# The thread that looks after the jobs
+
+
+@needs_dask_jobqueue
+def test_a_look_that_fails_is_not_the_last(write, monkeypatch):
+    error, looks, said, again = ZeroDivisionError(), [], [], threading.Event()
+    look = jobqueue._Watch.look
+
+    def failing(watch):
+        if threading.current_thread() is threading.main_thread():
+            look(watch)
+            return
+        looks.append(watch)
+        if len(looks) == 1:
+            raise error
+        again.set()
+
+    monkeypatch.setattr(jobqueue, "LOOK_S", 0.01)
+    monkeypatch.setattr(jobqueue._Watch, "look", failing)
+    # Not by caplog, whose handler a cluster of jobs keeps to errors.
+    monkeypatch.setattr(
+        jobqueue.logger, "warning", lambda *_, exc_info: said.append(sys.exc_info()[1])
+    )
+    with jobqueue_client(write()):
+        assert again.wait(60)
+    assert said == [error]
+
+
+@pytest.fixture
+def watched():
+    """A watch over a cluster of one worker, which is no job of a batch system."""
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        settings = SimpleNamespace(path="x", system="slurm", keywords={"processes": 1})
+        yield jobqueue._Watch(settings, cluster, client)
+
+
+def test_jobs_and_workers_are_counted_where_they_change(watched):
+    async def loop() -> int:
+        return threading.get_ident()
+
+    job_of, threads = watched.job_of, set()
+
+    def noting(worker):
+        threads.add(threading.get_ident())
+        return job_of(worker)
+
+    watched.job_of = noting
+    jobs, there = watched._present()
+    assert set(jobs) == there == {0}
+    assert threads == {watched._cluster.sync(loop)}
+
+
+def test_jobs_are_asked_for_without_a_name_of_the_user(watched, monkeypatch, tmp_path):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def getpwuid(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+    stub = tmp_path / "squeue"
+    stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho 12\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    queued, ended = (
+        SimpleNamespace(job_id="12", came=False),
+        SimpleNamespace(job_id="13", came=False),
+    )
+    monkeypatch.setitem(watched._cluster.worker_spec, 1, {})
+    assert watched._ended({0: queued, 1: ended}) == {1: ended}
+    assert f"--user={os.getuid()}" in (tmp_path / "asked").read_text()
+
+
+def test_a_job_that_cannot_be_cancelled(caplog):
+    class Base:
+        job_id = "12"
+
+        async def close(self):
+            raise FileNotFoundError("scancel")
+
+    job = jobqueue._job_class(Base)()
+    asyncio.run(job.close())
+    assert job.status == Status.closed
+    assert "job 12 could not be cancelled: scancel" in caplog.text
 
 
 # On Slurm

@@ -41,7 +41,6 @@ from spxdask import (
 )
 from spxdask.cli import main
 from spxdask.errors import (
-    CatalogueError,
     ClusterError,
     ConfigError,
     DiskFullError,
@@ -669,13 +668,19 @@ def test_an_edited_catalogue_is_read_again(make_config, client, survey):
     assert "of sources without a row now were removed" in str(after)
 
 
-def test_a_catalogue_that_is_elsewhere_costs_no_download(make_config, client, archive, tmp_path):
+def test_a_catalogue_that_is_elsewhere_is_told(make_config, client, tmp_path, caplog):
     far = simulated.write_catalogue(tmp_path / "far.csv", ["a", "b"], [10.0, 11.0], [10.0, 10.0])
-    pipeline = BatchPipeline(make_config(catalog_path=far), client=client)
-    asked = len(archive.requests)
-    with pytest.raises(CatalogueError, match=r"none of the 2 sources lies within .* deg"):
-        pipeline.run_all()
-    assert not any(r.path.endswith(".fits") for r in archive.requests[asked:])
+    pipeline = BatchPipeline(make_config(catalog_path=far, bands=["D1"]), client=client)
+    assert pipeline.run_all().n_measured == 0
+    assert "none of the 2 sources lies within 6.05 deg of the field's centre" in caplog.text
+
+
+def test_passwords_stay_in_the_configuration(make_config, client, archive):
+    url = archive.archive_url.replace("//", "//me:secret@")
+    pipeline = BatchPipeline(make_config(bands=["D1"], archive_url=url), client=client)
+    assert pipeline.run_all().failed == {}
+    files = [p for p in pipeline.folder.path.rglob("*") if p.is_file()]
+    assert [p for p in files if b"secret" in p.read_bytes()] == [pipeline.folder.config]
 
 
 def test_releases_are_told_apart(finished, make_config, client):

@@ -44,9 +44,25 @@ def test_what_cannot_be_read_is_as_if_not_said(asked):
     assert 0.5 <= retry.delay(1, asked) <= 1
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "Mon, 01 Jan 99999999999 00:00:00 GMT",
+        f"Mon, 01 Jan 2027 00:00:00 +{'9' * 20}",
+        f"Mon, 01 Jan 2027 {'9' * 20}:00:00 GMT",
+        "Mon, 01 Jan 9999 23:59:00 -9999",
+    ],
+)
+def test_a_date_beyond_all_numbers_is_as_if_not_said(asked):
+    assert 0.5 <= retry.delay(1, asked) <= 1
+
+
 @given(
     st.integers(1, 101),
-    st.none() | st.text() | st.from_regex(r"\w{3}, \d+ \w{3} \d+ [\d:]+ [+-]?\w+"),
+    st.none()
+    | st.text()
+    | st.from_regex(r"\w{3}, \d+ \w{3} \d+ [\d:]+ [+-]?\w+")
+    | st.from_regex(r"Mon, [0-9]{2} Jan [0-9]+ 00:00:00 [+-][0-9]+", fullmatch=True),
 )
 def test_no_header_breaks_it(attempt, asked):
     assert 0 <= retry.delay(attempt, asked) <= LONGEST

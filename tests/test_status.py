@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 
 import pytest
 import simulated
@@ -16,7 +17,7 @@ from spxdask.errors import RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.extract import table_name
-from spxdask.status import status
+from spxdask.status import status, watch
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,48 @@ def test_a_measured_frame_that_could_not_be_kept(not_kept, archive, frames, clie
     summary = BatchPipeline(config, client=client).run_all()
     assert len(summary.failed) == 1
     assert_agrees(look(not_kept), summary)
+
+
+def test_a_failed_download_is_over_when_the_frame_came_otherwise(pipeline, archive, frames, client):
+    lost = frames[1][0]
+    archive.add_faults(lost.exposure.uri, [Fault(status=404)])
+    summary = pipeline.run_all()
+    assert list(look(pipeline).failed) == list(summary.failed) == [lost.exposure.filename]
+    shutil.copy(lost.archived.path, pipeline.folder.images)
+    # Not yet: it was not there when it was to be measured.
+    assert list(look(pipeline).failed) == [lost.exposure.filename]
+    pipeline.run_extract()
+    found = look(pipeline)
+    assert (found.failed, found.fetched, found.measured, found.pending) == ({}, 4, 4, 0)
+
+
+def test_a_failed_download_is_over_when_the_frame_is_not_wanted_any_more(
+    not_kept, archive, frames, client
+):
+    archive.add_faults(frames[1][0].exposure.uri, [Fault(status=404)])
+    kept = BatchPipeline(dataclasses.replace(not_kept.config, keep_images=True), client=client)
+    summary = kept.run_all()
+    assert list(look(kept).failed) == list(summary.failed) == [frames[1][0].exposure.filename]
+    again = BatchPipeline(not_kept.config, client=client)
+    assert again.run_all().failed == look(again).failed == {}
+
+
+def test_watching_a_run_that_is_over(pipeline, capsys):
+    pipeline.run_all()
+    [found] = watch(pipeline.folder.path)
+    assert (found.at_work, found.pending) == (None, 0)
+    assert main(["status", str(pipeline.folder.path), "--watch"]) == 0
+    assert capsys.readouterr().out.count("at work     nobody") == 1
+
+
+def test_watching_a_run_that_may_be_about_to_start(pipeline):
+    pipeline.run_query()
+    looks = watch(pipeline.folder.path, every=0.01)
+    assert [next(looks).pending for _ in range(3)] == [4] * 3
+    with pipeline.folder.locked():
+        assert next(looks).at_work is not None
+    assert next(looks).at_work is None
+    assert list(looks) == []
 
 
 def test_a_file_system_without_locks(pipeline, monkeypatch):

@@ -35,7 +35,7 @@ class Catalogue:
     Attributes
     ----------
     target_id : (n,) pyarrow large_string array
-        Ids as in the file, to the last digit, without blanks around them.
+        Ids as in the file, to the last character.
     ra, dec : (n,) float array
         ICRS, deg, as in the file.
     row : (n,) int array
@@ -60,8 +60,8 @@ class Catalogue:
     def from_csv(cls, path: str | os.PathLike) -> Catalogue:
         """Read a catalogue with the columns targetid (or target_id), ra and dec.
 
-        Names may be in any case, other columns and blanks around values are ignored, a
-        byte-order mark and quoting are understood. Ids are text.
+        Names may be in any case, other columns are ignored, a byte-order mark and
+        quoting are understood. Ids are text.
 
         Raises
         ------
@@ -80,8 +80,8 @@ class Catalogue:
             raise CatalogueError(str(error)) from error
         if not len(table):
             raise CatalogueError(f"{path}: no rows below the header")
-        ids = _trimmed(table.column(0))
-        _refuse(path, pc.equal(ids, ""), "targetid is empty", ids)
+        ids = table.column(0)
+        _refuse(path, pc.equal(pc.utf8_trim_whitespace(ids), ""), "targetid is empty", ids)
         ra = _coordinate(path, "ra", table.column(1), 0.0, 360.0)
         dec = _coordinate(path, "dec", table.column(2), -90.0, 90.0)
         if pc.count_distinct(ids).as_py() < len(ids):
@@ -201,7 +201,7 @@ def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     wanted = []
     for column in COLUMNS:
         called = (column, SYNONYMS.get(column, column))
-        found = [name for name in names if name.strip().lower() in called]
+        found = next(filter(None, (_named(names, name) for name in called)), [])
         if len(found) != 1:
             for separator, what in ((";", "';'"), ("\t", "a tab")):
                 if not found and any(separator in name for name in names):
@@ -228,13 +228,8 @@ def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     return pa.RecordBatch.from_arrays(arrays, names=list(COLUMNS))
 
 
-def _trimmed(text: pa.Array) -> pa.Array:
-    """Return text without blanks around it; the array itself where there are none.
-
-    Its buffers go into the fingerprint, and those of a copy may be longer.
-    """
-    trimmed = pc.utf8_trim_whitespace(text)
-    return text if trimmed.equals(text) else trimmed
+def _named(names: list[str], wanted: str) -> list[str]:
+    return [name for name in names if name.strip().lower() == wanted]
 
 
 def _coordinate(path, name: str, text: pa.Array, low: float, high: float) -> np.ndarray:

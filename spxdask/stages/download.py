@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 import aiohttp
@@ -30,6 +30,7 @@ from spxdask.observation import Observation
 from spxdask.science.fits import verify
 from spxdask.science.frame import Frame, open_frame
 from spxdask.storage import place, s3_options, told_when_full, write_large
+from spxdask.urls import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ CHUNK_BYTES = 1 << 20
 PUBLIC_BUCKET = "nasa-irsa-spherex"
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
+# IPv6 addresses that end in an IPv4 address, which they lead to: compatible, mapped, NAT64.
+_ENDING_IN_IPV4 = tuple(map(ip_network, ("::/96", "::ffff:0:0/96", "64:ff9b::/96")))
+# NAT64 of a network of its own.
+_LOCAL_NAT64 = ip_network("64:ff9b:1::/48")
 
 frame_memory = Memory()
 
@@ -141,8 +146,8 @@ def fetched(
 
 
 def _one_line(error: Exception) -> str:
-    """Say what is wrong, without what a server may have put into it for a terminal."""
-    plain = (c if c.isprintable() else " " for c in str(error))
+    """Say what is wrong, without passwords, nor what a server may have put in for a terminal."""
+    plain = (c if c.isprintable() else " " for c in without_credentials(str(error)))
     return " ".join("".join(plain).split())
 
 
@@ -219,7 +224,7 @@ async def _fetch(observation: Observation, part: _Part, options: FetchOptions) -
         if part.attempts > options.max_retries:
             raise ArchiveError(f"{url}: {failure} (after {part.attempts} attempts)")
         pause = retry.delay(part.attempts, retry_after)
-        logger.info("%s: %s, again in %.1f s", url, failure, pause)
+        logger.info("%s, again in %.1f s", without_credentials(f"{url}: {failure}"), pause)
         await asyncio.sleep(pause)
 
 
@@ -379,7 +384,17 @@ async def _is_private(url: URL) -> bool:
     except OSError:
         # Not to be reached from here; behind a proxy, that is the proxy's concern.
         return False
-    return not all(ip_address(address[0].partition("%")[0]).is_global for *_, address in found)
+    return not all(_is_global(ip_address(address[0].partition("%")[0])) for *_, address in found)
+
+
+def _is_global(address: IPv4Address | IPv6Address) -> bool:
+    """Tell whether an address is public, as is the IPv4 address that it leads to, if any."""
+    if isinstance(address, IPv6Address):
+        if any(address in network for network in _ENDING_IN_IPV4):
+            return IPv4Address(int(address) & 0xFFFFFFFF).is_global
+        if address.sixtofour is not None:
+            return address.sixtofour.is_global
+    return address.is_global and address not in _LOCAL_NAT64
 
 
 def _open(observation: Observation, part: _Part) -> Frame:

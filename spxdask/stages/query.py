@@ -15,7 +15,7 @@ import requests
 from astropy.table import Table
 from pyvo.dal import DALFormatError, DALQuery, DALQueryError, DALServiceError
 from pyvo.dal.tap import AsyncTAPJob, TAPResults
-from urllib3.exceptions import HTTPError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError, ReadTimeoutError
 
 from spxdask import retry
 from spxdask.config import BatchConfig
@@ -27,6 +27,7 @@ from spxdask.observation import (
     frame_url,
     is_level2_name,
 )
+from spxdask.urls import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -182,20 +183,21 @@ def ask(tap_url: str, query: str, *, max_retries: int) -> Table:
 
 
 def _ask(service: pyvo.dal.TAPService, query: str, max_retries: int) -> Table:
+    url = service.baseurl
     try:
-        results = _repeat(lambda: _sync(service, query), "the TAP service", max_retries)
+        results = _repeat(lambda: _sync(service, query), "the TAP service", url, max_retries)
         if not _overflowed(results):
             return results.to_table()
         logger.info("sync answer cut at %d rows, asking again as a job", len(results))
-    except _RefusedError:
+    except (_RefusedError, _UnreachableError):
         raise
     except ArchiveError as error:
         logger.info("sync query failed (%s), asking again as a job", error)
     results = _run_job(service, query, max_retries)
     if _overflowed(results):
         raise TruncatedAnswerError(
-            f"{service.baseurl} cut its answer at {len(results):,} rows; take a smaller radius, "
-            "fewer bands or a shorter mjd_range"
+            f"{without_credentials(url)} cut its answer at {len(results):,} rows; take a smaller "
+            "radius, fewer bands or a shorter mjd_range"
         )
     return results.to_table()
 
@@ -246,11 +248,12 @@ def _run_job(service: pyvo.dal.TAPService, query: str, max_retries: int) -> TAPR
             job.run()
         return phase
 
-    job = _repeat(create, name, max_retries)
+    job = _repeat(create, name, service.baseurl, max_retries)
     try:
         deadline = time.monotonic() + JOB_TIMEOUT_S
         pause = FIRST_POLL_S
-        while (phase := _repeat(poll, name, max_retries)) not in ("COMPLETED", "ERROR", "ABORTED"):
+        ended = ("COMPLETED", "ERROR", "ABORTED")
+        while (phase := _repeat(poll, name, service.baseurl, max_retries)) not in ended:
             if time.monotonic() > deadline:
                 raise ArchiveError(f"{name} did not end within {JOB_TIMEOUT_S / 3600:g} hours")
             time.sleep(pause)
@@ -261,7 +264,11 @@ def _run_job(service: pyvo.dal.TAPService, query: str, max_retries: int) -> TAPR
             raise ArchiveError(f"{name} ended as {phase}: {said or 'no reason given'}")
         # Not `fetch_result`, which lets errors of all kinds through.
         url = job.result_uri or f"{job.url}/results/result"
-        return _repeat(lambda: _fetch(DALQuery(url, session=service._session)), name, max_retries)
+
+        def fetch() -> TAPResults:
+            return _fetch(DALQuery(url, session=service._session))
+
+        return _repeat(fetch, name, url, max_retries)
     finally:
         try:
             job.delete()
@@ -273,17 +280,23 @@ class _RefusedError(ArchiveError):
     """The archive's last word: asking again, or otherwise, would not help."""
 
 
-def _repeat(call: Callable, name: str, max_retries: int):
+class _UnreachableError(ArchiveError):
+    """No connection to the archive came about, and none would for another request."""
+
+
+def _repeat(call: Callable, name: str, url: str, max_retries: int):
     """Call until it answers; only what may pass by itself is tried again."""
     for attempt in range(1, max_retries + 2):
         try:
             return call()
         except DALQueryError as error:
-            raise _RefusedError(f"{name} rejected the query: {error}") from error
+            said = without_credentials(str(error))
+            raise _RefusedError(f"{name} rejected the query: {said}") from error
         except (DALFormatError, DALServiceError, requests.RequestException) as error:
             response = getattr(getattr(error, "cause", None) or error, "response", None)
             if response is not None and response.status_code not in retry.TRANSIENT_STATUS:
-                raise _RefusedError(f"{name} refused the query: {error}") from error
+                said = without_credentials(str(error))
+                raise _RefusedError(f"{name} refused the query: {said}") from error
             retry_after = response.headers.get("Retry-After") if response is not None else None
             failure = error
         except (HTTPError, ValueError) as error:
@@ -291,9 +304,36 @@ def _repeat(call: Callable, name: str, max_retries: int):
             failure, retry_after = error, None
         if attempt <= max_retries:
             pause = retry.delay(attempt, retry_after)
-            logger.info("%s failed (%s), again in %.1f s", name, failure, pause)
+            said = without_credentials(str(failure))
+            logger.info("%s failed (%s), again in %.1f s", name, said, pause)
             time.sleep(pause)
-    raise ArchiveError(f"{name} does not answer as it should: {failure}") from failure
+    unconnected = _unconnected(failure)
+    if unconnected is not None:
+        raise _UnreachableError(
+            f"cannot reach {without_credentials(url)}: {unconnected} (after {attempt} "
+            f"attempt{'s' if attempt > 1 else ''})"
+        ) from failure
+    said = without_credentials(str(failure))
+    raise ArchiveError(f"{name} does not answer as it should: {said}") from failure
+
+
+def _unconnected(failure: Exception) -> str | None:
+    """Say why no connection came about, None if one did."""
+    error = getattr(failure, "cause", None) or failure
+    if not isinstance(error, requests.ConnectionError):
+        return None
+    if not (error.args and isinstance(error.args[0], MaxRetryError)):
+        return None
+    reason = error.args[0].reason
+    start = "the proxy: " if isinstance(reason, ProxyError) else ""
+    # What the system said is at the bottom.
+    bottom: BaseException | None = reason
+    while bottom is not None and not isinstance(bottom, OSError):
+        bottom = bottom.__cause__ or bottom.__context__
+    said = getattr(bottom, "strerror", None) or without_credentials(str(bottom or reason))
+    if said == "timed out":
+        said = f"no connection within {CONNECT_TIMEOUT_S:g} s"
+    return f"{start}{said[:1].lower()}{said[1:]}"
 
 
 class _Session(requests.Session):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -688,6 +689,8 @@ def test_a_place_that_will_not_do(frame, images, location):
 NAMES = {
     "archive.test": ["8.8.8.8"],
     "mirror.test": ["8.8.4.4", "2001:4860:4860::8888"],
+    # As they are told in a network that reaches IPv4 by NAT64, and others.
+    "nat64.test": ["64:ff9b::8.8.8.8", "2002:808:808::1", "::ffff:8.8.8.8"],
     "mixed.test": ["8.8.8.8", "10.0.0.1"],
 }
 
@@ -735,6 +738,13 @@ def connected(monkeypatch):
         "[::1]",
         "[::]",
         "[::ffff:127.0.0.1]",
+        "[::127.0.0.1]",
+        "[::ffff:10.0.0.1]",
+        "[64:ff9b::127.0.0.1]",
+        "[64:ff9b::a9fe:a9fe]",
+        "[64:ff9b:1::8.8.8.8]",
+        "[2002:7f00:1::1]",
+        "[2002:c0a8:1::1]",
         "[fe80::1]",
         "[fd00::1]",
         "mixed.test",
@@ -757,9 +767,10 @@ def test_a_public_archive_cannot_lead_inwards(frame, images, connected, host, wa
         assert len(server.paths) == 1 + len(way)
 
 
-def test_a_public_archive_can_lead_to_a_public_mirror(frame, content, images, connected):
+@pytest.mark.parametrize("mirror", ["mirror.test", "nat64.test"])
+def test_a_public_archive_can_lead_to_a_public_mirror(frame, content, images, connected, mirror):
     with Server([moved("/there"), (200, {}, content)]) as server:
-        answers = [moved(f"http://mirror.test:{server.server_port}/there"), (200, {}, content)]
+        answers = [moved(f"http://{mirror}:{server.server_port}/there"), (200, {}, content)]
         server.answers = iter(answers)
         archive = f"http://archive.test:{server.server_port}"
         outcome = download.download(observed(frame, archive), str(images), PATIENT)
@@ -778,6 +789,34 @@ def test_passwords_of_others_stay_out_of_the_ledger(frame, images, connected, sc
         outcome = download.download(observed(frame, archive), str(images), PATIENT)
     assert "10.0.0.1" in outcome.reason
     assert "secret" not in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (404, {}, b""),
+        (503, {"Retry-After": 0}, b""),
+        (200, {}, b"no frame"),
+        moved("http://10.0.0.1/"),
+        moved("ftp://elsewhere.test/"),
+        moved("http://[example]/"),
+        moved("next"),
+    ],
+    ids=repr,
+)
+def test_our_own_password_stays_out_of_the_ledger_and_the_log(
+    frame, images, connected, caplog, answer
+):
+    caplog.set_level(logging.INFO)
+    with Server(itertools.repeat(answer)) as server:
+        host = f"archive.test:{server.server_port}"
+        outcome = download.download(
+            observed(frame, f"http://me:secret@{host}"), str(images), PATIENT
+        )
+    assert outcome.status == "failed"
+    assert outcome.reason.startswith(f"http://{host}/{frame.uri}: ")
+    for text in (outcome.reason, caplog.text):
+        assert "secret" not in text
 
 
 # From a mirror on disk

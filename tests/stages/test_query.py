@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import logging
 import random
 import re
 import socket
@@ -402,8 +404,74 @@ def test_nobody_listens():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/TAP"
-        with pytest.raises(ArchiveError, match="refused"):
+        says = f"^cannot reach {re.escape(url)}: connection refused \\(after 2 attempts\\)$"
+        with pytest.raises(ArchiveError, match=says):
             query.ask(url, QUERY, max_retries=1)
+
+
+def unconnected(monkeypatch, error):
+    """Have no connection come about, because of this; return the list of attempts."""
+    attempts = []
+
+    def connect(address, *_, **__):
+        attempts.append(address)
+        raise error
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", connect)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return attempts
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "name or service not"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "network is unreachable"),
+        (TimeoutError("timed out"), "no connection within 20 s"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "connection timed out"),
+    ],
+)
+def test_a_service_that_cannot_be_reached_is_not_asked_for_a_job(monkeypatch, error, says):
+    attempts = unconnected(monkeypatch, error)
+    with pytest.raises(ArchiveError, match=f"^cannot reach http://archive.test/TAP: {says}"):
+        query.ask("http://archive.test/TAP", QUERY, max_retries=2)
+    assert len(attempts) == 3
+
+
+def test_a_proxy_that_cannot_be_reached(monkeypatch):
+    unconnected(monkeypatch, ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"))
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy.test:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    says = (
+        r"^cannot reach http://archive.test/TAP: the proxy: connection refused \(after 1 attempt\)$"
+    )
+    with pytest.raises(ArchiveError, match=says):
+        query.ask("http://archive.test/TAP", QUERY, max_retries=0)
+
+
+@pytest.mark.parametrize("status", [401, 502])
+def test_passwords_are_not_shown(frames, caplog, status):
+    caplog.set_level(logging.INFO, logger="spxdask")
+    lasting = {
+        f"TAP/{where}": itertools.repeat(Fault(status=status)) for where in ("sync", "async")
+    }
+    with SimulatedArchive(frames, faults=lasting, maxrec=3) as archive:
+        url = archive.tap_url.replace("//", "//me:secret@")
+        with pytest.raises(ArchiveError) as caught:
+            query.ask(url, query.adql(config()), max_retries=1)
+        messages = [str(caught.value)]
+    with SimulatedArchive(frames, maxrec=3) as archive:
+        url = archive.tap_url.replace("//", "//me:secret@")
+        with pytest.raises(TruncatedAnswerError) as caught:
+            query.ask(url, query.adql(config()), max_retries=1)
+        messages.append(str(caught.value))
+    with pytest.raises(ArchiveError, match="cannot reach") as caught:
+        query.ask(url, QUERY, max_retries=0)
+    messages.append(str(caught.value))
+    for text in (*messages, *(record.getMessage() for record in caplog.records)):
+        assert "secret" not in text
 
 
 @pytest.mark.parametrize("status", [200, 400])
