@@ -223,6 +223,8 @@ class BatchPipeline:
             report.bytes = sum(o.size_bytes or 0 for o in found)
             report.outside = len(self.catalogue) - len(inside)
             report.releases.update(f"qr{o.recency[0]}" for o in found)
+            if found:
+                self._check_catalogue()
             self._progress.advance()
         return found
 
@@ -434,7 +436,6 @@ class BatchPipeline:
         has_failed = self.folder.ledger.has_failed
 
         def count() -> int:
-            self._check_catalogue()
             if only_failed:
                 return sum(has_failed(o.filename) for o in _walk(bag))
             return len(observations)
@@ -689,9 +690,13 @@ class BatchPipeline:
     def _catalogue_is(self) -> tuple | None:
         """Return what changes with the catalogue's file, None where that is not known."""
         path = place(self.config.catalog_path)
-        if not is_local(path) or not path.exists():
+        if not is_local(path):
             return None
-        found = path.stat()
+        try:
+            found = path.stat()
+        except OSError:
+            # Who reads it says so.
+            return None
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _look_again(self) -> None:

@@ -675,6 +675,13 @@ def test_a_catalogue_that_is_elsewhere_is_told(make_config, client, tmp_path, ca
     assert "none of the 2 sources lies within 6.05 deg of the field's centre" in caplog.text
 
 
+def test_frames_are_fetched_without_a_catalogue(make_config, client):
+    pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
+    pipeline.run_query()
+    Path(pipeline.config.catalog_path).unlink()
+    assert BatchPipeline(pipeline.config, client=client).run_download().done == 1
+
+
 def test_passwords_stay_in_the_configuration(make_config, client, archive):
     url = archive.archive_url.replace("//", "//me:secret@")
     pipeline = BatchPipeline(make_config(bands=["D1"], archive_url=url), client=client)

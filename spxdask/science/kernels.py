@@ -205,7 +205,7 @@ def _corner(x, x_arc, y, y_arc, r):
     """Area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
     if x * x + y * y <= r * r:
         return x * y
-    # What the two arcs have in common, less the quarter of the disc that they make up.
+    # Up to x and up to y, the quarter of the disc is covered; what is covered twice is the area.
     return math.copysign(x_arc + y_arc - 0.25 * math.pi * r * r, x * y)
 
 
