@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import workloads
 
-from spxdask import PhotometryConfig, tables
-from spxdask.science import frame, kernels, photometry
+from spxdask import PhotometryConfig
+from spxdask.science import kernels, photometry
 from spxdask.science.catalogue import Catalogue
+from spxdask.science.level2 import frame
 from spxdask.stages import extract
+from spxdask.tables import rows as tables
 
 REPEATS = 25
 WARM_UP = 3

@@ -13,9 +13,9 @@ import numpy as np
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
-from spxdask.cluster import embedded_client
+from spxdask.cluster.client import embedded_client
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.frame import open_frame
+from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
 
 answers, sys.stdout = sys.stdout, sys.stderr

@@ -33,14 +33,15 @@ import workloads
 from distributed import Client, WorkerPlugin
 from matplotlib.figure import Figure
 
-from spxdask import BatchConfig, BatchPipeline, tables
-from spxdask.ledger import Outcome
+from spxdask import BatchConfig, BatchPipeline
+from spxdask.run.ledger import Outcome
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.frame import open_frame
+from spxdask.science.level2.frame import open_frame
 from spxdask.science.photometry import measure
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.stages.extract import table_name
-from spxdask.storage import whole_file
+from spxdask.storage.files import atomic_path
+from spxdask.tables import rows as tables
 
 HERE = Path(__file__).parent
 MB = 1e6
@@ -101,7 +102,7 @@ class Stubs(WorkerPlugin):
                 )
             columns["filename"] = observation.filename
             content = tables.to_bytes(columns, options.format)
-            with whole_file(Path(per_image) / table_name(observation.filename)) as part:
+            with atomic_path(Path(per_image) / table_name(observation.filename)) as part:
                 part.write_bytes(content)
             return Outcome(
                 stage="extract",

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from spxdask import tables
 from spxdask.simulate.archive import ArchivedFrame
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
+from spxdask.tables import rows as tables
 
 CENTER = (270.0, 66.56)
 FIRST_ID = 39633458707826492

@@ -288,7 +288,7 @@ def _value(text: str) -> int | float | str:
 
 def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     """Return options from the folder's last run or from a file, overruled by the flags."""
-    from spxdask.runfolder import RunFolder
+    from spxdask.run.folder import RunFolder
 
     flags = _given(options)
     values: dict[str, Any] = {}
@@ -388,7 +388,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from spxdask.report import describe
+    from spxdask.run.summary import describe
 
     pipeline = _pipeline(options, saved=options.command != "query")
     with pipeline:
@@ -405,7 +405,7 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from spxdask.status import status, watch
+    from spxdask.run.status import status, watch
 
     output = options.output_dir or default_of(_field(BatchConfig, "output_dir"))
     if not options.watch:

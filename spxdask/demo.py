@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from spxdask.config import BatchConfig
 from spxdask.errors import InputError
 from spxdask.pipeline import BatchPipeline
-from spxdask.report import RunSummary
-from spxdask.runfolder import RunFolder
+from spxdask.run.folder import RunFolder
+from spxdask.run.summary import RunSummary
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
     Exposure,
@@ -29,7 +29,7 @@ from spxdask.simulate.frames import (
     pixel_integrated_psf,
     write_frame,
 )
-from spxdask.storage import is_local
+from spxdask.storage.files import is_local
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300

@@ -1,10 +1,14 @@
 """The errors spxdask raises, by who can act on them.
 
-Each carries one sentence for a person: what is wrong, where, and what to do. All take
-that sentence as their only argument, so they survive the way between processes.
+The text of each is one sentence for a person: what is wrong, where, and what to do. The
+values behind it are attributes, so that programs need not take the sentence apart. All
+of them survive the way between processes.
 """
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 __all__ = [
     "ArchiveError",
@@ -20,9 +24,33 @@ __all__ = [
     "TruncatedAnswerError",
 ]
 
+Location = str | os.PathLike[str] | None
+
 
 class SpxdaskError(Exception):
-    """Base of every error that spxdask raises on purpose."""
+    """Base of every error that spxdask raises on purpose.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong, in words.
+    path : path, optional
+        The file, folder or URL that it is wrong with. The text begins with it.
+
+    Attributes
+    ----------
+    reason : str
+    path : str or None
+    """
+
+    def __init__(self, reason: str = "", *, path: Location = None) -> None:
+        # The only positional argument, as pickle makes the error of `args` and sets the rest.
+        super().__init__(reason)
+        self.reason = reason
+        self.path = None if path is None else os.fspath(path)
+
+    def __str__(self) -> str:
+        return self.reason if self.path is None else f"{self.path}: {self.reason}"
 
 
 class InputError(SpxdaskError):
@@ -30,11 +58,67 @@ class InputError(SpxdaskError):
 
 
 class ConfigError(InputError, ValueError):
-    """An option has a value that is not allowed."""
+    """An option has a value that is not allowed.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong, where no single value is.
+    option : str, optional
+        Name of the option; dots lead into groups, as in ``photometry.window_size``.
+    value : object, optional
+        What it was given.
+    rule : str, optional
+        What it must be, such as ``"> 0 and <= 90"``.
+    path : path, optional
+        The file that it came from.
+
+    Attributes
+    ----------
+    option, value, rule, path
+        As given.
+    """
+
+    def __init__(
+        self,
+        reason: str = "",
+        *,
+        option: str | None = None,
+        value: Any = None,
+        rule: str | None = None,
+        path: Location = None,
+    ) -> None:
+        if not reason:
+            reason = f"{option} must be {rule}, got {value!r}"
+        super().__init__(reason, path=path)
+        self.option = option
+        self.value = value
+        self.rule = rule
 
 
 class CatalogueError(InputError, ValueError):
-    """The catalogue file cannot be used."""
+    """The catalogue file cannot be used.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong.
+    path : path, optional
+        The file.
+    rows : tuple of int
+        Data rows concerned, 1 for the first below the header.
+
+    Attributes
+    ----------
+    path, rows
+        As given.
+    """
+
+    def __init__(
+        self, reason: str = "", *, path: Location = None, rows: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(reason, path=path)
+        self.rows = rows
 
 
 class RunFolderError(InputError):
@@ -42,7 +126,33 @@ class RunFolderError(InputError):
 
 
 class ArchiveError(SpxdaskError):
-    """The archive did not give what was asked for, retries included."""
+    """The archive did not give what was asked for, retries included.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong.
+    path : str, optional
+        The URL, without a user's name and password.
+    attempts : int, optional
+        How often it was tried.
+
+    Attributes
+    ----------
+    path, attempts
+        As given.
+    """
+
+    def __init__(
+        self, reason: str = "", *, path: Location = None, attempts: int | None = None
+    ) -> None:
+        super().__init__(reason, path=path)
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        if self.attempts is None:
+            return super().__str__()
+        return f"{super().__str__()} (after {self.attempts} attempt{'s' * (self.attempts != 1)})"
 
 
 class TruncatedAnswerError(ArchiveError):
@@ -50,7 +160,7 @@ class TruncatedAnswerError(ArchiveError):
 
 
 class ClusterError(SpxdaskError):
-    """The Dask cluster that does the work is gone."""
+    """The Dask cluster that does the work is gone, or is not one that can do it."""
 
 
 class DiskFullError(SpxdaskError):

@@ -22,19 +22,22 @@ from dask.delayed import Delayed
 from distributed import CancelledError, Client, KilledWorker, as_completed
 from distributed.comm import CommClosedError
 
-from spxdask.cluster import (
+from spxdask.archive.observation import Observation
+from spxdask.cluster.client import (
     as_task,
     busy_threads,
     check_versions,
     connect,
     embedded_client,
-    lost,
-    ready_to_shuffle,
-    refuse_to_start_in_a_worker,
+    limit_shuffle_threads,
+    require_main_guard,
     run_one,
     run_window,
-    tidy_workers,
+    scheduler_lost_error,
+    unregister_stale_plugins,
 )
+from spxdask.cluster.jobqueue import hold_worker_count, jobqueue_client
+from spxdask.cluster.page import ProgressPublisher, show_page
 from spxdask.config import BatchConfig
 from spxdask.errors import (
     ClusterError,
@@ -43,16 +46,13 @@ from spxdask.errors import (
     RunFolderError,
     SpxdaskError,
 )
-from spxdask.jobqueue import jobqueue_client, steady
-from spxdask.ledger import Outcome
-from spxdask.monitor import Teller, show_page
-from spxdask.observation import Observation
 from spxdask.progress import Bars, Progress, Silent
-from spxdask.report import RunSummary, StageReport
-from spxdask.runfolder import Observations, RunFolder
+from spxdask.run.folder import Observations, RunFolder
+from spxdask.run.ledger import Outcome
+from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
-from spxdask.storage import is_local, place, sizes, told_when_full
+from spxdask.storage.files import as_path, is_local, raise_disk_full, sizes
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class BatchPipeline:
         Address of a scheduler, or its scheduler file, to connect to instead.
     jobqueue : path, optional
         YAML file of a batch system, whose jobs are to be the workers; see
-        `spxdask.jobqueue`. With none of the three, each stage starts a cluster of this
+        `spxdask.cluster.jobqueue`. With none of the three, each stage starts a cluster of this
         machine's size and closes it at its end; in ``with pipeline:`` and in `run_all`, one
         serves all stages.
     progress : bool or Progress, optional
@@ -135,7 +135,7 @@ class BatchPipeline:
         self._page: tuple[str, str | None] | None = None
         self._open = ExitStack()
         bars: Progress = Bars() if progress is True else progress or Silent()
-        self._progress = Teller(bars, str(self.folder.path))
+        self._progress = ProgressPublisher(bars, str(self.folder.path))
 
     def __repr__(self) -> str:
         if self.summary is not None:
@@ -297,7 +297,7 @@ class BatchPipeline:
         with self._work("aggregate", "buckets", look) as (client, report):
             n_groups = aggregate.save_groups(found, str(self.folder.tables))
             # The graph of a shuffle is tied to the client that is current.
-            with client.as_current(), steady(client), ready_to_shuffle(client):
+            with client.as_current(), hold_worker_count(client), limit_shuffle_threads(client):
                 written = self._write(client, n_groups, count, options)
             report.left_out = left_out
             report.rows = int(written["rows"].sum())
@@ -389,7 +389,7 @@ class BatchPipeline:
             address = client.scheduler.address
             logger.warning("%s has no worker yet; waiting for the first", address)
         if not self._embedded:
-            tidy_workers(client)
+            unregister_stale_plugins(client)
         self._page = client.id, show_page(client)
         self._progress.client = client
 
@@ -406,7 +406,7 @@ class BatchPipeline:
         started = time.monotonic()
         with ExitStack() as held:
             if self._embedded:
-                refuse_to_start_in_a_worker()
+                require_main_guard()
             held.enter_context(self.folder.locked())
             # Another run, or the user, may have been at work since.
             self.folder.ledger.refresh()
@@ -421,7 +421,7 @@ class BatchPipeline:
             finally:
                 self._progress.finish()
                 # What is another's now is written by that one alone.
-                if not self.folder.is_taken:
+                if not self.folder.is_lock_lost:
                     self.folder.ledger.flush()
             # Of workers that died on the way.
             self.folder.tidy()
@@ -542,7 +542,7 @@ class BatchPipeline:
         full: DiskFullError | None = None
         tasks = takewhile(lambda _: full is None, tasks)
         for (observation, need), result in run_window(client, tasks, window):
-            self.folder.check_taken()
+            self.folder.raise_if_lock_lost()
             if isinstance(result, DiskFullError):
                 # What is in flight may still find room; no more is asked for.
                 full = result
@@ -652,14 +652,14 @@ class BatchPipeline:
         futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
         written = []
         try:
-            with told_when_full(self.folder.path):
+            with raise_disk_full(self.folder.path):
                 try:
                     for _, result in as_completed(futures, with_results=True):
-                        self.folder.check_taken()
+                        self.folder.raise_if_lock_lost()
                         if isinstance(result, SpxdaskError):
                             raise result
                         if isinstance(result, CancelledError):
-                            raise lost(client)
+                            raise scheduler_lost_error(client)
                         written.append(result)
                         self._progress.advance()
                 except KilledWorker as error:
@@ -689,7 +689,7 @@ class BatchPipeline:
 
     def _catalogue_is(self) -> tuple | None:
         """Return what changes with the catalogue's file, None where that is not known."""
-        path = place(self.config.catalog_path)
+        path = as_path(self.config.catalog_path)
         if not is_local(path):
             return None
         try:

@@ -25,11 +25,11 @@ POINTS = {
     "begin": ("spxdask.stages.stream", "fetched"),
     "fetch": ("spxdask.stages.download", "_open"),
     "extract": ("spxdask.stages.extract", "measure_catalogue"),
-    "read": ("spxdask.tables", "read_lines"),
+    "read": ("spxdask.tables.rows", "read_lines"),
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
     "receive": ("distributed.shuffle._shuffle", "DataFrameShuffleRun._receive"),
     "unpack": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.get_output_partition"),
-    "write": ("spxdask.storage", "write_whole"),
+    "write": ("spxdask.storage.files", "atomic_write"),
     # Between a whole temporary file and its name.
     "name": ("os", "replace"),
 }

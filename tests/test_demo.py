@@ -9,7 +9,7 @@ import pytest
 from spxdask import BatchConfig
 from spxdask.cli import main
 from spxdask.demo import MARK
-from spxdask.runfolder import RunFolder
+from spxdask.run.folder import RunFolder
 
 
 @pytest.mark.timeout(400)

@@ -24,9 +24,9 @@ from killing import Command
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.errors import RunFolderError
-from spxdask.runfolder import RunFolder
+from spxdask.run.folder import RunFolder
+from spxdask.run.status import status
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
-from spxdask.status import status
 
 N_FRAMES = 10
 LONG = os.environ.get("SPXDASK_TESTS") == "long"

@@ -16,7 +16,13 @@ WITHOUT_DASK = [
     for folder in ("science", "simulate")
     for path in (ROOT / folder).glob("*.py")
     if path.stem != "__init__"
-] + ["spxdask.config", "spxdask.tables", "spxdask.storage", "spxdask.ledger", "spxdask.runfolder"]
+] + [
+    "spxdask.config",
+    "spxdask.tables.rows",
+    "spxdask.storage.files",
+    "spxdask.run.ledger",
+    "spxdask.run.folder",
+]
 
 
 def modules_after_import(name: str) -> set[str]:

@@ -31,14 +31,9 @@ import yaml
 from astropy.io import fits
 from distributed import Client, Future, KilledWorker
 
-from spxdask import (
-    BatchConfig,
-    BatchPipeline,
-    PhotometryConfig,
-    load_query_summary,
-    retry,
-    run_batch,
-)
+from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
+from spxdask.archive import retry
+from spxdask.archive.observation import Observation
 from spxdask.cli import main
 from spxdask.errors import (
     ClusterError,
@@ -48,15 +43,14 @@ from spxdask.errors import (
     InputError,
     RunFolderError,
 )
-from spxdask.observation import Observation
 from spxdask.progress import Silent
-from spxdask.runfolder import RunFolder
-from spxdask.science.frame import angular_distance
+from spxdask.run.folder import RunFolder
+from spxdask.run.status import status
+from spxdask.science.level2.frame import angular_distance
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 from spxdask.stages.extract import table_name
-from spxdask.status import status
-from spxdask.tables import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
+from spxdask.tables.rows import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
 
 IDS = [
     "39633458707826492",
@@ -1085,9 +1079,9 @@ def spoil(client):
 @pytest.mark.parametrize(
     ("module", "name", "folder"),
     [
-        ("spxdask.stages.download", "write_large", "images"),
-        ("spxdask.stages.extract", "whole_file", "per_image"),
-        ("spxdask.storage", "write_whole", "lightcurves"),
+        ("spxdask.stages.download", "direct_write", "images"),
+        ("spxdask.stages.extract", "atomic_path", "per_image"),
+        ("spxdask.storage.files", "atomic_write", "lightcurves"),
     ],
 )
 def test_a_disk_that_fills_stops_the_run(
@@ -1111,7 +1105,7 @@ def test_a_disk_that_fills_stops_the_run(
         assert done <= {p.name for p in pipeline.folder.per_image.iterdir()}
         return len(done)
 
-    if name == "write_whole":
+    if name == "atomic_write":
         assert (begun, ended()) == (6, 6)
     else:
         # One in each worker, the one that failed, and the one that was then at hand.

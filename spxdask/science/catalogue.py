@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from spxdask.errors import CatalogueError, StoreError
-from spxdask.science.frame import angular_distance
-from spxdask.storage import is_local, place, read_bytes
+from spxdask.science.level2.frame import angular_distance
+from spxdask.storage.files import as_path, is_local, read_bytes
 
 COLUMNS = ("targetid", "ra", "dec")
 # What the tables we write call a column.
@@ -192,7 +192,7 @@ def _sky_key(ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
 
 def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     """Read the three columns as text, each in one piece."""
-    path = place(path)
+    path = as_path(path)
     far = None if is_local(path) else read_bytes(path)
     source = open(path, "rb") if far is None else io.BytesIO(far)  # noqa: SIM115
     with source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as file:

@@ -74,7 +74,7 @@ def distort(u, v, a, b):
 
 @compiled
 def sky_to_pixel(ra, dec, rotation, inverse, crpix, a, b):
-    """Project positions onto the detector; see `spxdask.science.wcs.TanSip`."""
+    """Project positions onto the detector; see `spxdask.science.level2.wcs.TanSip`."""
     n = len(ra)
     x, y = np.full(n, math.nan), np.full(n, math.nan)
     for k in range(n):

@@ -31,7 +31,7 @@ import numpy as np
 from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels
-from spxdask.science.frame import Frame
+from spxdask.science.level2.frame import Frame
 
 # From the planes' MJy/sr to uJy/arcsec^2.
 UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)

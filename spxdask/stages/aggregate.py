@@ -17,22 +17,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from spxdask import tables
 from spxdask.errors import DiskFullError, FrameError, StoreError
-from spxdask.storage import (
-    AT_ONCE,
+from spxdask.storage.files import (
+    MAX_CONCURRENT_REQUESTS,
+    as_path,
+    atomic_path,
     file_stem,
-    in_pieces,
     is_local,
     names_in,
-    place,
+    open_seekable,
+    raise_disk_full,
     read_each,
     remove,
     starts_with,
-    told_when_full,
-    whole_file,
     write_each,
 )
+from spxdask.tables import rows as tables
 
 TEXT = pd.ArrowDtype(pa.string())
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
@@ -107,11 +107,11 @@ def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.D
         Lazy; one row a source with its `target_id` and the `rows` of its light curve.
     """
     read = functools.partial(read_tables, options=options)
-    rows = dd.from_map(read, range(n_groups), meta=META, label="read")
+    rows = dd.from_map(read, range(n_groups), meta=SHUFFLE_META, label="read")
     shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
     return shuffled.map_partitions(
         functools.partial(write_lightcurves, options=options),
-        meta=WRITTEN,
+        meta=WRITE_META,
         token="write-lightcurves",
         enforce_metadata=False,
     )
@@ -124,7 +124,7 @@ def save_groups(found: Iterable[Table], manifest: str) -> int:
     """
     n_groups = size = 0
     group: list[Table] = []
-    with whole_file(manifest) as part, pq.ParquetWriter(part, _MANIFEST) as file:
+    with atomic_path(manifest) as part, pq.ParquetWriter(part, _MANIFEST) as file:
 
         def end() -> None:
             nonlocal n_groups
@@ -169,7 +169,7 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
 # What is shuffled: the lines of a source from one group of tables in one piece, in order,
 # and what the first and the last of them are ordered by.
-META = _to_pandas(
+SHUFFLE_META = _to_pandas(
     pa.schema(
         {
             "target_id": pa.string(),
@@ -182,7 +182,7 @@ META = _to_pandas(
         }
     ).empty_table()
 )
-WRITTEN = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
+WRITE_META = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
 
 
 def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
@@ -191,11 +191,11 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row a source, as `META` has it.
+        One row a source, as `SHUFFLE_META` has it.
     """
-    with pq.ParquetFile(in_pieces(place(options.manifest))) as file:
+    with pq.ParquetFile(open_seekable(as_path(options.manifest))) as file:
         found = file.read_row_group(group).to_pydict()
-    folder, read = place(options.per_image), []
+    folder, read = as_path(options.per_image), []
     contents = read_each(folder, found["name"])
     for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
         try:
@@ -245,11 +245,11 @@ def write_lightcurves(
     Returns
     -------
     pandas.DataFrame or SpxdaskError
-        As `WRITTEN`. An error is returned, as Dask would log it where the user sees it.
+        As `WRITE_META`. An error is returned, as Dask would log it where the user sees it.
     """
     number = None if partition_info is None else partition_info["number"]
     try:
-        with told_when_full(options.lightcurves):
+        with raise_disk_full(options.lightcurves):
             return _write(partition, options, number)
     except (DiskFullError, StoreError) as error:
         return error
@@ -287,13 +287,13 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     if as_parquet and number is not None:
         content = _bucket(targets, rows, texts)
         for folder in as_parquet:
-            with whole_file(place(folder) / bucket_name(number)) as part:
+            with atomic_path(as_path(folder) / bucket_name(number)) as part:
                 part.write_bytes(content)
     if options.format == "csv":
         header = tables.csv_header(tables.LIGHT_CURVE)
         names = map(light_curve_name, targets.to_pylist())
         curves = ((name, b"".join((header, text))) for name, text in zip(names, texts, strict=True))
-        write_each(place(options.lightcurves), curves)
+        write_each(as_path(options.lightcurves), curves)
     return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
 
 
@@ -336,7 +336,7 @@ def keep_only(
     """
     there = names_in(folder)
     others = sorted(there - names)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         # In a store, many are looked at in the time of one.
         look = map if is_local(folder) else pool.map
         ours = list(look(is_ours, [folder / name for name in others]))

@@ -22,15 +22,15 @@ from distributed import get_worker
 from fsspec.asyn import get_loop, sync
 from yarl import URL
 
-from spxdask import retry
+from spxdask.archive import retry
+from spxdask.archive.buffer_pool import BufferPool
+from spxdask.archive.observation import Observation
+from spxdask.archive.urls import without_credentials
 from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
-from spxdask.ledger import Outcome
-from spxdask.memory import Memory
-from spxdask.observation import Observation
-from spxdask.science.fits import verify
-from spxdask.science.frame import Frame, open_frame
-from spxdask.storage import place, s3_options, told_when_full, write_large
-from spxdask.urls import without_credentials
+from spxdask.run.ledger import Outcome
+from spxdask.science.level2.fits import verify
+from spxdask.science.level2.frame import Frame, open_frame
+from spxdask.storage.files import as_path, direct_write, raise_disk_full, s3_options
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _ENDING_IN_IPV4 = tuple(map(ip_network, ("::/96", "::ffff:0:0/96", "64:ff9b::/96
 # NAT64 of a network of its own.
 _LOCAL_NAT64 = ip_network("64:ff9b:1::/48")
 
-frame_memory = Memory()
+frame_buffers = BufferPool()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def fetched(
     started = time.monotonic()
     frame, reason, size = None, None, observation.size_bytes or MAX_FRAME_BYTES
     with (
-        frame_memory.take(min(size, MAX_FRAME_BYTES), _room(options)) as memory,
+        frame_buffers.lease(min(size, MAX_FRAME_BYTES), _room(options)) as memory,
         ThreadPoolExecutor(1, thread_name_prefix="keep-image") as writer,
     ):
         part = _Part(memory=memory)
@@ -124,12 +124,12 @@ def fetched(
         image = Fetched(frame)
         written = None
         if frame is not None and images is not None:
-            path = place(images) / observation.filename
-            written = writer.submit(write_large, path, part.content)
+            path = as_path(images) / observation.filename
+            written = writer.submit(direct_write, path, part.content)
         yield image
         if written is not None:
             try:
-                with told_when_full(images):
+                with raise_disk_full(images):
                     written.result()
             except (OSError, StoreError) as error:
                 reason = _one_line(error)
@@ -324,7 +324,7 @@ async def _from_mirror(observation: Observation, part: _Part, stall_timeout: flo
     """Bring `part` to full length from a disk, which has no time limit."""
 
     def read() -> None:
-        with open(place(observation.download_url), "rb", buffering=0) as file:
+        with open(as_path(observation.download_url), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             _announce(observation, size)
             part.size = 0

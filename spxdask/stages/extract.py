@@ -16,23 +16,23 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
-from spxdask import tables
+from spxdask.archive.observation import filename_identity, is_level2_name
 from spxdask.config import PhotometryConfig
 from spxdask.errors import DiskFullError, FrameError, StoreError
-from spxdask.ledger import Outcome
-from spxdask.observation import filename_identity, is_level2_name
+from spxdask.run.ledger import Outcome
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.frame import Frame, open_frame
+from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.photometry import measure
-from spxdask.storage import (
+from spxdask.storage.files import (
+    as_path,
+    atomic_path,
     is_local,
     local_copy,
     move,
-    place,
+    raise_disk_full,
     read_bytes,
-    told_when_full,
-    whole_file,
 )
+from spxdask.tables import rows as tables
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     Outcome
         ``failed`` with the reason for a frame that cannot be measured.
     """
-    path = place(image)
+    path = as_path(image)
     return _extract(path.name, lambda: _open(path), per_image, options)
 
 
@@ -132,8 +132,8 @@ def _extract(
             )
             rows = len(columns["target_id"])
             content = tables.to_bytes(columns, options.format)
-        table = place(per_image) / table_name(filename, options.format)
-        with told_when_full(per_image), whole_file(table) as part:
+        table = as_path(per_image) / table_name(filename, options.format)
+        with raise_disk_full(per_image), atomic_path(table) as part:
             size = part.write_bytes(content)
     except DiskFullError:
         raise
@@ -211,5 +211,5 @@ def measure_catalogue(
 @functools.lru_cache(maxsize=2)
 def _catalogue(path: str) -> Catalogue:
     """Map the catalogue once a process. Its name holds its fingerprint, so it cannot age."""
-    source = place(path)
+    source = as_path(path)
     return Catalogue.open(source if is_local(source) else local_copy(source))

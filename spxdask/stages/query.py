@@ -17,17 +17,17 @@ from pyvo.dal import DALFormatError, DALQuery, DALQueryError, DALServiceError
 from pyvo.dal.tap import AsyncTAPJob, TAPResults
 from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError, ReadTimeoutError
 
-from spxdask import retry
-from spxdask.config import BatchConfig
-from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
-from spxdask.observation import (
+from spxdask.archive import retry
+from spxdask.archive.observation import (
     Observation,
     check_uri,
     filename_identity,
     frame_url,
     is_level2_name,
 )
-from spxdask.urls import without_credentials
+from spxdask.archive.urls import without_credentials
+from spxdask.config import BatchConfig
+from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spxdask.ledger import Outcome
-from spxdask.observation import Observation
+from spxdask.archive.observation import Observation
+from spxdask.run.ledger import Outcome
 from spxdask.stages.download import FetchOptions, fetched
 from spxdask.stages.extract import ExtractOptions, extract_frame
 

@@ -15,8 +15,8 @@ from scipy.interpolate import RegularGridInterpolator
 from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels, photometry
-from spxdask.science.frame import Frame, WavelengthTable
-from spxdask.science.wcs import TanSip
+from spxdask.science.level2.frame import Frame, WavelengthTable
+from spxdask.science.level2.wcs import TanSip
 
 SIZE = 160
 

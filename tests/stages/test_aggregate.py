@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spxdask import tables
 from spxdask.errors import DiskFullError, FrameError
 from spxdask.stages import aggregate
+from spxdask.tables import rows as tables
 
 
 def make_rows(rng, ids, number) -> pd.DataFrame:
@@ -235,7 +235,9 @@ def test_rows_of_any_ids_are_conserved(tmp_path_factory, ids):
 def test_empty_partition(tmp_path, how):
     options = make_options(tmp_path, tmp_path, how)
     for info in (None, {"number": 0}):
-        written = aggregate.write_lightcurves(aggregate.META, options=options, partition_info=info)
+        written = aggregate.write_lightcurves(
+            aggregate.SHUFFLE_META, options=options, partition_info=info
+        )
         assert len(written) == 0
         assert list(written.columns) == ["target_id", "rows"]
     found = list(tmp_path.iterdir())

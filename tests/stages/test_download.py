@@ -23,16 +23,17 @@ import pytest
 from astropy.io import fits
 from fsspec.asyn import get_loop
 
-from spxdask import retry, storage
-from spxdask.cluster import error_as_value
+from spxdask.archive import retry
+from spxdask.archive.buffer_pool import BufferPool
+from spxdask.archive.observation import Observation
+from spxdask.cluster.client import error_as_value
 from spxdask.errors import DiskFullError
-from spxdask.memory import Memory
-from spxdask.observation import Observation
-from spxdask.science.frame import open_frame
+from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 from spxdask.stages import download
 from spxdask.stages.download import FetchOptions, is_complete
+from spxdask.storage import files as storage
 
 WINDOW = (900, 900, 60, 60)
 PATIENT = FetchOptions(max_retries=3, stall_timeout=10.0)
@@ -881,7 +882,7 @@ def test_a_mirror_that_is_just_being_copied(frame, content, images, mirror, monk
 # How much at once
 
 
-class Counting(Memory):
+class Counting(BufferPool):
     """Notes what is asked for, and the most that was lent at a time."""
 
     def __init__(self) -> None:
@@ -890,8 +891,8 @@ class Counting(Memory):
         self.lock = threading.Lock()
 
     @contextmanager
-    def take(self, size, limit=math.inf):
-        with super().take(size, limit) as block:
+    def lease(self, size, limit=math.inf):
+        with super().lease(size, limit) as block:
             with self.lock:
                 self.asked.append((size, limit))
                 self.lent += 1
@@ -906,7 +907,7 @@ class Counting(Memory):
 @pytest.fixture
 def memory(monkeypatch):
     memory = Counting()
-    monkeypatch.setattr(download, "frame_memory", memory)
+    monkeypatch.setattr(download, "frame_buffers", memory)
     return memory
 
 

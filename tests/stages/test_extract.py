@@ -11,10 +11,9 @@ import pytest
 import simulated
 from astropy.io import fits
 
-from spxdask import tables
 from spxdask.config import PhotometryConfig
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.frame import open_frame
+from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import (
     ExtractOptions,
     extract,
@@ -22,6 +21,7 @@ from spxdask.stages.extract import (
     measure_catalogue,
     table_name,
 )
+from spxdask.tables import rows as tables
 
 
 def measured(frame, catalogue):

@@ -19,7 +19,7 @@ from astropy.table import MaskedColumn, Table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spxdask import retry
+from spxdask.archive import retry
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive

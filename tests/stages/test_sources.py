@@ -20,8 +20,9 @@ import simulated
 from distributed import Client
 from objectstore import BUCKET, serving
 
-from spxdask import BatchConfig, BatchPipeline, retry
-from spxdask.observation import SERVICE, Observation, frame_url
+from spxdask import BatchConfig, BatchPipeline
+from spxdask.archive import retry
+from spxdask.archive.observation import SERVICE, Observation, frame_url
 from spxdask.simulate.archive import SimulatedArchive
 from spxdask.stages import download
 from spxdask.stages.download import PUBLIC_BUCKET, FetchOptions

@@ -1,0 +1,1 @@
+"""The archive: names, releases, TAP and transfers."""

@@ -1,0 +1,120 @@
+"""The flags of a pixel: one registry of names, bits and meanings.
+
+The decoder, the option `bad_flags` and the tables in the documentation are made from it.
+Bits and meanings are those of the SPHEREx Explanatory Supplement (pipelines 6 and 7); a
+file's own header has precedence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FLAGS", "FLAG_BITS", "Flag", "decode_flags", "find_bit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One bit of the FLAGS plane.
+
+    Attributes
+    ----------
+    name : str
+        As file headers have it.
+    bit : int
+        0 is the lowest.
+    meaning : str
+        For people.
+    bad : bool
+        Whether such a pixel is, by default, unusable for background and zodiacal fit.
+    """
+
+    name: str
+    bit: int
+    meaning: str
+    bad: bool = False
+
+
+FLAGS = (
+    Flag("TRANSIENT", 0, "transient detected during ramp fitting, such as a cosmic ray", bad=True),
+    Flag("OVERFLOW", 1, "overflow in the onboard processing", bad=True),
+    Flag("SUR_ERROR", 2, "error in the onboard sample-up-the-ramp processing", bad=True),
+    Flag("PHANTOM", 4, "phantom pixel"),
+    Flag("REFERENCE", 5, "reference pixel, not sensitive to light"),
+    Flag("NONFUNC", 6, "permanently unusable pixel", bad=True),
+    Flag("DICHROIC", 7, "low efficiency near the edge of the dichroic", bad=True),
+    Flag("MISSING_DATA", 9, "onboard data lost", bad=True),
+    Flag("HOT", 10, "hot pixel", bad=True),
+    Flag("COLD", 11, "anomalously low signal", bad=True),
+    Flag("FULLSAMPLE", 12, "full sample history is available; informational"),
+    Flag("PHANMISS", 14, "phantom correction was not performed", bad=True),
+    Flag("NONLINEAR", 15, "non-linearity could not be corrected reliably", bad=True),
+    Flag("PERSIST", 17, "persistent charge above threshold", bad=True),
+    Flag("OUTLIER", 19, "outlier among neighbouring pixels", bad=True),
+    Flag("CROSSTALK", 20, "electronic crosstalk of a bright source"),
+    Flag("SOURCE", 21, "a source the archive knows of lies on the pixel"),
+    Flag("GHOST", 22, "optical ghost"),
+    Flag("GHOST_FPA", 23, "ghost of the focal plane assembly"),
+    Flag("GHOST_EXT", 24, "extended ghost"),
+    Flag("STREAK", 25, "streak"),
+    Flag("BLOOM", 26, "bloom of a bright source, saturated cores included"),
+    Flag("SNOWBALL", 27, "snowball: a large charge deposit"),
+    Flag("HALO", 28, "halo of a bright source"),
+    Flag("SATELLITE_HALO", 29, "halo of a satellite trail"),
+)
+
+FLAG_BITS = {flag.name: flag.bit for flag in FLAGS}
+
+
+def find_bit(flag: int | str) -> int:
+    """Return the bit of a flag given by its name, in any case, or by its bit.
+
+    Parameters
+    ----------
+    flag : int or str
+        Such as ``21`` or ``"SOURCE"``.
+
+    Returns
+    -------
+    int
+        0 to 31.
+
+    Raises
+    ------
+    ValueError
+        If there is no such flag.
+
+    Examples
+    --------
+    >>> find_bit("source")
+    21
+    """
+    if isinstance(flag, str):
+        if flag.strip().upper() not in FLAG_BITS:
+            raise ValueError(f"{flag!r} is no flag")
+        return FLAG_BITS[flag.strip().upper()]
+    if isinstance(flag, bool) or not 0 <= flag <= 31:
+        raise ValueError(f"{flag!r} is no flag bit, 0 to 31")
+    return flag
+
+
+def decode_flags(value: int) -> tuple[str, ...]:
+    """Return the names of the flags that are set, the lowest bit first.
+
+    Parameters
+    ----------
+    value : int
+        As in the column ``flag``.
+
+    Returns
+    -------
+    tuple of str
+        A bit without a name is ``BIT<n>``.
+
+    Examples
+    --------
+    >>> decode_flags(1 << 21 | 1 << 0)
+    ('TRANSIENT', 'SOURCE')
+    """
+    names = {flag.bit: flag.name for flag in FLAGS}
+    bits = (bit for bit in range(int(value).bit_length()) if int(value) >> bit & 1)
+    return tuple(names.get(bit, f"BIT{bit}") for bit in bits)

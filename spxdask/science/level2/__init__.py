@@ -1,0 +1,1 @@
+"""SPHEREx Level 2 files."""

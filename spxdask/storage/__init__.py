@@ -1,0 +1,1 @@
+"""Files on disk and in object stores, whole or not at all."""

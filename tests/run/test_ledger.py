@@ -1,0 +1,301 @@
+"""What became of every frame is known again, whatever happened to the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spxdask.run.ledger import LINE_BYTES, Ledger, Outcome
+
+FULL = Outcome(
+    stage="extract",
+    filename="level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits",
+    status="failed",
+    reason='line one\nline "two" \\ ü \u2028',
+    seconds=1.2346,
+    bytes=2**40,
+    attempts=3,
+    rows=17,
+    skipped={"too few usable pixels": 2, "margin": 1},
+    warnings=("first, with comma", "second\r\n"),
+    fingerprint="abc",
+    sources="def",
+    cap=(270.0, -66.56, 2.0 / 3.0),
+    checksum="00ff00ff",
+)
+
+
+def outcome(filename="a.fits", stage="download", status="done", **more) -> Outcome:
+    return Outcome(filename=filename, stage=stage, status=status, **more)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def test_a_new_ledger_touches_nothing(path):
+    assert Ledger(path).get("download", "a.fits") is None
+    assert not path.exists()
+
+
+def test_every_field_comes_back(path):
+    ledger = Ledger(path)
+    ledger.add(FULL)
+    assert ledger.get(FULL.stage, FULL.filename) == FULL
+    back = Ledger(str(path)).get(FULL.stage, FULL.filename)
+    assert back == FULL
+    assert type(back.warnings) is type(back.cap) is tuple
+    # So that the test grows with the class.
+    plain = outcome()
+    assert all(
+        getattr(FULL, option.name) != getattr(plain, option.name)
+        for option in dataclasses.fields(Outcome)
+    )
+
+
+TEXT = st.text(st.characters())
+DEGREES = st.floats(-360.0, 360.0)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Outcome,
+            stage=st.sampled_from(["download", "extract"]),
+            filename=st.sampled_from(["a", "b"]) | TEXT,
+            status=st.sampled_from(["done", "failed"]),
+            reason=st.none() | TEXT,
+            seconds=st.integers(0, 10**6).map(lambda k: k / 1e4),
+            bytes=st.integers(0, 2**63),
+            attempts=st.integers(0, 99),
+            rows=st.integers(0, 2**63),
+            skipped=st.dictionaries(TEXT, st.integers(0, 99)),
+            warnings=st.lists(TEXT).map(tuple),
+            fingerprint=st.none() | TEXT,
+            sources=st.none() | TEXT,
+            cap=st.none() | st.tuples(DEGREES, DEGREES, DEGREES),
+            checksum=st.none() | TEXT,
+        ),
+        max_size=6,
+    )
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_outcomes_come_back_the_last_of_each(tmp_path_factory, outcomes):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    for one in outcomes:
+        # A new object each time, as a resumed run has.
+        Ledger(path).add(one)
+    ledger = Ledger(path)
+    for one in {(o.stage, o.filename): o for o in outcomes}.values():
+        assert ledger.get(one.stage, one.filename) == one
+
+
+def test_the_last_word_counts(path):
+    ledger = Ledger(path)
+    ledger.add(outcome(status="failed", reason="503", attempts=6))
+    ledger.add(outcome(stage="extract", rows=5))
+    ledger.add(outcome("b.fits"))
+    ledger.add(outcome(bytes=71))
+    for seen in (ledger, Ledger(path)):
+        assert seen.get("download", "a.fits") == outcome(bytes=71)
+        assert seen.get("extract", "a.fits") == outcome(stage="extract", rows=5)
+        assert seen.get("download", "b.fits") == outcome("b.fits")
+        assert seen.get("extract", "b.fits") is None
+
+
+def test_a_frame_has_failed_when_the_last_word_of_a_stage_is_so(path):
+    ledger = Ledger(path)
+    steps = [
+        (outcome(status="failed"), True),
+        (outcome(), False),
+        (outcome(stage="extract", status="failed"), True),
+        (outcome("b.fits"), True),
+        (outcome(stage="extract"), False),
+        (outcome(status="failed"), True),
+    ]
+    assert not ledger.has_failed("a.fits")
+    for one, failed in steps:
+        ledger.add(one)
+        assert ledger.has_failed("a.fits") == Ledger(path).has_failed("a.fits") == failed
+    assert not ledger.has_failed("b.fits")
+
+
+def test_the_last_time_is_that_of_the_last_whole_line(path):
+    ledger = Ledger(path)
+    assert ledger.last_time is None
+    ledger.add(outcome())
+    line = json.loads(path.read_text())
+    times = ["2001-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
+    path.write_text("".join(json.dumps(line | {"time": time}) + "\n" for time in times))
+    assert Ledger(path).last_time == times[1]
+    path.write_text(path.read_text()[:-5])
+    ledger = Ledger(path)
+    assert ledger.last_time == times[0]
+    ledger.add(outcome("b.fits"))
+    assert ledger.last_time == Ledger(path).last_time > times[1]
+
+
+def test_lines_are_only_appended_and_carry_the_time(path):
+    Ledger(path).add(outcome("a.fits"))
+    before = path.read_bytes()
+    Ledger(path).add(FULL)
+    after = path.read_bytes()
+    assert after.startswith(before)
+    lines = after.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert datetime.fromisoformat(json.loads(line)["time"]).utcoffset().total_seconds() == 0
+
+
+def test_a_torn_last_line_is_ignored_and_the_next_is_read(path):
+    Ledger(path).add(outcome("a.fits"))
+    first = path.read_bytes()
+    Ledger(path).add(FULL)
+    whole = path.read_bytes()
+    for cut in range(len(first), len(whole)):
+        path.write_bytes(whole[:cut])
+        torn = Ledger(path)
+        # Also one that lacks only its line feed: somebody may be in the middle of writing it.
+        assert torn.get(FULL.stage, FULL.filename) is None, cut
+        torn.add(outcome("b.fits"))
+        # Now that a line follows, all of it is known to be there.
+        expected = FULL if cut == len(whole) - 1 else None
+        for ledger in (torn, Ledger(path)):
+            assert ledger.get("download", "a.fits") == outcome("a.fits")
+            assert ledger.get("download", "b.fits") == outcome("b.fits")
+            assert ledger.get(FULL.stage, FULL.filename) == expected, cut
+
+
+def test_a_torn_line_does_not_undo_an_earlier_one(path):
+    Ledger(path).add(outcome(rows=1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-5])
+    assert Ledger(path).get("download", "a.fits") == outcome(rows=1)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\n",
+        b"\0" * 50,
+        b"\xff\xfe\x80",
+        b"5",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b'{"stage": "download"}',
+        b'{"stage": [], "filename": "a.fits", "status": "done"}',
+        b'{"stage": "download", "filename": {}, "status": "done"}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "warnings": 5}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "cap": 5}',
+        b'{"stage": "download", "filename": "a.fits", "status": "done", "rows": 9} trailing',
+        b"stage: download",
+    ],
+)
+def test_foreign_lines_are_ignored(path, garbage):
+    Ledger(path).add(outcome("a.fits"))
+    with open(path, "ab") as file:
+        file.write(garbage + b"\n" + garbage)
+    Ledger(path).add(outcome("b.fits"))
+    ledger = Ledger(path)
+    assert ledger.get("download", "a.fits") == outcome("a.fits")
+    assert ledger.get("download", "b.fits") == outcome("b.fits")
+
+
+def test_fields_of_a_later_version_are_ignored(path):
+    record = {"stage": "extract", "filename": "a", "status": "done", "rows": 3, "new": [1]}
+    path.write_text(json.dumps(record) + "\n")
+    assert Ledger(path).get("extract", "a") == Outcome(
+        stage="extract", filename="a", status="done", rows=3
+    )
+
+
+def test_what_could_not_be_written_did_not_happen(path):
+    ledger = Ledger(path.parent / "absent" / path.name)
+    with pytest.raises(FileNotFoundError):
+        ledger.add(outcome())
+    assert ledger.get("download", "a.fits") is None
+
+
+@pytest.mark.parametrize("length", [*range(LINE_BYTES - 2, LINE_BYTES + 3), 2 * LINE_BYTES, 10**6])
+def test_lines_of_any_length(path, length):
+    ledger = Ledger(path)
+    ledger.add(outcome(status="failed", reason="x"))
+    long = outcome(status="failed", reason="x" * (1 + length - path.stat().st_size))
+    ledger.add(long)
+    ledger.add(outcome("b.fits"))
+    assert len(path.read_bytes().splitlines(keepends=True)[1]) == length
+    for seen in (ledger, Ledger(path)):
+        assert seen.get("download", "a.fits") == long
+        assert seen.get("download", "b.fits") == outcome("b.fits")
+
+
+def test_what_another_adds_is_seen_after_a_refresh(path):
+    """A run's own ledger, and that of somebody who looks on."""
+    run, other = Ledger(path), Ledger(path)
+    run.add(outcome(rows=1))
+    assert other.get("download", "a.fits") is None
+    other.refresh()
+    assert other.get("download", "a.fits") == outcome(rows=1)
+    run.add(outcome(rows=2))
+    run.add(FULL)
+    assert other.get("download", "a.fits") == outcome(rows=1)
+    other.refresh()
+    assert other.get("download", "a.fits") == outcome(rows=2)
+    assert other.get(FULL.stage, FULL.filename) == FULL
+    assert other.last_time == run.last_time
+    # To write is to look, too.
+    other.add(outcome("b.fits"))
+    assert run.get("download", "b.fits") is None
+    run.add(outcome("c.fits"))
+    assert run.get("download", "b.fits") == outcome("b.fits")
+    assert other.get("download", "c.fits") is None
+
+
+def test_a_line_that_comes_in_pieces_is_seen_when_it_is_whole(path):
+    Ledger(path).add(FULL)
+    line = path.read_bytes()
+    path.write_bytes(b"")
+    ledger = Ledger(path)
+    for at in range(0, len(line), 100):
+        assert ledger.get(FULL.stage, FULL.filename) is None
+        with open(path, "ab") as file:
+            file.write(line[at : at + 100])
+        ledger.refresh()
+    assert ledger.get(FULL.stage, FULL.filename) == FULL
+
+
+def test_a_ledger_that_somebody_cut(path):
+    ledger = Ledger(path)
+    ledger.add(outcome())
+    ledger.add(FULL)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert ledger.get("download", "a.fits") == outcome()
+    assert ledger.get(FULL.stage, FULL.filename) is None
+    path.write_bytes(b"")
+    assert ledger.get("download", "a.fits") is None
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_ledger_that_somebody_removed(path, other):
+    ledger = Ledger(path)
+    ledger.add(outcome())
+    path.unlink()
+    if other:
+        Ledger(path).add(FULL)
+    ledger.refresh()
+    assert ledger.get("download", "a.fits") is None
+    assert ledger.get(FULL.stage, FULL.filename) == (FULL if other else None)
+    ledger.add(outcome())
+    assert ledger.get("download", "a.fits") == outcome()
+    assert Ledger(path).get("download", "a.fits") == outcome()
