@@ -1,4 +1,4 @@
-"""What became of every frame: one line a result, kept with the output."""
+"""The ledger of a run: one line for each outcome of a frame, kept with the output."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ import sys
 import tempfile
 import time
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from spxdask.storage.files import (
-    as_path,
-    is_local,
-    raise_disk_full,
-    read_each,
-    sizes,
-    translate_store_errors,
-)
+from spxdask.storage import LocalStore, Store, raise_disk_full
 
-# In a store, lines are sent together, and this much of them makes a file.
-FLUSH_S = 5.0
-SEGMENT_BYTES = 1_000_000
-# Of most lines; longer ones are read in some pieces.
+# Longer than most lines, in bytes; a longer line is read in some pieces.
 LINE_BYTES = 1024
 
 
@@ -50,21 +43,26 @@ class Outcome:
     bytes : int
         Bytes fetched, or written as a table.
     attempts : int
-        Requests a download took.
+        Requests that a download needed.
     rows : int
         Rows measured.
     skipped : dict of str to int
-        Sources on the frame without a row, by reason.
+        Number of sources on the frame without a row, by reason.
     warnings : tuple of str
         Repairs and fallbacks.
     fingerprint : str or None
-        Of the catalogue, options and code that the rows come from.
-    sources : str or None
-        Of the sources near the frame, options and code.
-    cap : tuple of float or None
+        Of the catalogue, options and code that the rows come from, in ledgers of versions
+        without recipes.
+    sources_fingerprint : str or None
+        Of the sources near the frame.
+    bounding_circle : tuple of float or None
         Circle on the sky that holds the frame: ra, dec and radius, deg.
     checksum : str or None
         Of a fetched file: ones' complement sum of its 32-bit words, as FITS has them.
+    recipe : str or None
+        Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
+    catalogue : str or None
+        Fingerprint of the whole catalogue.
     """
 
     stage: str
@@ -78,181 +76,341 @@ class Outcome:
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     fingerprint: str | None = None
-    sources: str | None = None
-    cap: tuple[float, float, float] | None = None
+    sources_fingerprint: str | None = None
+    bounding_circle: tuple[float, float, float] | None = None
     checksum: str | None = None
+    recipe: str | None = None
+    catalogue: str | None = None
 
 
-_NAMES = frozenset(option.name for option in dataclasses.fields(Outcome))
-_SEGMENT = re.compile(r"\d+\.jsonl")
+_FIELDS = frozenset(option.name for option in dataclasses.fields(Outcome))
+# Names of fields in the ledgers of earlier versions.
+_FORMER_FIELDS = {"sources": "sources_fingerprint", "cap": "bounding_circle"}
+_SEGMENT_NAME = re.compile(r"\d+\.jsonl")
 
 
-class Ledger:
-    """The outcomes of a run in JSON lines, the last word on each frame and stage.
+class Ledger(ABC):
+    """The outcomes of a run as lines of JSON, of which the last for a frame and stage counts.
 
-    Lines are only ever appended. A line that a crash cut short is ignored, which means
-    that its frame is done again. In memory is only where each last word stands.
-
-    Parameters
-    ----------
-    path : path
-        On disk, a file. In a store, whose files cannot be appended to, a folder of them:
-        one is written anew until it is full or flushed. What came in the last `FLUSH_S` may
-        be lost in a crash.
+    Lines are only ever appended. A line that a crash cut short is ignored, so that its frame
+    is done again. Memory holds only where the last line of each frame and stage begins, and
+    the recipes.
 
     Attributes
     ----------
     last_time : str or None
         When the last outcome was written, ISO 8601.
+    recipes : dict of str to dict
+        The steps of each recipe, by digest.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = as_path(path)
-        self.last_time: str | None = None
-        self._where: dict[str, dict[str, int]] = {}
+    last_time: str | None
+    recipes: dict[str, dict[str, Any]]
+
+    def __init__(self) -> None:
+        # A local file that holds the lines, None while there is none.
         self._file: int | None = None
-        self._read_to = 0
-        # In a store: how much of each file was read, and the file that we write.
-        self._seen: dict[str, int] = {}
-        self._segment, self._name, self._sent = bytearray(), "", -math.inf
-        if not is_local(self.path):
-            self._file, name = tempfile.mkstemp(prefix="spxdask-ledger-")
-            os.unlink(name)
-            weakref.finalize(self, os.close, self._file)
-        self.refresh()
+        self._forget()
 
+    def _forget(self) -> None:
+        """Start again with an empty ledger."""
+        self.last_time = None
+        self.recipes = {}
+        self._offsets: dict[str, dict[str, int]] = {}
+        self._end = 0
+
+    @abstractmethod
     def refresh(self) -> None:
-        """Read what was written since, by another process perhaps."""
-        if not is_local(self.path):
-            self._fetch()
-        self._read_on()
+        """Read the lines written since, which may be those of another process."""
 
-    def _read_on(self) -> None:
-        if is_local(self.path) and self._file is not None and self._is_another():
-            # The user has removed the folder, or put another in its place.
-            self._where, self._file, self._read_to, self.last_time = {}, None, 0, None
-        if self._file is None and self.path.exists():
-            self._file = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-        if self._file is None:
-            return
-        os.lseek(self._file, self._read_to, os.SEEK_SET)
-        with open(self._file, "rb", closefd=False) as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._note(line, self._read_to)
-                self._read_to += len(line)
+    @abstractmethod
+    def _append(self, line: bytes) -> None:
+        """Append a line, and read it."""
 
-    def _is_another(self) -> bool:
-        """Tell whether the file that is open is not that of the ledger's name any more."""
-        ours = os.fstat(self._file)
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
-            return True
-        return not os.path.samestat(ours, there) or there.st_size < self._read_to
+    def flush(self) -> None:
+        """Write what is not yet stored."""
 
     def get(self, stage: str, filename: str) -> Outcome | None:
-        """Return the last outcome of a stage for a frame, None when there is none."""
-        where = self._where.get(stage, {}).get(filename)
-        if where is None:
+        """Return the last outcome of a stage for a frame.
+
+        Parameters
+        ----------
+        stage : str
+            ``download`` or ``extract``.
+        filename : str
+            The frame.
+
+        Returns
+        -------
+        Outcome or None
+            None when there is none.
+        """
+        offset = self._offsets.get(stage, {}).get(filename)
+        if offset is None or self._file is None:
             return None
-        line, more = b"", b" "
-        # Nothing more comes of a file that somebody has cut.
-        while more and not line.endswith(b"\n"):
-            more = os.pread(self._file, LINE_BYTES, where + len(line))
-            line += more[: more.find(b"\n") + 1] or more
-        found = _parse(line)
+        line, piece = b"", b" "
+        # An empty piece means that the file was cut.
+        while piece and not line.endswith(b"\n"):
+            piece = os.pread(self._file, LINE_BYTES, offset + len(line))
+            line += piece[: piece.find(b"\n") + 1] or piece
+        found = _parse_outcome(_parse_line(line))
         return found[1] if found is not None else None
 
     def has_failed(self, filename: str) -> bool:
-        """Tell whether the last outcome of any stage for a frame is a failure."""
+        """Return whether the last outcome of any stage for a frame is a failure.
+
+        Parameters
+        ----------
+        filename : str
+            The frame.
+
+        Returns
+        -------
+        bool
+        """
         outcomes = (self.get(stage, filename) for stage in ("download", "extract"))
         return any(outcome is not None and outcome.status == "failed" for outcome in outcomes)
 
     def add(self, outcome: Outcome) -> None:
-        """Append an outcome; on disk, it is there to stay when this returns."""
-        record = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        """Append an outcome.
+
+        Parameters
+        ----------
+        outcome : Outcome
+            Replaces the last one of its stage and frame.
+
+        Raises
+        ------
+        DiskFullError, StoreError
+            If it cannot be written.
+        """
+        record: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         for option in dataclasses.fields(outcome):
             value = getattr(outcome, option.name)
             if value not in (None, 0, (), {}):
                 record[option.name] = round(value, 4) if option.name == "seconds" else value
-        line = json.dumps(record).encode() + b"\n"
-        if is_local(self.path):
-            with raise_disk_full(self.path.parent), open(self.path, "ab+") as file:
-                if file.tell() and not _ends_in_line_feed(self.path):
-                    file.write(b"\n")
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            self._read_on()
+        self._append(json.dumps(record).encode() + b"\n")
+
+    def add_recipe(self, digest: str, recipe: dict[str, Any]) -> None:
+        """Append a recipe that outcomes name by its digest, unless the ledger has it.
+
+        Parameters
+        ----------
+        digest : str
+            Names the recipe.
+        recipe : dict
+            Its steps; must survive JSON.
+
+        Raises
+        ------
+        DiskFullError, StoreError
+            If it cannot be written.
+        """
+        if digest not in self.recipes:
+            record = {"recipe": digest, "steps": recipe}
+            self._append(json.dumps(record).encode() + b"\n")
+
+    def _read_lines(self) -> None:
+        """Read the whole lines of the local file that were not read before."""
+        if self._file is None:
             return
-        if not self._segment:
-            # Behind what others wrote, which ours is a later word than.
-            self.refresh()
-        self._keep(line)
-        self._read_on()
-        self._segment += line
-        if time.monotonic() - self._sent >= FLUSH_S:
-            self._send()
-        if len(self._segment) >= SEGMENT_BYTES:
-            self.flush()
+        os.lseek(self._file, self._end, os.SEEK_SET)
+        with open(self._file, "rb", closefd=False) as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._index(line)
+                self._end += len(line)
+
+    def _index(self, line: bytes) -> None:
+        """Remember where the last line of a frame begins, or what a recipe is."""
+        record = _parse_line(line)
+        found = _parse_outcome(record)
+        if found is not None:
+            self.last_time, outcome = found
+            # Interned, so that each name is in memory once for all stages.
+            self._offsets.setdefault(outcome.stage, {})[sys.intern(outcome.filename)] = self._end
+        elif isinstance(record.get("recipe"), str) and isinstance(record.get("steps"), dict):
+            self.recipes[record["recipe"]] = record["steps"]
+
+
+def open_ledger(state: Store) -> Ledger:
+    """Open the ledger of an output folder; nothing is written before the first outcome.
+
+    Parameters
+    ----------
+    state : Store
+        Where the ledger is.
+
+    Returns
+    -------
+    Ledger
+        `LocalLedger` on disk, `StoreLedger` in an object store.
+    """
+    if isinstance(state, LocalStore):
+        return LocalLedger(state.local_path / "ledger.jsonl")
+    return StoreLedger(state / "ledger")
+
+
+class LocalLedger(Ledger):
+    """A ledger in a file on disk; an outcome is durable once `add` returns.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._path = Path(path)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See `Ledger.refresh`."""
+        if self._file is not None and self._is_replaced(self._file):
+            self._file = None
+            self._forget()
+        if self._file is None and self._path.exists():
+            self._file = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        self._read_lines()
+
+    def _is_replaced(self, file: int) -> bool:
+        """Return whether the user has removed the file, or put another in its place."""
+        opened = os.fstat(file)
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(opened, found) or found.st_size < self._end
+
+    def _append(self, line: bytes) -> None:
+        with raise_disk_full(self._path.parent), open(self._path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    # A crash cut the last line short.
+                    file.write(b"\n")
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.refresh()
+
+
+class StoreLedger(Ledger):
+    """A ledger in an object store, whose files cannot be appended to.
+
+    It is a folder of files, the segments; the last one is written anew with more lines until
+    it is long enough. A crash costs the outcomes of the last seconds.
+
+    Parameters
+    ----------
+    store : Store
+        The folder.
+    flush_interval_s : float
+        Least time between two writes of a segment, s.
+    segment_bytes : int
+        Length at which a segment is complete.
+    clock : callable
+        Returns the time, s.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        flush_interval_s: float = 5.0,
+        segment_bytes: int = 1_000_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._store = store
+        self._flush_interval_s = flush_interval_s
+        self._segment_bytes = segment_bytes
+        self._clock = clock
+        # How much of each segment is known here, and the segment that this object writes.
+        self._known: dict[str, int] = {}
+        self._segment, self._segment_name, self._sent = bytearray(), "", -math.inf
+        # A copy of all lines on the local disk, in a file without a name.
+        self._copy, name = tempfile.mkstemp(prefix="spxdask-ledger-")
+        self._file = self._copy
+        os.unlink(name)
+        weakref.finalize(self, os.close, self._copy)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See `Ledger.refresh`."""
+        sizes = self._store.list_sizes()
+        grown = sorted(
+            name
+            for name, size in sizes.items()
+            if _SEGMENT_NAME.fullmatch(name) and size > self._known.get(name, 0)
+        )
+        for name, text in zip(grown, self._store.get_many(grown), strict=True):
+            self._write_copy(text[self._known.get(name, 0) :])
+            self._known[name] = len(text)
+        self._read_lines()
 
     def flush(self) -> None:
-        """Send what is not yet in the store, and begin another file with what comes next."""
+        """Send what is not yet in the store, and begin another segment with what comes next."""
         if self._segment:
             self._send()
-            self._segment, self._name = bytearray(), ""
+            self._segment, self._segment_name = bytearray(), ""
+
+    def _append(self, line: bytes) -> None:
+        if not self._segment:
+            # The lines of others come first, as this one is later.
+            self.refresh()
+        self._write_copy(line)
+        self._read_lines()
+        self._segment += line
+        if self._clock() - self._sent >= self._flush_interval_s:
+            self._send()
+        if len(self._segment) >= self._segment_bytes:
+            self.flush()
 
     def _send(self) -> None:
-        if not self._name:
-            last = max((int(name.partition(".")[0]) for name in self._seen), default=0)
-            self._name = f"{last + 1:08d}.jsonl"
-        if len(self._segment) > self._seen.get(self._name, 0):
-            with translate_store_errors(self.path):
-                self.path.fs.pipe_file(f"{self.path.path}/{self._name}", bytes(self._segment))
-            self._seen[self._name] = len(self._segment)
-        self._sent = time.monotonic()
+        """Write the segment to the store if it has grown."""
+        if not self._segment_name:
+            last = max((int(name.partition(".")[0]) for name in self._known), default=0)
+            self._segment_name = f"{last + 1:08d}.jsonl"
+        if len(self._segment) > self._known.get(self._segment_name, 0):
+            self._store.put(self._segment_name, self._segment)
+            self._known[self._segment_name] = len(self._segment)
+        self._sent = self._clock()
 
-    def _fetch(self) -> None:
-        """Bring what others wrote to the store since to our own disk."""
-        found = {name: size for name, size in sizes(self.path).items() if _SEGMENT.fullmatch(name)}
-        grown = sorted(name for name, size in found.items() if size > self._seen.get(name, 0))
-        for name, text in zip(grown, read_each(self.path, grown), strict=True):
-            self._keep(text[self._seen.get(name, 0) :])
-            self._seen[name] = len(text)
-
-    def _keep(self, text: bytes) -> None:
-        where = os.lseek(self._file, 0, os.SEEK_END)
+    def _write_copy(self, text: bytes | bytearray) -> None:
+        """Append to the local copy."""
+        offset = os.lseek(self._copy, 0, os.SEEK_END)
         while text:
-            where += (written := os.pwrite(self._file, text, where))
+            written = os.pwrite(self._copy, text, offset)
+            offset += written
             text = text[written:]
 
-    def _note(self, line: bytes, where: int) -> None:
-        """Remember where the last word on a frame stands."""
-        if (found := _parse(line)) is not None:
-            self.last_time, outcome = found
-            # Each name is there once, however many stages there are.
-            self._where.setdefault(outcome.stage, {})[sys.intern(outcome.filename)] = where
 
-
-def _ends_in_line_feed(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
-def _parse(line: bytes) -> tuple[str, Outcome] | None:
-    """Return when an outcome was written, and the outcome; None when the line is none."""
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """Return the record of a line, an empty one for a line that a crash cut short."""
     try:
         record = json.loads(line)
-        values = {k: v for k, v in record.items() if k in _NAMES}
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _parse_outcome(record: dict[str, Any]) -> tuple[str, Outcome] | None:
+    """Return when an outcome was written, and the outcome; None for a record of another kind."""
+    values = {
+        name: value
+        for key, value in record.items()
+        if (name := _FORMER_FIELDS.get(key, key)) in _FIELDS
+    }
+    try:
         values["warnings"] = tuple(values.get("warnings", ()))
-        values["cap"] = tuple(values["cap"]) if values.get("cap") else None
+        circle = values.get("bounding_circle")
+        values["bounding_circle"] = tuple(circle) if circle else None
         outcome = Outcome(**values)
-    except (ValueError, TypeError, AttributeError):
-        # Cut short by a crash: as if it had not been written.
+    except TypeError:
         return None
     if isinstance(outcome.stage, str) and isinstance(outcome.filename, str):
         return str(record.get("time")), outcome
