@@ -40,7 +40,7 @@ from spxdask.science.level2.frame import open_frame
 from spxdask.science.photometry import measure
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.stages.extract import table_name
-from spxdask.storage.files import atomic_path
+from spxdask.storage import open_store
 from spxdask.tables import rows as tables
 
 HERE = Path(__file__).parent
@@ -102,8 +102,7 @@ class Stubs(WorkerPlugin):
                 )
             columns["filename"] = observation.filename
             content = tables.to_bytes(columns, options.format)
-            with atomic_path(Path(per_image) / table_name(observation.filename)) as part:
-                part.write_bytes(content)
+            open_store(per_image).put(table_name(observation.filename), content)
             return Outcome(
                 stage="extract",
                 filename=observation.filename,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spxdask.config import BatchConfig, PhotometryConfig
     from spxdask.pipeline import BatchPipeline, run_batch
-    from spxdask.run.folder import load_query_summary
+    from spxdask.run.query_summary import load_query_summary
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOME = {
     "BatchConfig": "spxdask.config",
     "BatchPipeline": "spxdask.pipeline",
     "PhotometryConfig": "spxdask.config",
-    "load_query_summary": "spxdask.run.folder",
+    "load_query_summary": "spxdask.run.query_summary",
     "run_batch": "spxdask.pipeline",
 }
 

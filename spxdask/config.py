@@ -22,7 +22,7 @@ import yaml
 from fsspec import available_protocols
 
 from spxdask.errors import ConfigError, StoreError
-from spxdask.storage.files import as_path, read_bytes
+from spxdask.storage import read_file
 
 BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
 RELEASES = ("latest", "qr2", "qr3", "all")
@@ -357,7 +357,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 def read_options(path: str | os.PathLike) -> dict[str, Any]:
     """Read a YAML file of options; raise ConfigError naming the file when it is none."""
     try:
-        values = _parsed(read_bytes(as_path(path)).decode())
+        values = _parsed(read_file(path).decode())
     # PyYAML lets a ValueError through for a date such as 2026-02-31.
     except (OSError, StoreError, ValueError, yaml.YAMLError) as error:
         reason = (error.strerror or error) if isinstance(error, OSError) else error

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from spxdask.config import BatchConfig
 from spxdask.errors import InputError
 from spxdask.pipeline import BatchPipeline
-from spxdask.run.folder import RunFolder
+from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.summary import RunSummary
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
@@ -29,7 +29,6 @@ from spxdask.simulate.frames import (
     pixel_integrated_psf,
     write_frame,
 )
-from spxdask.storage.files import is_local
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300
@@ -73,7 +72,7 @@ def run_demo(output: str) -> RunSummary:
         "The sky of this demo is SIMULATED: sources of known spectrum, rendered into full-size\n"
         "Level 2 frames and served by an archive on 127.0.0.1. The four stages are the real ones.\n"
     )
-    catalogue = folder.path / "sources.csv"
+    catalogue = Path(folder.path, "sources.csv")
     sky = make_sky(
         CENTER_RA,
         CENTER_DEC,
@@ -108,7 +107,7 @@ def run_demo(output: str) -> RunSummary:
     print(summary)
     measured = _compare(folder, pd.concat([frame.truth for frame in frames]))
     print(_table(measured))
-    plot = folder.path / "spectra.png"
+    plot = Path(folder.path, "spectra.png")
     _plot(plot, measured, sky)
     print(f"\nspectra     {plot}")
     return summary
@@ -117,14 +116,15 @@ def run_demo(output: str) -> RunSummary:
 def _claim(folder: RunFolder) -> None:
     """Make the folder of the demo, or raise InputError if it is somebody else's."""
     elsewhere = "give the demo another folder with --output"
-    if not is_local(folder.path):
+    path = folder.root.local_path
+    if path is None:
         raise InputError(f"{folder.path} is not on a disk of this machine: {elsewhere}")
-    mark = folder.path / MARK
+    mark = path / MARK
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if not mark.exists() and any(folder.path.iterdir()):
+        path.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and any(path.iterdir()):
             raise InputError(f"{folder.path} holds what is not of an earlier demo: {elsewhere}")
-        if folder.config.exists() and "127.0.0.1" not in folder.saved_config().tap_url:
+        if folder.state.exists(CONFIG_NAME) and "127.0.0.1" not in folder.saved_config().tap_url:
             raise InputError(f"{folder.path} holds a real run: {elsewhere}")
         mark.write_text(MARK_TEXT, encoding="utf-8")
     except OSError as error:
@@ -201,10 +201,10 @@ def _compare(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
         pd.read_csv(
             path, dtype={"target_id": str}, usecols=["target_id", "obs_id", "band", "filename"]
         )
-        for path in sorted(folder.per_image.glob("*.csv"))
+        for path in sorted(Path(str(folder.per_image)).glob("*.csv"))
     )
     curves = []
-    for path in sorted(folder.lightcurves.glob("*.csv")):
+    for path in sorted(Path(str(folder.lightcurves)).glob("*.csv")):
         curves.append(pd.read_csv(path).assign(target_id=path.stem))
     keys = ["target_id", "obs_id", "band"]
     measured = pd.concat(curves).merge(per_image, on=keys, validate="one_to_one")

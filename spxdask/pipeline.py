@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,14 +44,16 @@ from spxdask.errors import (
     DiskFullError,
     RunFolderError,
     SpxdaskError,
+    StoreError,
 )
 from spxdask.progress import Bars, Progress, Silent
-from spxdask.run.folder import Observations, RunFolder
+from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
 from spxdask.run.ledger import Outcome
+from spxdask.run.observations import Observations
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
-from spxdask.storage.files import as_path, is_local, raise_disk_full, sizes
+from spxdask.storage import locate_file, raise_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class BatchPipeline:
         self.folder = RunFolder(config.output_dir)
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        self._catalogue_was: tuple | None = None
+        self._catalogue_was: str | None = None
         self._given_client = client
         self._scheduler = scheduler
         self._jobqueue = jobqueue
@@ -135,7 +136,7 @@ class BatchPipeline:
         self._page: tuple[str, str | None] | None = None
         self._open = ExitStack()
         bars: Progress = Bars() if progress is True else progress or Silent()
-        self._progress = ProgressPublisher(bars, str(self.folder.path))
+        self._progress = ProgressPublisher(bars, self.folder.path)
 
     def __repr__(self) -> str:
         if self.summary is not None:
@@ -188,7 +189,7 @@ class BatchPipeline:
     def images(self) -> db.Bag:
         """The observations whose frames are on disk, a bag of Observation."""
         return self.observations.filter(
-            functools.partial(download.is_complete, sizes=sizes(self.folder.images))
+            functools.partial(download.is_complete, sizes=self.folder.images.list_sizes())
         )
 
     def run_query(self) -> list[Observation]:
@@ -276,11 +277,11 @@ class BatchPipeline:
         """
         folder, buckets = self.folder.lightcurves, self.folder.buckets
         keep = self.config.keep_bucket_files
-        if keep and is_local(buckets):
-            buckets.mkdir(parents=True, exist_ok=True)
+        if keep:
+            buckets.make()
         options = aggregate.CurveOptions(
             per_image=str(self.folder.per_image),
-            manifest=str(self.folder.tables),
+            manifest=self.folder.state.path_to(TABLE_GROUPS_NAME),
             lightcurves=str(folder),
             format=self.config.lightcurve_format,
             buckets=str(buckets) if keep else None,
@@ -295,7 +296,7 @@ class BatchPipeline:
             return count
 
         with self._work("aggregate", "buckets", look) as (client, report):
-            n_groups = aggregate.save_groups(found, str(self.folder.tables))
+            n_groups = aggregate.save_groups(found, options.manifest)
             # The graph of a shuffle is tied to the client that is current.
             with client.as_current(), hold_worker_count(client), limit_shuffle_threads(client):
                 written = self._write(client, n_groups, count, options)
@@ -313,7 +314,7 @@ class BatchPipeline:
             names = of_buckets
             if options.format == "csv":
                 names = {aggregate.light_curve_name(t) for t in written["target_id"]}
-            missing, removed = aggregate.keep_only(folder, names, aggregate.is_light_curve)
+            missing, removed = aggregate.keep_only(folder, names, aggregate.find_light_curves)
             if options.format == "csv":
                 report.removed = sum(name.endswith(".csv") for name in removed)
             if missing:
@@ -321,7 +322,7 @@ class BatchPipeline:
                     f"{len(missing):,} light curves were written and are not in {folder}, "
                     f"{min(missing)} for one; does its file system tell upper from lower case?"
                 )
-            aggregate.keep_only(buckets, of_buckets if keep else set(), aggregate.is_bucket)
+            aggregate.keep_only(buckets, of_buckets if keep else set(), aggregate.find_buckets)
         return report
 
     def run_all(self, retry_failed: bool = False) -> RunSummary:
@@ -353,7 +354,7 @@ class BatchPipeline:
         self.summary = RunSummary(
             stages=self.reports,
             n_sources=len(self.catalogue),
-            output=str(self.folder.path),
+            output=self.folder.path,
         )
         return self.summary
 
@@ -424,7 +425,7 @@ class BatchPipeline:
                 if not self.folder.is_lock_lost:
                     self.folder.ledger.flush()
             # Of workers that died on the way.
-            self.folder.tidy()
+            self.folder.delete_partial_files()
         for report in reports:
             report.seconds = time.monotonic() - started
             self.reports[report.stage] = report
@@ -496,8 +497,8 @@ class BatchPipeline:
             Length of the frames to be fetched.
         """
         keep = self.config.keep_images
-        images = sizes(self.folder.images)
-        tables = sizes(self.folder.per_image) if "extract" in report else {}
+        images = self.folder.images.list_sizes()
+        tables = self.folder.per_image.list_sizes() if "extract" in report else {}
         needs, fetch_bytes = bytearray(), 0
         for o in observations:
             if left_out(o):
@@ -592,9 +593,7 @@ class BatchPipeline:
 
     def _check_room(self, needed: int) -> None:
         """Raise DiskFullError unless there is room for frames to be kept."""
-        if not is_local(self.folder.images):
-            return
-        free = shutil.disk_usage(self.folder.images).free
+        free = self.folder.images.free_bytes()
         if needed > free:
             raise DiskFullError(
                 f"the frames to fetch have {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free "
@@ -621,7 +620,7 @@ class BatchPipeline:
 
     def _extract_options(self) -> extract.ExtractOptions:
         return extract.ExtractOptions(
-            catalogue=str(self.folder.save_catalogue(self.catalogue)),
+            catalogue=self.folder.save_catalogue(self.catalogue),
             photometry=self.config.photometry,
             fingerprint=self._fingerprint,
             format=self.config.per_image_format,
@@ -687,17 +686,14 @@ class BatchPipeline:
             raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
         return observations
 
-    def _catalogue_is(self) -> tuple | None:
+    def _catalogue_is(self) -> str | None:
         """Return what changes with the catalogue's file, None where that is not known."""
-        path = as_path(self.config.catalog_path)
-        if not is_local(path):
-            return None
+        store, name = locate_file(self.config.catalog_path)
         try:
-            found = path.stat()
-        except OSError:
-            # Who reads it says so.
+            return store.get_version(name)
+        except (OSError, StoreError):
+            # Whoever reads it reports this.
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _look_again(self) -> None:
         """Forget a catalogue that was edited, and what was made of it."""
@@ -730,10 +726,10 @@ class BatchPipeline:
             return False
         if outcome.fingerprint == self._fingerprint:
             return True
-        if outcome.cap is None:
+        if outcome.bounding_circle is None:
             return False
-        near = self.catalogue.within(*outcome.cap)
-        return outcome.sources == extract.sources_fingerprint(
+        near = self.catalogue.within(*outcome.bounding_circle)
+        return outcome.sources_fingerprint == extract.sources_fingerprint(
             self.catalogue, near, self.config.photometry
         )
 
@@ -754,7 +750,7 @@ class BatchPipeline:
     def _tables(self) -> tuple[list[aggregate.Table], int]:
         """The per-image tables to aggregate, and how many of the query's frames have none."""
         suffix = self.config.per_image_format
-        there = sizes(self.folder.per_image)
+        there = self.folder.per_image.list_sizes()
         observations = self.folder.load_observations(self.config)
         if observations is None:
             names = sorted(n for n in there if n.endswith(extract.table_name("", suffix)))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from spxdask.errors import ArchiveError
-from spxdask.storage.files import as_path
+from spxdask.storage import local_path
 
 # Of IRSA's own file service.
 SERVICE = "ibe/data/spherex/"
@@ -70,8 +70,9 @@ def frame_url(archive_url: str, uri: str) -> str:
 
     A bucket, and a copy of it on disk, have no ``ibe/data/spherex/`` in their paths.
     """
+    mirror = local_path(archive_url)
     in_bucket = archive_url.startswith("s3:") or (
-        archive_url.startswith("file:") and not (as_path(archive_url) / "ibe").is_dir()
+        mirror is not None and not (mirror / "ibe").is_dir()
     )
     return f"{archive_url}/{uri.removeprefix(SERVICE) if in_bucket else uri}"
 

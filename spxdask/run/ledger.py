@@ -127,8 +127,9 @@ class Ledger(ABC):
     def _append(self, line: bytes) -> None:
         """Append a line, and read it."""
 
+    @abstractmethod
     def flush(self) -> None:
-        """Write what is not yet stored."""
+        """Store what is not yet stored."""
 
     def get(self, stage: str, filename: str) -> Outcome | None:
         """Return the last outcome of a stage for a frame.
@@ -275,6 +276,9 @@ class LocalLedger(Ledger):
             self._file = os.open(self._path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
         self._read_lines()
+
+    def flush(self) -> None:
+        """Do nothing, as each line is stored at once."""
 
     def _is_replaced(self, file: int) -> bool:
         """Return whether the user has removed the file, or put another in its place."""

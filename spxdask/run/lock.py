@@ -215,18 +215,14 @@ class LeaseLock(RunLock):
     def hold(self) -> Iterator[None]:
         """See `RunLock.hold`."""
         self._lost.clear()
-        record = {
-            "who": _name_process(),
-            "host": name_host(),
-            "pid": os.getpid(),
-            "run": uuid.uuid4().hex,
-        }
+        run = uuid.uuid4().hex
+        record = {"who": _name_process(), "host": name_host(), "pid": os.getpid(), "run": run}
         ended = threading.Event()
         renewal = threading.Thread(
             target=self._renew, args=(record, ended), name="spxdask-lock", daemon=True
         )
         # Before it is written, as other runs of this process would take it for a dead one's.
-        _runs_with_lease.add(record["run"])
+        _runs_with_lease.add(run)
         try:
             self._acquire(record)
             renewal.start()
@@ -236,7 +232,7 @@ class LeaseLock(RunLock):
             if renewal.ident is not None:
                 renewal.join()
                 self._release(record)
-            _runs_with_lease.discard(record["run"])
+            _runs_with_lease.discard(run)
 
     def find_holder(self) -> str | None:
         """See `RunLock.find_holder`."""

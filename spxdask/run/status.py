@@ -8,16 +8,14 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow.parquet as pq
-from upath import UPath
 
 from spxdask.errors import RunFolderError
 from spxdask.progress import RATE_S, duration
 from spxdask.run.folder import RunFolder
 from spxdask.stages import aggregate, download, extract
-from spxdask.storage.files import names_in, open_seekable, sizes
+from spxdask.storage import Store
 
 SHOWN = 10
 
@@ -158,10 +156,10 @@ def _look(folder: RunFolder) -> RunStatus:
     if observations is None:
         raise RunFolderError(f"no query was made in {folder.path}: run query first")
     folder.ledger.refresh()
-    images, tables = sizes(folder.images), sizes(folder.per_image)
+    images, tables = folder.images.list_sizes(), folder.per_image.list_sizes()
     found = RunStatus(
-        output=str(folder.path),
-        at_work=folder.busy(),
+        output=folder.path,
+        at_work=folder.find_lock_holder(),
         queried=observations.query_time,
         n_frames=len(observations),
         lightcurves=_curves(folder.lightcurves, config.lightcurve_format),
@@ -196,15 +194,15 @@ def _look(folder: RunFolder) -> RunStatus:
     return found
 
 
-def _curves(folder: Path | UPath, format: str) -> int:
-    names = names_in(folder)
+def _curves(folder: Store, format: str) -> int:
+    names = folder.list_names()
     if format == "csv":
         return sum(n.endswith(".csv") and not n.startswith(".") for n in names)
     count = 0
     for name in names:
         # A run at work may remove one.
-        if aggregate.is_bucket(Path(name)):
-            with suppress(FileNotFoundError):
-                metadata = pq.read_metadata(open_seekable(folder / name)).metadata or {}
+        if aggregate.is_bucket_name(name):
+            with suppress(FileNotFoundError), folder.open_seekable(name) as file:
+                metadata = pq.read_metadata(file).metadata or {}
                 count += int(metadata.get(b"sources", 0))
     return count

@@ -15,7 +15,7 @@ import pyarrow.csv as pa_csv
 
 from spxdask.errors import CatalogueError, StoreError
 from spxdask.science.level2.frame import angular_distance
-from spxdask.storage.files import as_path, is_local, read_bytes
+from spxdask.storage import local_path, read_file
 
 COLUMNS = ("targetid", "ra", "dec")
 # What the tables we write call a column.
@@ -192,12 +192,12 @@ def _sky_key(ra: np.ndarray, dec: np.ndarray) -> np.ndarray:
 
 def _read_text_columns(path: str | os.PathLike) -> pa.Table:
     """Read the three columns as text, each in one piece."""
-    path = as_path(path)
-    far = None if is_local(path) else read_bytes(path)
-    source = open(path, "rb") if far is None else io.BytesIO(far)  # noqa: SIM115
+    on_disk = local_path(path)
+    far = b"" if on_disk is not None else read_file(path)
+    source = open(on_disk, "rb") if on_disk is not None else io.BytesIO(far)  # noqa: SIM115
     with source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
-    content = os.fspath(path) if far is None else pa.BufferReader(far)
+    content = os.fspath(on_disk) if on_disk is not None else pa.BufferReader(far)
     wanted = []
     for column in COLUMNS:
         called = (column, SYNONYMS.get(column, column))

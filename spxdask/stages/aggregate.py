@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
-from pathlib import Path
+from pathlib import PurePath
 
 import dask.dataframe as dd
 import numpy as np
@@ -15,23 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from upath import UPath
 
 from spxdask.errors import DiskFullError, FrameError, StoreError
-from spxdask.storage.files import (
-    MAX_CONCURRENT_REQUESTS,
-    as_path,
-    atomic_path,
-    file_stem,
-    is_local,
-    names_in,
-    open_seekable,
-    raise_disk_full,
-    read_each,
-    remove,
-    starts_with,
-    write_each,
-)
+from spxdask.storage import Store, file_stem, locate_file, open_store
 from spxdask.tables import rows as tables
 
 TEXT = pd.ArrowDtype(pa.string())
@@ -124,7 +108,8 @@ def save_groups(found: Iterable[Table], manifest: str) -> int:
     """
     n_groups = size = 0
     group: list[Table] = []
-    with atomic_path(manifest) as part, pq.ParquetWriter(part, _MANIFEST) as file:
+    store, name = locate_file(manifest)
+    with store.atomic_path(name) as part, pq.ParquetWriter(part, _MANIFEST) as file:
 
         def end() -> None:
             nonlocal n_groups
@@ -193,18 +178,20 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
     pandas.DataFrame
         One row a source, as `SHUFFLE_META` has it.
     """
-    with pq.ParquetFile(open_seekable(as_path(options.manifest))) as file:
+    store, manifest = locate_file(options.manifest)
+    with store.open_seekable(manifest) as source, pq.ParquetFile(source) as file:
         found = file.read_row_group(group).to_pydict()
-    folder, read = as_path(options.per_image), []
-    contents = read_each(folder, found["name"])
+    folder, read = open_store(options.per_image), []
+    contents = folder.get_many(found["name"])
     for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
         try:
             rows = tables.read_lines(content)
         except (pa.ArrowException, KeyError, OSError) as error:
-            raise FrameError(f"{folder / name} is not a per-image table: {error}") from error
+            raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
             raise FrameError(
-                f"{folder / name} has {len(rows)} rows, {expected} were measured; extract it again"
+                f"{folder.path_to(name)} has {len(rows)} rows, {expected} were measured; "
+                "extract it again"
             )
         read.append(rows)
     return _to_pandas(_bundled(pa.concat_tables(read)))
@@ -249,8 +236,7 @@ def write_lightcurves(
     """
     number = None if partition_info is None else partition_info["number"]
     try:
-        with raise_disk_full(options.lightcurves):
-            return _write(partition, options, number)
+        return _write(partition, options, number)
     except (DiskFullError, StoreError) as error:
         return error
 
@@ -287,13 +273,14 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     if as_parquet and number is not None:
         content = _bucket(targets, rows, texts)
         for folder in as_parquet:
-            with atomic_path(as_path(folder) / bucket_name(number)) as part:
-                part.write_bytes(content)
+            open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
         header = tables.csv_header(tables.LIGHT_CURVE)
-        names = map(light_curve_name, targets.to_pylist())
-        curves = ((name, b"".join((header, text))) for name, text in zip(names, texts, strict=True))
-        write_each(as_path(options.lightcurves), curves)
+        file_names = map(light_curve_name, targets.to_pylist())
+        curves = (
+            (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
+        )
+        open_store(options.lightcurves).put_many(curves)
     return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
 
 
@@ -325,34 +312,77 @@ def bucket_name(number: int) -> str:
 
 
 def keep_only(
-    folder: Path | UPath, names: set[str], is_ours: Callable[[Path | UPath], bool]
+    folder: Store, names: set[str], find_ours: Callable[[Store, set[str]], set[str]]
 ) -> tuple[set[str], set[str]]:
     """Remove from a folder what an older run left there; a user's own files stay.
+
+    Parameters
+    ----------
+    folder : Store
+        The folder.
+    names : set of str
+        Files of this run.
+    find_ours : callable
+        Returns which of some files of the folder spxdask wrote.
 
     Returns
     -------
     missing, removed : set of str
         The names that are not there, and those of what was removed.
     """
-    there = names_in(folder)
-    others = sorted(there - names)
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-        # In a store, many are looked at in the time of one.
-        look = map if is_local(folder) else pool.map
-        ours = list(look(is_ours, [folder / name for name in others]))
-    removed = set(compress(others, ours))
-    remove(folder, removed)
-    return names - there, removed
+    found = folder.list_names()
+    removed = find_ours(folder, found - names)
+    folder.delete_many(removed)
+    return names - found, removed
 
 
-def is_light_curve(path: Path | UPath) -> bool:
-    """Tell whether a file is a light curve that we wrote, by its first line or its name."""
+def find_light_curves(folder: Store, names: set[str]) -> set[str]:
+    """Return which of some files are light curves, by their first line or their name.
+
+    Parameters
+    ----------
+    folder : Store
+        Where the files are.
+    names : set of str
+        Their names.
+
+    Returns
+    -------
+    set of str
+    """
+    texts = sorted(name for name in names if PurePath(name).suffix == ".csv")
     header = tables.csv_header(tables.LIGHT_CURVE)
-    if path.suffix != ".csv":
-        return is_bucket(path)
-    return starts_with(path, header)
+    return folder.find_starting_with(texts, header) | find_buckets(folder, names)
 
 
-def is_bucket(path: Path | UPath) -> bool:
-    """Tell whether a file is named as a kept partition is."""
+def find_buckets(folder: Store, names: set[str]) -> set[str]:
+    """Return which of some files are partitions, by their name.
+
+    Parameters
+    ----------
+    folder : Store
+        Where the files are.
+    names : set of str
+        Their names.
+
+    Returns
+    -------
+    set of str
+    """
+    return set(filter(is_bucket_name, names))
+
+
+def is_bucket_name(name: str) -> bool:
+    """Return whether a file is named as the Parquet file of a partition is.
+
+    Parameters
+    ----------
+    name : str
+        The file.
+
+    Returns
+    -------
+    bool
+    """
+    path = PurePath(name)
     return path.suffix == ".parquet" and path.stem.startswith("bucket-")

@@ -30,7 +30,7 @@ from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
 from spxdask.run.ledger import Outcome
 from spxdask.science.level2.fits import verify
 from spxdask.science.level2.frame import Frame, open_frame
-from spxdask.storage.files import as_path, direct_write, raise_disk_full, s3_options
+from spxdask.storage import local_path, open_store, s3_options
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +124,12 @@ def fetched(
         image = Fetched(frame)
         written = None
         if frame is not None and images is not None:
-            path = as_path(images) / observation.filename
-            written = writer.submit(direct_write, path, part.content)
+            store = open_store(images)
+            written = writer.submit(store.direct_write, observation.filename, part.content)
         yield image
         if written is not None:
             try:
-                with raise_disk_full(images):
-                    written.result()
+                written.result()
             except (OSError, StoreError) as error:
                 reason = _one_line(error)
         image.outcome = Outcome(
@@ -324,7 +323,9 @@ async def _from_mirror(observation: Observation, part: _Part, stall_timeout: flo
     """Bring `part` to full length from a disk, which has no time limit."""
 
     def read() -> None:
-        with open(as_path(observation.download_url), "rb", buffering=0) as file:
+        path = local_path(observation.download_url)
+        assert path is not None
+        with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             _announce(observation, size)
             part.size = 0

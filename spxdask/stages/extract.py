@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from upath import UPath
 
 from spxdask.archive.observation import filename_identity, is_level2_name
 from spxdask.config import PhotometryConfig
@@ -23,15 +22,7 @@ from spxdask.run.ledger import Outcome
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.photometry import measure
-from spxdask.storage.files import (
-    as_path,
-    atomic_path,
-    is_local,
-    local_copy,
-    move,
-    raise_disk_full,
-    read_bytes,
-)
+from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables import rows as tables
 
 logger = logging.getLogger(__name__)
@@ -107,8 +98,8 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
     Outcome
         ``failed`` with the reason for a frame that cannot be measured.
     """
-    path = as_path(image)
-    return _extract(path.name, lambda: _open(path), per_image, options)
+    store, name = locate_file(image)
+    return _extract(name, lambda: _open(store, name), per_image, options)
 
 
 def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
@@ -132,9 +123,8 @@ def _extract(
             )
             rows = len(columns["target_id"])
             content = tables.to_bytes(columns, options.format)
-        table = as_path(per_image) / table_name(filename, options.format)
-        with raise_disk_full(per_image), atomic_path(table) as part:
-            size = part.write_bytes(content)
+        open_store(per_image).put(table_name(filename, options.format), content)
+        size = len(content)
     except DiskFullError:
         raise
     except (FrameError, StoreError, OSError) as error:
@@ -154,23 +144,23 @@ def _extract(
         skipped=skipped,
         warnings=warnings,
         fingerprint=options.fingerprint,
-        sources=None if reason else sources,
-        cap=None if reason else cap,
+        sources_fingerprint=None if reason else sources,
+        bounding_circle=None if reason else cap,
     )
 
 
-def _open(image: Path | UPath) -> Frame:
+def _open(store: Store, name: str) -> Frame:
     """Open a frame; set one aside that does not open, so that it is fetched again.
 
     It did open when it was fetched, so what is wrong with it happened here.
     """
     try:
-        if is_local(image):
-            return open_frame(image)
-        return open_frame(memoryview(read_bytes(image)), image.name)
+        if store.local_path is not None:
+            return open_frame(store.local_path / name)
+        return open_frame(memoryview(store.get(name)), name)
     except FrameError as error:
-        aside = f"{image.name}.unreadable"
-        move(image, aside)
+        aside = f"{name}.unreadable"
+        store.rename(name, aside)
         raise FrameError(f"{error}; set aside as {aside}") from error
 
 
@@ -211,5 +201,5 @@ def measure_catalogue(
 @functools.lru_cache(maxsize=2)
 def _catalogue(path: str) -> Catalogue:
     """Map the catalogue once a process. Its name holds its fingerprint, so it cannot age."""
-    source = as_path(path)
-    return Catalogue.open(source if is_local(source) else local_copy(source))
+    store, name = locate_file(path)
+    return Catalogue.open(store.local_copy(name))

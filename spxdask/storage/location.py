@@ -51,7 +51,7 @@ def locate_file(path: Location) -> tuple[Store, str]:
     on_disk = local_path(path)
     if on_disk is not None:
         return LocalStore(on_disk.parent), on_disk.name
-    folder, _, name = os.fspath(path).rpartition("/")
+    folder, _, name = os.fspath(path).rstrip("/").rpartition("/")
     return ObjectStore(folder), name
 
 
