@@ -135,5 +135,3 @@ def test_part_names_fit_a_directory_entry(target_id):
     assert part_path(path) != part_path(path)
     assert part_path(path).parent == path.parent
     assert len(os.fsencode(part_path(path).name)) <= 255
-
-

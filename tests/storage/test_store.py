@@ -181,12 +181,21 @@ class StoreTests:
             assert store.list_sizes().get("a") is None
             part.write_bytes(b"first")
         assert store.list_sizes() == {"a": 5}
-        with pytest.raises(KeyError), store.atomic_path("a") as part:
-            part.write_bytes(b"second")
-            raise KeyError
+
+    def test_a_block_that_raises_changes_nothing(self, store):
+        store.put("a", b"first")
+
+        def write() -> None:
+            with store.atomic_path("a") as part:
+                parts.append(part)
+                part.write_bytes(b"second")
+                raise KeyError
+
+        parts: list[Path] = []
+        pytest.raises(KeyError, write)
         assert store.get("a") == b"first"
         assert store.list_names() == {"a"}
-        assert not part.exists()
+        assert not parts[0].exists()
 
     def test_a_block_that_writes_nothing_is_an_error(self, store):
         store.put("a", b"old")
