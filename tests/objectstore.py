@@ -46,13 +46,3 @@ def find(patch: pytest.MonkeyPatch, url: str) -> None:
     patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     patch.setenv("AWS_ENDPOINT_URL", url)
-
-
-def contents(store: S3FileSystem, folder: str) -> dict[str, bytes]:
-    """Return the objects in a folder by name."""
-    try:
-        found = store.ls(folder, detail=True)
-    except FileNotFoundError:
-        return {}
-    names = [entry["name"] for entry in found if entry["type"] == "file"]
-    return {name.rpartition("/")[2]: store.cat_file(name) for name in names}

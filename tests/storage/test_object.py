@@ -39,11 +39,12 @@ def test_so_many_requests_at_once(store, count, monkeypatch):
     files = [(f"{i}.csv", b"x" * i) for i in range(count)]
     gathered = []
     call_each = few._call_each
-    monkeypatch.setattr(
-        few,
-        "_call_each",
-        lambda method, calls: gathered.append(len(calls)) or call_each(method, calls),
-    )
+
+    def count_calls(method, calls):
+        gathered.append(len(calls))
+        return call_each(method, calls)
+
+    monkeypatch.setattr(few, "_call_each", count_calls)
     few.put_many(iter(files))
     assert list(few.get_many(name for name, _ in files)) == [data for _, data in files]
     few.delete_many(name for name, _ in files)

@@ -192,7 +192,8 @@ class StoreTests:
                 raise KeyError
 
         parts: list[Path] = []
-        pytest.raises(KeyError, write)
+        with pytest.raises(KeyError):
+            write()
         assert store.get("a") == b"first"
         assert store.list_names() == {"a"}
         assert not parts[0].exists()
