@@ -29,7 +29,7 @@ POINTS = {
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
     "receive": ("distributed.shuffle._shuffle", "DataFrameShuffleRun._receive"),
     "unpack": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.get_output_partition"),
-    "write": ("spxdask.storage.files", "atomic_write"),
+    "write": ("spxdask.storage.local", "_write_small"),
     # Between a whole temporary file and its name.
     "name": ("os", "replace"),
 }

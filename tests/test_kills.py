@@ -142,7 +142,7 @@ def stage_of(command: Command, output: Path, began: float) -> str:
     folder = RunFolder(output)
     new = {
         path.name
-        for each in (folder.state, folder.path)
+        for each in (folder.state.local_path, folder.root.local_path)
         for path in (each.iterdir() if each.exists() else ())
         if path.exists() and path.stat().st_mtime >= began
     }
@@ -150,9 +150,9 @@ def stage_of(command: Command, output: Path, began: float) -> str:
         return "start"
     if "query_summary.yaml" not in new:
         return "query"
-    if len(list(folder.per_image.glob("*.csv"))) < N_FRAMES:
+    if len(list(folder.per_image.local_path.glob("*.csv"))) < N_FRAMES:
         return "frames"
-    curves = [p for p in folder.lightcurves.iterdir() if p.stat().st_mtime >= began]
+    curves = [p for p in folder.lightcurves.local_path.iterdir() if p.stat().st_mtime >= began]
     return "writing" if curves else "between frames and writing"
 
 

@@ -19,7 +19,7 @@ WITHOUT_DASK = [
 ] + [
     "spxdask.config",
     "spxdask.tables.rows",
-    "spxdask.storage.files",
+    "spxdask.storage",
     "spxdask.run.ledger",
     "spxdask.run.folder",
 ]

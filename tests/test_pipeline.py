@@ -50,6 +50,7 @@ from spxdask.science.level2.frame import angular_distance
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 from spxdask.stages.extract import table_name
+from spxdask.storage import open_store
 from spxdask.tables.rows import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
 
 IDS = [
@@ -117,13 +118,14 @@ def make_config(survey, archive, tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    store = open_store(folder)
+    return {name: store.get(name) for name in store.list_names()}
 
 
 def per_image(pipeline) -> pd.DataFrame:
     tables = [
         pd.read_csv(path, dtype={"target_id": str}, keep_default_na=False, na_values={"flux": [""]})
-        for path in sorted(pipeline.folder.per_image.glob("*.csv"))
+        for path in sorted(pipeline.folder.per_image.local_path.glob("*.csv"))
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -162,7 +164,7 @@ def finished(run_in, tmp_path_factory):
 def test_all_frames_are_found_once_and_measured(finished, survey):
     _, frames = survey
     newest = {f.exposure.filename for f in frames[:6]}
-    assert {p.name for p in finished.folder.images.iterdir()} == newest
+    assert {p.name for p in finished.folder.images.local_path.iterdir()} == newest
     summary = finished.summary
     assert summary.stages["query"].total == 6
     assert summary.stages["download"].done == 6
@@ -176,8 +178,11 @@ def test_all_frames_are_found_once_and_measured(finished, survey):
     # Ids are what they were, and none leads out of the folder.
     ids = all_ids(survey[0])
     assert {ids.index(target) for target in rows["target_id"]} > set(range(len(IDS)))
-    assert {p.name for p in finished.folder.path.iterdir()} == PLACES
-    assert {p.name for p in finished.folder.path.parent.iterdir()} == {"out", "sources.csv"}
+    assert {p.name for p in finished.folder.root.local_path.iterdir()} == PLACES
+    assert {p.name for p in finished.folder.root.local_path.parent.iterdir()} == {
+        "out",
+        "sources.csv",
+    }
     for frame in frames[:6]:
         one = rows[rows["filename"] == frame.exposure.filename]
         assert set(one["band"]) == {frame.exposure.band}
@@ -218,21 +223,23 @@ def test_light_curves_are_the_tables_regrouped(finished):
         expected = expected.sort_values(["mjd", "obs_id", "band"])
         name = light_curve_name(target)
         names.add(name)
-        curve = pd.read_csv(finished.folder.lightcurves / name)
+        curve = pd.read_csv(finished.folder.lightcurves.local_path / name)
         assert tuple(curve.columns) == LIGHT_CURVE
         assert curve["obs_id"].tolist() == expected["obs_id"].tolist()
         for column in ("mjd", "x", "flux", "bg_level", "flag", "wavelength"):
             np.testing.assert_array_equal(
                 curve[column].to_numpy(float), expected[column].to_numpy(float)
             )
-    assert {p.name for p in finished.folder.lightcurves.iterdir()} == names
+    assert {p.name for p in finished.folder.lightcurves.local_path.iterdir()} == names
     assert len(names) == rows["target_id"].nunique()
     assert "39633458707826492.csv" in names
 
 
 def test_bucket_files_hold_the_sorted_partitions(finished):
     rows = per_image(finished)
-    buckets = [pd.read_parquet(p) for p in sorted(finished.folder.buckets.glob("*.parquet"))]
+    buckets = [
+        pd.read_parquet(p) for p in sorted(finished.folder.buckets.local_path.glob("*.parquet"))
+    ]
     assert len(buckets) == 5
     assert sum(map(len, buckets)) == len(rows)
     seen = [set(b["target_id"]) for b in buckets]
@@ -244,7 +251,7 @@ def test_bucket_files_hold_the_sorted_partitions(finished):
 
 def test_query_summary(finished):
     summary = load_query_summary(finished.config.output_dir)
-    assert summary == load_query_summary(finished.folder.query_summary)
+    assert summary == load_query_summary(finished.folder.root.path_to("query_summary.yaml"))
     assert summary["region"] == {
         "center_ra": 270.0,
         "center_dec": 66.56,
@@ -282,7 +289,7 @@ def test_dashboard_names_read_as_the_pipeline_does(finished, client):
 
 def test_running_again_does_nothing_twice(finished, client, archive):
     before = contents(finished.folder.lightcurves)
-    tables = {p: p.stat().st_mtime_ns for p in finished.folder.per_image.iterdir()}
+    tables = {p: p.stat().st_mtime_ns for p in finished.folder.per_image.local_path.iterdir()}
     asked = len(archive.requests)
     again = BatchPipeline(finished.config, client=client)
     summary = again.run_all()
@@ -290,7 +297,9 @@ def test_running_again_does_nothing_twice(finished, client, archive):
     assert summary.stages["extract"].reused == 6
     assert summary.stages["extract"].done == 0
     assert summary.stages["extract"].rows == finished.summary.stages["extract"].rows
-    assert {p: p.stat().st_mtime_ns for p in finished.folder.per_image.iterdir()} == tables
+    assert {
+        p: p.stat().st_mtime_ns for p in finished.folder.per_image.local_path.iterdir()
+    } == tables
     assert contents(finished.folder.lightcurves) == before
     assert [r.path for r in archive.requests[asked:]] == ["/TAP/sync"]
 
@@ -317,7 +326,7 @@ def test_images_that_are_not_kept(finished, make_config, client, archive):
     assert len(archive.requests) - asked == 1 + 6
     assert summary.stages["download"].bytes == finished.summary.stages["download"].bytes
     assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
-    assert list(pipeline.folder.images.iterdir()) == []
+    assert list(pipeline.folder.images.local_path.iterdir()) == []
     # What is measured is not fetched again, unless it is to be kept.
     summary = pipeline.run_all()
     assert (summary.stages["download"].done, summary.stages["extract"].reused) == (0, 6)
@@ -325,13 +334,13 @@ def test_images_that_are_not_kept(finished, make_config, client, archive):
     assert (kept.stages["download"].done, kept.stages["extract"].reused) == (6, 6)
     assert contents(pipeline.folder.images) == contents(finished.folder.images)
     # Frames that are there are used, and left there.
-    tables = sorted(pipeline.folder.per_image.iterdir())
+    tables = sorted(pipeline.folder.per_image.local_path.iterdir())
     tables[0].unlink()
     asked = len(archive.requests)
     summary = BatchPipeline(make_config(keep_images=False), client=client).run_all()
     assert (summary.stages["download"].reused, summary.stages["extract"].done) == (6, 1)
     assert len(archive.requests) - asked == 1
-    assert len(list(pipeline.folder.images.iterdir())) == 6
+    assert len(list(pipeline.folder.images.local_path.iterdir())) == 6
 
 
 def test_other_options_and_catalogues_never_mix(make_config, client):
@@ -357,13 +366,13 @@ def test_other_options_and_catalogues_never_mix(make_config, client):
     assert summary.stages["extract"].done == 6
     assert summary.n_sources == summary.n_measured == 3
     # Nothing is left of the sources that are gone.
-    assert len(list(third.folder.lightcurves.iterdir())) == 3
+    assert len(list(third.folder.lightcurves.local_path.iterdir())) == 3
 
 
 def test_a_frame_that_fails_does_not_hold_up_new_options(make_config, client):
     first = BatchPipeline(make_config(), client=client)
     rows = first.run_all().stages["extract"].rows
-    broken = next(first.folder.images.iterdir())
+    broken = next(first.folder.images.local_path.iterdir())
     data = bytearray(broken.read_bytes())
     data[:2880] = bytes(2880)
     broken.write_bytes(data)
@@ -380,7 +389,9 @@ def test_a_table_that_was_changed_is_made_again(make_config, client):
     pipeline = BatchPipeline(make_config(), client=client)
     pipeline.run_all()
     before = contents(pipeline.folder.lightcurves)
-    table = max(pipeline.folder.per_image.iterdir(), key=lambda path: path.stat().st_size)
+    table = max(
+        pipeline.folder.per_image.local_path.iterdir(), key=lambda path: path.stat().st_size
+    )
     table.write_bytes(table.read_bytes()[:1000])
     with pytest.raises(RunFolderError, match=f"{table.name} for one: run extract first"):
         pipeline.run_aggregate()
@@ -391,8 +402,8 @@ def test_a_table_that_was_changed_is_made_again(make_config, client):
 def test_files_of_the_user_stay(make_config, client):
     pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
     pipeline.run_all()
-    (pipeline.folder.lightcurves / "notes.txt").write_text("mine")
-    (pipeline.folder.lightcurves / "star.csv").write_text("a,b\n1,2\n")
+    (pipeline.folder.lightcurves.local_path / "notes.txt").write_text("mine")
+    (pipeline.folder.lightcurves.local_path / "star.csv").write_text("a,b\n1,2\n")
     curves = contents(pipeline.folder.lightcurves)
     pipeline.run_aggregate()
     assert contents(pipeline.folder.lightcurves) == curves
@@ -414,7 +425,7 @@ def test_a_run_that_another_took_over_from_stops(make_config, client, unit):
     class Takes(Silent):
         def start(self, stage, total, unit_):
             if unit_ == unit:
-                pipeline.folder._taken.set()
+                pipeline.folder.lock._lost.set()
 
     pipeline = BatchPipeline(make_config(), client=client, progress=Takes())
     with pytest.raises(RunFolderError, match="another run has taken over"):
@@ -441,13 +452,13 @@ def test_frame_without_sources_leaves_a_table_without_rows(make_config, client, 
     config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
     pipeline = BatchPipeline(config, client=client)
     summary = pipeline.run_all()
-    (table,) = pipeline.folder.per_image.iterdir()
+    (table,) = pipeline.folder.per_image.local_path.iterdir()
     if how == "csv":
         assert table.read_text() == ",".join(PER_IMAGE) + "\n"
-        assert list(pipeline.folder.lightcurves.iterdir()) == []
+        assert list(pipeline.folder.lightcurves.local_path.iterdir()) == []
     else:
         assert (pq.read_schema(table), len(pq.read_table(table))) == (SCHEMA, 0)
-        assert len(pd.read_parquet(pipeline.folder.lightcurves)) == 0
+        assert len(pd.read_parquet(pipeline.folder.lightcurves.local_path)) == 0
     assert summary.stages["extract"].done == 1
     assert (summary.n_sources, summary.n_measured) == (1, 0)
     assert status(pipeline.folder.path).lightcurves == 0
@@ -484,7 +495,7 @@ def test_one_bad_frame_does_not_cost_the_run(make_config, client, survey):
         pipeline = BatchPipeline(config, client=client)
         pipeline.run_query()
         pipeline.run_download()
-        path = pipeline.folder.images / broken.filename
+        path = pipeline.folder.images.local_path / broken.filename
         data = bytearray(path.read_bytes())
         start = data.index(b"CTYPE1  = 'RA---TAN")
         data[start : start + 25] = b"CTYPE1  = 'GLON-TAN-SIP' "
@@ -651,7 +662,9 @@ def test_an_edited_catalogue_is_read_again(make_config, client, survey):
     before = pipeline.run_all()
     sky, ids = survey[0], all_ids(survey[0])
     table = pd.read_csv(
-        next(pipeline.folder.per_image.iterdir()), dtype={"target_id": str}, keep_default_na=False
+        next(pipeline.folder.per_image.local_path.iterdir()),
+        dtype={"target_id": str},
+        keep_default_na=False,
     )
     keep = [ids.index(target) for target in table["target_id"][:2]]
     kept = [ids[k] for k in keep]
@@ -680,8 +693,10 @@ def test_passwords_stay_in_the_configuration(make_config, client, archive):
     url = archive.archive_url.replace("//", "//me:secret@")
     pipeline = BatchPipeline(make_config(bands=["D1"], archive_url=url), client=client)
     assert pipeline.run_all().failed == {}
-    files = [p for p in pipeline.folder.path.rglob("*") if p.is_file()]
-    assert [p for p in files if b"secret" in p.read_bytes()] == [pipeline.folder.config]
+    files = [p for p in pipeline.folder.root.local_path.rglob("*") if p.is_file()]
+    assert [p for p in files if b"secret" in p.read_bytes()] == [
+        pipeline.folder.state.local_path / "config.yaml"
+    ]
 
 
 def test_releases_are_told_apart(finished, make_config, client):
@@ -766,7 +781,7 @@ def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client,
     config = make_config(output_dir=tmp_path / "tables")
     folder = tmp_path / "tables" / "per_image"
     folder.mkdir(parents=True)
-    for path in finished.folder.per_image.iterdir():
+    for path in finished.folder.per_image.local_path.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     BatchPipeline(config, client=client).run_aggregate()
     assert contents(tmp_path / "tables" / "lightcurves") == contents(finished.folder.lightcurves)
@@ -774,7 +789,7 @@ def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client,
 
 def test_saved_configuration_is_the_run(finished):
     assert finished.folder.saved_config() == finished.config
-    assert yaml.safe_load(finished.folder.config.read_text())["radius"] == 0.05
+    assert yaml.safe_load(finished.folder.state.get("config.yaml"))["radius"] == 0.05
 
 
 # Parquet
@@ -790,7 +805,7 @@ def as_parquet(run_in, tmp_path_factory):
 @pytest.fixture(scope="module")
 def all_curves(finished) -> pa.Table:
     """The rows of all light curves as their CSV files have them, with the ids, in order."""
-    files = {path.name: path for path in finished.folder.lightcurves.iterdir()}
+    files = {path.name: path for path in finished.folder.lightcurves.local_path.iterdir()}
     ids = sorted(set(per_image(finished)["target_id"]))
     assert len(ids) == len(files)
     assert set(IDS) < set(ids)
@@ -802,8 +817,8 @@ def all_curves(finished) -> pa.Table:
 
 
 def test_parquet_tables_hold_what_those_of_csv_do(finished, as_parquet):
-    texts = sorted(finished.folder.per_image.iterdir())
-    tables = sorted(as_parquet.folder.per_image.iterdir())
+    texts = sorted(finished.folder.per_image.local_path.iterdir())
+    tables = sorted(as_parquet.folder.per_image.local_path.iterdir())
     assert len(texts) == len(tables) == 6
     for text, table in zip(texts, tables, strict=True):
         assert table.name == f"{text.stem}.parquet"
@@ -816,18 +831,18 @@ def test_parquet_tables_hold_what_those_of_csv_do(finished, as_parquet):
 def test_light_curves_do_not_tell_what_tables_they_come_from(finished, make_config, client):
     pipeline = BatchPipeline(make_config(per_image_format="parquet"), client=client)
     assert pipeline.run_all().stages["extract"].done == 6
-    assert {path.suffix for path in pipeline.folder.per_image.iterdir()} == {".parquet"}
+    assert {path.suffix for path in pipeline.folder.per_image.local_path.iterdir()} == {".parquet"}
     curves = contents(finished.folder.lightcurves)
     assert contents(pipeline.folder.lightcurves) == curves
     # Also where there are the tables and nothing else.
     for name in ("state", "lightcurves"):
-        shutil.rmtree(pipeline.folder.path / name)
+        shutil.rmtree(pipeline.folder.root.local_path / name)
     BatchPipeline(pipeline.config, client=client).run_aggregate()
     assert contents(pipeline.folder.lightcurves) == curves
 
 
 def test_parquet_light_curves_hold_the_rows_of_those_in_csv(finished, as_parquet, all_curves):
-    files = sorted(as_parquet.folder.lightcurves.iterdir())
+    files = sorted(as_parquet.folder.lightcurves.local_path.iterdir())
     assert [path.name for path in files] == [f"bucket-{n:05d}.parquet" for n in range(5)]
     found = [pq.read_table(path) for path in files]
     schema = pa.schema([SCHEMA.field(name) for name in ("target_id", *LIGHT_CURVE)])
@@ -867,7 +882,7 @@ def with_duckdb(folder: Path) -> pa.Table:
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.reset_index")
 @pytest.mark.parametrize("read", [with_pandas, with_dask, with_polars, with_duckdb])
 def test_parquet_light_curves_are_one_dataset(as_parquet, all_curves, read):
-    found = read(as_parquet.folder.lightcurves)
+    found = read(as_parquet.folder.lightcurves.local_path)
     assert found.column_names == all_curves.column_names
     for name in found.column_names:
         kind, expected = found.schema.field(name).type, all_curves.schema.field(name).type
@@ -888,11 +903,11 @@ def test_status_counts_the_sources_in_parquet(finished, as_parquet, capsys):
 
 def test_parquet_light_curves_are_the_same_bytes_each_time(as_parquet, make_config, client):
     before = contents(as_parquet.folder.lightcurves)
-    times = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.iterdir()}
+    times = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.local_path.iterdir()}
     again = BatchPipeline(as_parquet.config, client=client)
     assert again.run_all().stages["extract"].reused == 6
     assert contents(as_parquet.folder.lightcurves) == before
-    written = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.iterdir()}
+    written = {p: p.stat().st_mtime_ns for p in as_parquet.folder.lightcurves.local_path.iterdir()}
     assert all(written[path] > times[path] for path in times)
     # Other partitions, and none is left of those before.
     config = make_config(lightcurve_format="parquet", num_buckets=2)
@@ -915,7 +930,7 @@ def test_light_curves_in_another_format_replace_the_old(
     config = make_config(keep_bucket_files=keep)
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_all()
-    folder = pipeline.folder.lightcurves
+    folder = pipeline.folder.lightcurves.local_path
     users = {
         "notes.txt": b"mine",
         "star.csv": b"a,b\n1,2\n",
@@ -1079,9 +1094,9 @@ def spoil(client):
 @pytest.mark.parametrize(
     ("module", "name", "folder"),
     [
-        ("spxdask.stages.download", "direct_write", "images"),
-        ("spxdask.stages.extract", "atomic_path", "per_image"),
-        ("spxdask.storage.files", "atomic_write", "lightcurves"),
+        ("spxdask.storage.local", "_write_direct", "images"),
+        ("spxdask.storage.local", "_write_durable", "per_image"),
+        ("spxdask.storage.local", "_write_small", "lightcurves"),
     ],
 )
 def test_a_disk_that_fills_stops_the_run(
@@ -1092,7 +1107,7 @@ def test_a_disk_that_fills_stops_the_run(
     spoil(module, name, lambda call, *_: call > 1, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(DiskFullError) as error:
         pipeline.run_all()
-    place = (pipeline.folder.path / folder).resolve()
+    place = (pipeline.folder.root.local_path / folder).resolve()
     said = f"No space left on device in {place}: make room, then the same command goes on"
     assert str(error.value) == said
     begun = len(archive.requests) - asked - 1
@@ -1102,16 +1117,16 @@ def test_a_disk_that_fills_stops_the_run(
         names = {o.filename for o in pipeline.observations.compute(scheduler="sync")}
         done = {table_name(n) for n in names if ledger.get("extract", n)}
         # A table whose frame found no room is not counted, and made again.
-        assert done <= {p.name for p in pipeline.folder.per_image.iterdir()}
+        assert done <= {p.name for p in pipeline.folder.per_image.local_path.iterdir()}
         return len(done)
 
-    if name == "atomic_write":
+    if name == "_write_small":
         assert (begun, ended()) == (6, 6)
     else:
         # One in each worker, the one that failed, and the one that was then at hand.
         assert 0 < ended() < begun <= 4
 
-    run = ["run", "--config", str(pipeline.folder.config)]
+    run = ["run", "--config", pipeline.folder.state.path_to("config.yaml")]
     assert main([*run, "--scheduler", client.scheduler.address]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -1125,13 +1140,13 @@ def test_a_disk_that_fills_stops_the_run(
     assert not summary.failed
     assert contents(pipeline.folder.per_image) == contents(finished.folder.per_image)
     assert contents(pipeline.folder.lightcurves) == contents(finished.folder.lightcurves)
-    assert not list(pipeline.folder.path.rglob(".*.part"))
+    assert not list(pipeline.folder.root.local_path.rglob(".*.part"))
 
 
 def test_room_is_looked_for_before_the_first_request(
     make_config, client, archive, monkeypatch, finished
 ):
-    needed = sum(p.stat().st_size for p in finished.folder.images.iterdir())
+    needed = sum(p.stat().st_size for p in finished.folder.images.local_path.iterdir())
     usage = shutil.disk_usage("/")
     free = needed - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
@@ -1147,7 +1162,7 @@ def test_room_is_looked_for_before_the_first_request(
     pipeline.run_download()
     free = 0
     assert pipeline.run_download().reused == 6
-    elsewhere = make_config(keep_images=False, output_dir=pipeline.folder.path / "other")
+    elsewhere = make_config(keep_images=False, output_dir=pipeline.folder.root.local_path / "other")
     assert BatchPipeline(elsewhere, client=client).run_all().stages["extract"].done == 6
 
 

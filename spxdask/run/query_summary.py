@@ -55,6 +55,7 @@ def save_query_summary(
         What was asked for.
     """
     summary = summarise_query(observations, config)
+    summary["band_counts"] = {_format_text(b): n for b, n in summary["band_counts"].items()}
     with (
         store.atomic_path(QUERY_SUMMARY_NAME) as part,
         open(part, "w", encoding="utf-8", newline="\n") as file,

@@ -21,8 +21,9 @@ from spxdask.archive.observation import (
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, RunFolderError
 from spxdask.pipeline import BatchPipeline
-from spxdask.run import folder as runfolder
-from spxdask.run.folder import RunFolder, load_query_summary
+from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder
+from spxdask.run.observations import save_observations
+from spxdask.run.query_summary import load_query_summary
 
 URI = (
     "ibe/data/spherex/qr2/level2/2025W51_1A/l2b-v21-2025-354/3/"
@@ -192,20 +193,23 @@ def found(count: int) -> list[Observation]:
     ]
 
 
-def saved(tmp_path, observations):
+def saved(tmp_path, observations, **part_sizes):
     folder = RunFolder(tmp_path)
-    folder.state.mkdir()
+    folder.state.make()
     folder.save_query(observations, config(tmp_path))
-    return folder.load_observations(config(tmp_path))
+    found = folder.load_observations(config(tmp_path))
+    if part_sizes:
+        options = found.query_options
+        save_observations(folder.state, OBSERVATIONS_NAME, observations, options, **part_sizes)
+        found = folder.load_observations(config(tmp_path))
+    return found
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20, 23, 24, 25, 100])
-def test_observations_come_back_in_parts(tmp_path, monkeypatch, count):
+def test_observations_come_back_in_parts(tmp_path, count):
     """In parts of eight, and in three if these are larger."""
-    monkeypatch.setattr(runfolder, "PART", 8)
-    monkeypatch.setattr(runfolder, "MAX_PARTS", 3)
     observations = found(count)
-    back = saved(tmp_path, observations)
+    back = saved(tmp_path, observations, part_size=8, max_parts=3)
     assert len(back) == count
     assert list(back) == observations
     # Once more, as it is read twice in a run.
@@ -224,16 +228,15 @@ def test_observations_go_between_processes(tmp_path):
     for one in (back, pickle.loads(pickle.dumps(back))):
         assert (len(one), one.n_parts) == (250, 3)
         assert one.part(2) == observations[200:]
-        assert (one.asked, one.query_time) == (back.asked, back.query_time)
+        assert (one.query_options, one.query_time) == (back.query_options, back.query_time)
     # Not with what they say.
     assert len(pickle.dumps(back)) < 2000
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
-def test_observations_are_read_by_many_at_once(tmp_path, monkeypatch, scheduler):
-    monkeypatch.setattr(runfolder, "PART", 2)
+def test_observations_are_read_by_many_at_once(tmp_path, scheduler):
     observations = found(300)
-    assert saved(tmp_path, observations).n_parts == 150
+    assert saved(tmp_path, observations, part_size=2).n_parts == 150
     pipeline = BatchPipeline(config(tmp_path))
     assert pipeline.observations.compute(scheduler=scheduler, num_workers=8) == observations
 

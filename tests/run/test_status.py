@@ -113,9 +113,9 @@ def test_it_agrees_with_the_summary(pipeline, archive, frames, capsys, monkeypat
     assert list(first.failed) == [lost.filename]
 
     # Half way: a frame gone with its table, and half a table.
-    (folder.images / unread.filename).unlink()
-    (folder.per_image / table_name(unread.filename)).unlink()
-    table = folder.per_image / table_name(unmeasured.filename)
+    (folder.images.local_path / unread.filename).unlink()
+    (folder.per_image.local_path / table_name(unread.filename)).unlink()
+    table = folder.per_image.local_path / table_name(unmeasured.filename)
     table.write_bytes(table.read_bytes()[:-100])
     found = look(pipeline)
     assert (found.fetched, found.measured, found.pending) == (2, 1, 2)
@@ -130,7 +130,7 @@ def test_it_agrees_with_the_summary(pipeline, archive, frames, capsys, monkeypat
     }
 
     # What a crash leaves of a line is no line.
-    ledger = folder.state / "ledger.jsonl"
+    ledger = folder.state.local_path / "ledger.jsonl"
     whole = ledger.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     ledger.write_bytes(whole + last.replace(b'"failed"', b'"done"')[:-2])
@@ -144,7 +144,7 @@ def test_it_agrees_with_the_summary(pipeline, archive, frames, capsys, monkeypat
     summary = pipeline.run_all()
     assert summary.failed == {}
     assert_agrees(look(pipeline), summary)
-    monkeypatch.chdir(folder.path.parent)
+    monkeypatch.chdir(folder.root.local_path.parent)
     assert main(["status", "out"]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == (f"{look(pipeline)}\n", "")
@@ -161,7 +161,7 @@ def test_light_curves_are_counted_in_either_format(pipeline, client, how):
     # What the user keeps beside them is none, whatever is in it.
     if how == "parquet":
         for name in ("mine.parquet", "bucket.parquet", "mine.csv", ".hidden.parquet"):
-            (pipeline.folder.lightcurves / name).write_bytes(b"PAR1, or not")
+            (pipeline.folder.lightcurves.local_path / name).write_bytes(b"PAR1, or not")
         assert_agrees(look(pipeline), summary)
 
 
@@ -196,7 +196,7 @@ def test_a_failed_download_is_over_when_the_frame_came_otherwise(pipeline, archi
     archive.add_faults(lost.exposure.uri, [Fault(status=404)])
     summary = pipeline.run_all()
     assert list(look(pipeline).failed) == list(summary.failed) == [lost.exposure.filename]
-    shutil.copy(lost.archived.path, pipeline.folder.images)
+    shutil.copy(lost.archived.path, pipeline.folder.images.local_path)
     # Not yet: it was not there when it was to be measured.
     assert list(look(pipeline).failed) == [lost.exposure.filename]
     pipeline.run_extract()

@@ -33,7 +33,7 @@ from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 from spxdask.stages import download
 from spxdask.stages.download import FetchOptions, is_complete
-from spxdask.storage import files as storage
+from spxdask.storage import LocalStore
 
 WINDOW = (900, 900, 60, 60)
 PATIENT = FetchOptions(max_retries=3, stall_timeout=10.0)
@@ -461,7 +461,7 @@ def test_a_disk_that_fails(frame, images, monkeypatch, call, code):
         raise OSError(code, os.strerror(code))
 
     with SimulatedArchive([frame]) as archive, monkeypatch.context() as patch:
-        patch.setattr(storage.os, call, fail)
+        patch.setattr(os, call, fail)
         result = error_as_value(fetch, archive, frame, images)
     if code == errno.EIO:
         assert_failed(result, images, os.strerror(code), 1)
@@ -961,25 +961,25 @@ def test_a_quarter_of_the_memory_of_a_worker_is_for_frames(
 def test_complete_is_of_the_archives_length(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     unknown = replace(observation, size_bytes=None)
-    assert not is_complete(observation, storage.sizes(images))
-    assert not is_complete(unknown, storage.sizes(images / "gone"))
+    assert not is_complete(observation, LocalStore(images).list_sizes())
+    assert not is_complete(unknown, LocalStore(images / "gone").list_sizes())
     path = images / frame.path.name
     for bad in (b"", content[:-1], content + b"x"):
         path.write_bytes(bad)
-        assert not is_complete(observation, storage.sizes(images))
-        assert is_complete(unknown, storage.sizes(images))
+        assert not is_complete(observation, LocalStore(images).list_sizes())
+        assert is_complete(unknown, LocalStore(images).list_sizes())
     path.write_bytes(content)
-    assert is_complete(observation, storage.sizes(images))
+    assert is_complete(observation, LocalStore(images).list_sizes())
 
 
 def test_a_part_is_not_complete(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     (images / f".{frame.path.name}.0123456789ab.part").write_bytes(content)
-    assert not is_complete(observation, storage.sizes(images))
-    assert not is_complete(replace(observation, size_bytes=None), storage.sizes(images))
+    assert not is_complete(observation, LocalStore(images).list_sizes())
+    assert not is_complete(replace(observation, size_bytes=None), LocalStore(images).list_sizes())
 
 
 def test_what_was_fetched_is_complete(frame, images):
     with SimulatedArchive([frame]) as archive:
         fetch(archive, frame, images)
-        assert is_complete(observed(frame, archive.url), storage.sizes(images))
+        assert is_complete(observed(frame, archive.url), LocalStore(images).list_sizes())
