@@ -22,7 +22,7 @@ import yaml
 from upath import UPath
 
 from spxdask.archive.observation import Observation, frame_url
-from spxdask.archive.urls import without_credentials
+from spxdask.archive.urls import strip_credentials
 from spxdask.config import BatchConfig
 from spxdask.errors import RunFolderError, SpxdaskError, StoreError
 from spxdask.run import lock
@@ -171,7 +171,7 @@ class RunFolder:
         """Keep the query's result, for the later stages and for the user."""
         names = [option.name for option in dataclasses.fields(Observation)]
         columns = {name: [getattr(o, name) for o in observations] for name in names}
-        columns["download_url"] = list(map(without_credentials, columns["download_url"]))
+        columns["download_url"] = list(map(strip_credentials, columns["download_url"]))
         with atomic_path(self.observations) as part:
             asked = {"query": json.dumps(_query_options(config)), "query_time": _now()}
             schema = _OBSERVATION_SCHEMA.with_metadata(asked)
@@ -298,7 +298,7 @@ def _write_summary(file, observations: Sequence[Observation], config: BatchConfi
                 "band": o.band,
                 "mjd": round(o.mjd, 6),
                 "wavelength_um": round(o.wavelength_um, 6),
-                "download_url": without_credentials(o.download_url),
+                "download_url": strip_credentials(o.download_url),
             }
             for o in observations[start : start + 1000]
         ]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spxdask.archive.observation import (
     Observation,
     check_uri,
-    filename_identity,
+    parse_filename,
     frame_url,
     is_level2_name,
 )
@@ -42,13 +42,13 @@ OBSERVATION = Observation(
 def test_names():
     assert OBSERVATION.filename == "level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits"
     assert OBSERVATION.stem == "level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354"
-    assert filename_identity(OBSERVATION.filename) == (OBSERVATION.obs_id, OBSERVATION.band)
+    assert parse_filename(OBSERVATION.filename) == (OBSERVATION.obs_id, OBSERVATION.band)
     assert pickle.loads(pickle.dumps(OBSERVATION)) == OBSERVATION
 
 
 def test_a_d_in_the_obs_id_is_not_the_detector():
     name = "level2_2025W51_1D_0684_2D6_spx_l2b-v1-2025-001.fits"
-    assert filename_identity(name) == ("2025W51_1D_0684_2", "D6")
+    assert parse_filename(name) == ("2025W51_1D_0684_2", "D6")
 
 
 @pytest.mark.parametrize(
