@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +65,11 @@ class Stubs(WorkerPlugin):
         ids = pa.array(np.arange(workloads.FIRST_ID, workloads.FIRST_ID + sources))
         ids = ids.cast(pa.string())
 
-        @contextmanager
-        def fetched(observation, images, options):
+        def fetch_frame(observation, images, options, measure):
             rng = np.random.default_rng(abs(hash(observation.filename)) % (1 << 32))
             pause = seconds * rng.lognormal(-0.02, 0.2)
             time.sleep(pause)
-            image = dataclasses.make_dataclass("Fetched", ["frame", "outcome"])(observation, None)
-            yield image
-            image.outcome = Outcome(
+            outcome = Outcome(
                 stage="download",
                 filename=observation.filename,
                 status="done",
@@ -81,6 +78,7 @@ class Stubs(WorkerPlugin):
                 attempts=1,
                 checksum="00000000",
             )
+            return outcome, measure(observation)
 
         def extract_frame(observation, per_image, options):
             number = int(observation.obs_id.split("_")[2])
@@ -115,7 +113,7 @@ class Stubs(WorkerPlugin):
                 cap=(270.0, 66.56, 2.5),
             )
 
-        stream.fetched, stream.extract_frame = fetched, extract_frame
+        stream.fetch_frame, stream.extract_frame = fetch_frame, extract_frame
 
 
 class Cluster:

@@ -22,6 +22,7 @@ from distributed import CancelledError, Client, KilledWorker, as_completed
 from distributed.comm import CommClosedError
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.retry import RetryPolicy
 from spxdask.cluster.client import (
     as_task,
     busy_threads,
@@ -189,7 +190,7 @@ class BatchPipeline:
     def images(self) -> db.Bag:
         """The observations whose frames are on disk, a bag of Observation."""
         return self.observations.filter(
-            functools.partial(download.is_complete, sizes=self.folder.images.list_sizes())
+            functools.partial(Observation.is_complete, sizes=self.folder.images.list_sizes())
         )
 
     def run_query(self) -> list[Observation]:
@@ -506,7 +507,7 @@ class BatchPipeline:
                 continue
             for each in report.values():
                 each.total += 1
-            on_disk = download.is_complete(o, images)
+            on_disk = o.is_complete(images)
             unmeasured = "extract" in report
             if unmeasured and skip_existing and (outcome := self._measured(o, tables)) is not None:
                 unmeasured = False
@@ -613,8 +614,8 @@ class BatchPipeline:
 
     def _fetch_options(self) -> download.FetchOptions:
         return download.FetchOptions(
-            max_retries=self.config.max_retries,
-            stall_timeout=self.config.stall_timeout,
+            retry=RetryPolicy(max_retries=self.config.max_retries),
+            stall_timeout_s=self.config.stall_timeout,
             scratch_bytes=self.config.scratch_gb * 1e9,
         )
 

@@ -22,8 +22,8 @@ from distributed import WorkerPlugin
 
 # Where a worker can be made to die or wait: module, name in it, what to look at.
 POINTS = {
-    "begin": ("spxdask.stages.stream", "fetched"),
-    "fetch": ("spxdask.stages.download", "_open"),
+    "begin": ("spxdask.stages.stream", "fetch_frame"),
+    "fetch": ("spxdask.stages.download", "_open_verified"),
     "extract": ("spxdask.stages.extract", "measure_catalogue"),
     "read": ("spxdask.tables.rows", "read_lines"),
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
@@ -169,21 +169,21 @@ class Fetches(WorkerPlugin):
     def setup(self, worker) -> None:
         from spxdask.stages import download
 
-        fetch, path = download._fetch, self.path
+        fetch, path = download.fetch_file, self.path
 
-        async def noted(*arguments):
+        def noted(url, *arguments, **options):
             # One write each, so that lines of two processes do not mix.
             log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            name = f"{os.getpid()} {arguments[0].filename}"
+            name = f"{os.getpid()} {url.rpartition('/')[2]}"
             try:
                 os.write(log, f"begin {time.monotonic()} {name}\n".encode())
-                return await fetch(*arguments)
+                return fetch(url, *arguments, **options)
             finally:
                 os.write(log, f"end {time.monotonic()} {name}\n".encode())
                 os.close(log)
 
         if fetch.__name__ != "noted":
-            download._fetch = noted
+            download.fetch_file = noted
 
 
 def hold(point: str, held: Path) -> dict[str, str]:

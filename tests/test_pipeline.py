@@ -32,7 +32,6 @@ from astropy.io import fits
 from distributed import Client, Future, KilledWorker
 
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
-from spxdask.archive import retry
 from spxdask.archive.observation import Observation
 from spxdask.cli import main
 from spxdask.errors import (
@@ -1025,30 +1024,31 @@ FAULTS = [
 ]
 
 
+class ImpatientPipeline(BatchPipeline):
+    """A pipeline that waits hardly at all between attempts."""
+
+    def _fetch_options(self):
+        options = super()._fetch_options()
+        return replace(options, retry=replace(options.retry, first_delay_s=0.001))
+
+
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_a_storm_of_faults(finished, make_config, client, survey, keep_images):
     """Every frame meets several faults; none is lost, and none is the worse for it."""
 
-    def set_first_delay(seconds: float) -> None:
-        retry.FIRST_DELAY_S = seconds
-
     rng = random.Random(20261122)
     frames = [frame.archived for frame in survey[1]]
     faults = {frame.uri: rng.choices(FAULTS, k=5) for frame in frames}
-    client.run(set_first_delay, 0.001)
-    try:
-        with SimulatedArchive(frames, faults=faults) as archive:
-            config = make_config(
-                max_retries=5,
-                stall_timeout=0.3,
-                keep_images=keep_images,
-                tap_url=archive.tap_url,
-                archive_url=archive.archive_url,
-            )
-            summary = BatchPipeline(config, client=client).run_all()
-            assert len(archive.requests) == 1 + 6 * (5 + 1)
-    finally:
-        client.run(set_first_delay, retry.FIRST_DELAY_S)
+    with SimulatedArchive(frames, faults=faults) as archive:
+        config = make_config(
+            max_retries=5,
+            stall_timeout=0.3,
+            keep_images=keep_images,
+            tap_url=archive.tap_url,
+            archive_url=archive.archive_url,
+        )
+        summary = ImpatientPipeline(config, client=client).run_all()
+        assert len(archive.requests) == 1 + 6 * (5 + 1)
     assert not summary.failed
     for folder in ("per_image", "lightcurves"):
         ours, theirs = (Path(c.output_dir) / folder for c in (config, finished.config))

@@ -1,22 +1,25 @@
-"""One frame as the archive describes it, before any of it is fetched."""
+"""One frame as the archive describes it: its names, its release and where it is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spxdask.errors import ArchiveError
 from spxdask.storage import local_path
 
-# Of IRSA's own file service.
-SERVICE = "ibe/data/spherex/"
-# level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits
-_FILE = re.compile(
+# The start of every URI at IRSA's own file service.
+SERVICE_PREFIX = "ibe/data/spherex/"
+# Example: level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits
+_FILENAME = re.compile(
     r"level2_(?P<obs_id>[0-9A-Za-z_]{1,60})D(?P<detector>[1-6])_spx_"
     r"l2b-v(?P<version>\d{1,6})-(?P<year>\d{4})-(?P<day>\d{3})\.fits"
 )
 _URI_PART = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
 _RELEASE = re.compile(r"qr(\d+)")
+# Example: ivo://irsa.ipac/spherex_qr2_deep?2025W51_1A_0684_2/D3
+_PUBLISHER_DID = re.compile(r"ivo://[^?]*/spherex_(?P<release>qr\d+)(_deep)?\?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,18 +28,20 @@ class Observation:
 
     Attributes
     ----------
-    obs_id, band : str
-        Such as ``2025W51_1A_0684_2`` and ``D3``.
+    obs_id : str
+        Name of the exposure, such as ``2025W51_1A_0684_2``.
+    band : str
+        ``D1`` to ``D6``.
     mjd : float
-        Middle of the exposure, days.
+        Middle of the exposure, in days; NaN where the archive does not state it.
     wavelength_um : float
-        Centre of the detector's range.
+        Centre of the detector's range, in micrometres.
     uri : str
         Path below the archive's URL; its last part is the file name.
     download_url : str
         Where the frame is.
     size_bytes : int or None
-        Length of the file as the archive says it.
+        Length of the file, None where the archive does not state it.
     """
 
     obs_id: str
@@ -49,50 +54,161 @@ class Observation:
 
     @property
     def filename(self) -> str:
-        """The archive's own file name, unique to exposure, detector and version."""
+        """The archive's file name, unique to exposure, detector and version.
+
+        Returns
+        -------
+        str
+            The last part of the URI.
+        """
         return self.uri.rpartition("/")[2]
 
     @property
     def stem(self) -> str:
-        """The file name without its suffix."""
+        """The file name without its suffix.
+
+        Returns
+        -------
+        str
+            The file name without ``.fits``.
+        """
         return self.filename.removesuffix(".fits")
 
     @property
     def recency(self) -> tuple[int, ...]:
-        """Release, pipeline version, year and day: the larger, the newer."""
+        """What orders the versions of a frame: the larger, the newer.
+
+        Returns
+        -------
+        tuple of int
+            Release, pipeline version, year and day of the processing.
+        """
         release = next((int(m[1]) for m in map(_RELEASE.fullmatch, self.uri.split("/")) if m), 0)
-        file = _FILE.fullmatch(self.filename)
-        return release, int(file["version"]), int(file["year"]), int(file["day"])
+        name = _match_filename(self.filename)
+        return release, int(name["version"]), int(name["year"]), int(name["day"])
+
+    def is_complete(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether the frame is among some files, with the length the archive states.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            Length of each file in bytes, by name.
+
+        Returns
+        -------
+        bool
+            True where the archive states no length and there is a file of that name.
+        """
+        size = sizes.get(self.filename)
+        return size is not None and self.size_bytes in (None, size)
 
 
 def frame_url(archive_url: str, uri: str) -> str:
     """Return where a file of the archive is.
 
-    A bucket, and a copy of it on disk, have no ``ibe/data/spherex/`` in their paths.
+    The bucket, and a copy of it on disk, lack ``ibe/data/spherex/`` in their paths.
+
+    Parameters
+    ----------
+    archive_url : str
+        Base URL of the archive (http, https), the bucket (s3) or a mirror (file).
+    uri : str
+        The file's path as the archive's tables give it.
+
+    Returns
+    -------
+    str
+        URL of the file.
     """
     mirror = local_path(archive_url)
-    in_bucket = archive_url.startswith("s3:") or (
+    is_bucket_layout = archive_url.startswith("s3:") or (
         mirror is not None and not (mirror / "ibe").is_dir()
     )
-    return f"{archive_url}/{uri.removeprefix(SERVICE) if in_bucket else uri}"
+    return f"{archive_url}/{uri.removeprefix(SERVICE_PREFIX) if is_bucket_layout else uri}"
 
 
 def is_level2_name(uri: str) -> bool:
-    """Tell whether a URI names a Level 2 science file."""
-    return _FILE.fullmatch(uri.rpartition("/")[2]) is not None
+    """Return whether a URI names a Level 2 science file.
+
+    Parameters
+    ----------
+    uri : str
+        A path or a bare file name.
+
+    Returns
+    -------
+    bool
+        Only the last part of the path is examined.
+    """
+    return _FILENAME.fullmatch(uri.rpartition("/")[2]) is not None
 
 
 def check_uri(uri: str) -> None:
-    """Raise ArchiveError unless a URI is a plain relative path.
+    """Raise an error unless a URI is a plain relative path.
 
-    File names on our disk and requests to the archive are made from it, so it may hold
-    no scheme, no empty or dotted part and no character that means something in a URL.
+    File names on disk and requests to the archive are made from it, so it may contain
+    no scheme, no empty or dotted part and no character with a meaning in a URL.
+
+    Parameters
+    ----------
+    uri : str
+        The file's path as the archive's tables give it.
+
+    Raises
+    ------
+    ArchiveError
+        If it is anything else.
     """
     if not all(_URI_PART.fullmatch(part) and ".." not in part for part in uri.split("/")):
         raise ArchiveError(f"the archive names a file by the unusable URI {uri[:200]!r}")
 
 
-def filename_identity(filename: str) -> tuple[str, str]:
-    """Return obs_id and band as a Level 2 file name gives them."""
-    file = _FILE.fullmatch(filename)
-    return file["obs_id"], f"D{file['detector']}"
+def parse_filename(filename: str) -> tuple[str, str]:
+    """Return the exposure and the band that a Level 2 file name gives.
+
+    Parameters
+    ----------
+    filename : str
+        Name for which `is_level2_name` is true.
+
+    Returns
+    -------
+    obs_id : str
+        Name of the exposure.
+    band : str
+        ``D1`` to ``D6``.
+
+    Raises
+    ------
+    ValueError
+        If it is not the name of a Level 2 file.
+    """
+    name = _match_filename(filename)
+    return name["obs_id"], f"D{name['detector']}"
+
+
+def parse_release(publisher_did: str) -> str | None:
+    """Return the release that the archive's identifier of a frame gives.
+
+    Parameters
+    ----------
+    publisher_did : str
+        The column ``obs_publisher_did``.
+
+    Returns
+    -------
+    str or None
+        Such as ``qr2``, also for a deep collection; None if the identifier is of a
+        collection that is not understood.
+    """
+    match = _PUBLISHER_DID.match(publisher_did)
+    return match["release"] if match else None
+
+
+def _match_filename(filename: str) -> re.Match[str]:
+    """Return the parts of a Level 2 file name."""
+    match = _FILENAME.fullmatch(filename)
+    if match is None:
+        raise ValueError(f"{filename!r} is not the name of a Level 2 file")
+    return match

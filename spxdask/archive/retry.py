@@ -1,50 +1,71 @@
-"""When to ask the archive again, and after how long."""
+"""When a request to the archive is repeated, and after how long."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-FIRST_DELAY_S = 1.0
-LONGEST_DELAY_S = 60.0
-# A server may ask for hours; a frame that waits that long is better left to the next run.
-LONGEST_RETRY_AFTER_S = 600.0
-
+# HTTP status codes of errors that pass by themselves.
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def delay(attempt: int, retry_after: str | None = None) -> float:
-    """Return the seconds to wait before trying again.
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How often, and after what delays, a failed request is repeated.
 
-    Parameters
+    Attributes
     ----------
-    attempt : int
-        How many attempts have failed, 1 after the first.
-    retry_after : str, optional
-        The server's Retry-After header, seconds or an HTTP date; it takes precedence.
-
-    Returns
-    -------
-    float
-        Else the delay doubles each time up to a minute, with up to half of it taken off
-        at random so that many clients do not come back together.
+    max_retries : int
+        Number of attempts after the first.
+    first_delay_s : float
+        Longest delay after the first attempt, in seconds. It doubles with each attempt.
+    longest_delay_s : float
+        Upper limit of the doubled delay, in seconds.
+    longest_retry_after_s : float
+        Upper limit of the delay that a server asks for, in seconds. Servers may ask for
+        hours; a frame that would wait so long is better left to the next run.
     """
-    asked = _retry_after_seconds(retry_after)
-    if asked is not None:
-        return min(max(asked, 0.0), LONGEST_RETRY_AFTER_S)
-    longest = min(FIRST_DELAY_S * 2 ** (attempt - 1), LONGEST_DELAY_S)
-    return longest * random.uniform(0.5, 1.0)
+
+    max_retries: int
+    first_delay_s: float = 1.0
+    longest_delay_s: float = 60.0
+    longest_retry_after_s: float = 600.0
+
+    def delay(self, attempt: int, retry_after: str | None = None) -> float:
+        """Return how long to wait before the next attempt.
+
+        Parameters
+        ----------
+        attempt : int
+            Number of attempts that have failed, 1 after the first.
+        retry_after : str, optional
+            The server's Retry-After header: seconds or an HTTP date. It takes precedence.
+
+        Returns
+        -------
+        float
+            Delay in seconds. Unless the server asked for one, it doubles with each
+            attempt up to `longest_delay_s`, less a random part of up to one half, so that
+            many clients do not return at the same moment.
+        """
+        requested = _parse_retry_after(retry_after)
+        if requested is not None:
+            return min(max(requested, 0.0), self.longest_retry_after_s)
+        longest = min(self.first_delay_s * 2 ** (attempt - 1), self.longest_delay_s)
+        return longest * random.uniform(0.5, 1.0)
 
 
-def _retry_after_seconds(value: str | None) -> float | None:
+def _parse_retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After header asks for, None if it is unreadable."""
     if value is None:
         return None
     if value.strip().isdecimal():
         return float(value)
     try:
         when = parsedate_to_datetime(value)
-    # A year or a zone may be beyond all numbers.
+    # OverflowError: a year or a time zone beyond the range of datetime.
     except (ValueError, OverflowError):
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""URLs as they may be shown."""
+"""URLs in a form that may be shown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import re
 _CREDENTIALS = re.compile(r"(?<=//)[^/?#\s]*@")
 
 
-def without_credentials(text: str) -> str:
-    """Return a text without the user names and passwords in its URLs, for messages."""
+def strip_credentials(text: str) -> str:
+    """Remove user names and passwords from the URLs in a text.
+
+    Parameters
+    ----------
+    text : str
+        One or more URLs, or a message that contains some.
+
+    Returns
+    -------
+    str
+        The text, fit for messages, logs and files.
+    """
     return _CREDENTIALS.sub("", text)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spxdask.archive.observation import Observation, frame_url
-from spxdask.archive.urls import without_credentials
+from spxdask.archive.urls import strip_credentials
 from spxdask.storage import Store
 
 # Observations in a part, unless that makes more than so many parts: few enough that reading a
@@ -133,7 +133,7 @@ def save_observations(
     """
     names = [option.name for option in dataclasses.fields(Observation)]
     columns = {name: [getattr(o, name) for o in observations] for name in names}
-    columns["download_url"] = list(map(without_credentials, columns["download_url"]))
+    columns["download_url"] = list(map(strip_credentials, columns["download_url"]))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     schema = _SCHEMA.with_metadata({"query": json.dumps(query_options), "query_time": now})
     rows = max(part_size, math.ceil(len(observations) / max_parts))

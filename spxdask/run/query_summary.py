@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from spxdask.archive.observation import Observation
-from spxdask.archive.urls import without_credentials
+from spxdask.archive.urls import strip_credentials
 from spxdask.config import BatchConfig
 from spxdask.errors import RunFolderError, SpxdaskError
 from spxdask.storage import Store, locate_file
@@ -171,7 +171,7 @@ def _format_entry(observation: Observation) -> str:
         f"  band: {_format_text(observation.band)}\n"
         f"  mjd: {_format_number(round(observation.mjd, 6))}\n"
         f"  wavelength_um: {_format_number(round(observation.wavelength_um, 6))}\n"
-        f"  download_url: {_format_text(without_credentials(observation.download_url))}\n"
+        f"  download_url: {_format_text(strip_credentials(observation.download_url))}\n"
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from spxdask.errors import RunFolderError
 from spxdask.progress import RATE_S, duration
 from spxdask.run.folder import RunFolder
-from spxdask.stages import aggregate, download, extract
+from spxdask.stages import aggregate, extract
 from spxdask.storage import Store
 
 SHOWN = 10
@@ -166,7 +166,7 @@ def _look(folder: RunFolder) -> RunStatus:
     )
     for o in observations:
         found.frame_bytes += o.size_bytes or 0
-        fetched = download.is_complete(o, images)
+        fetched = o.is_complete(images)
         found.fetched += fetched
         outcome = {stage: folder.ledger.get(stage, o.filename) for stage in ("download", "extract")}
         extracted = outcome["extract"]

@@ -1,7 +1,7 @@
 """The SPHEREx archive on 127.0.0.1: a TAP service and a file server that can be made to fail.
 
-What spxdask asks of IRSA is answered here from a list of frames, with the faults that archives
-show in practice, so that a whole run can be tried and tested without a network.
+It answers the requests that spxdask sends to IRSA from a list of frames, with the faults that
+archives show in practice, so that a whole run can be tried and tested without a network.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ _VOTABLE_TYPE = "application/x-votable+xml"
 _UWS = 'xmlns:uws="http://www.ivoa.net/xml/UWS/v1.0" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _CHUNK_SIZE = 256 * 1024
 _ACTIVE_PHASES = {"PENDING", "QUEUED", "EXECUTING"}
-# Seconds that a transfer under way may still take when the archive stops.
-_SHUTDOWN_TIMEOUT = 0.1
-_ROUNDS_TO_CONNECT = 5
+# How long a transfer may still take when the archive stops.
+_SHUTDOWN_TIMEOUT_S = 0.1
+# Turns of the event loop within which an accepted connection reaches the server's runner.
+_TURNS_TO_CONNECT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchivedFrame:
-    """One file as the archive knows it.
+    """One file as the archive lists it.
 
-    Parameters
+    Attributes
     ----------
     obs_id : str
         Exposure, like "2025W51_1A_0684_2".
@@ -88,7 +89,22 @@ class ArchivedFrame:
 
     @classmethod
     def of(cls, exposure: Exposure, path: Path, window: Window | None = None) -> ArchivedFrame:
-        """Describe the file that holds an exposure, or a window of it."""
+        """Describe the file that contains an exposure, or a window of it.
+
+        Parameters
+        ----------
+        exposure : Exposure
+            The exposure.
+        path : Path
+            The file.
+        window : (x0, y0, nx, ny), optional
+            Cut-out of the frame that the file contains; the full frame by default.
+
+        Returns
+        -------
+        ArchivedFrame
+            The file under the exposure's URI.
+        """
         shortest, longest = exposure.wavelength_limits_um
         return cls(
             obs_id=exposure.obs_id,
@@ -108,16 +124,16 @@ class ArchivedFrame:
 class Fault:
     """What goes wrong with one request; `Fault()` is normal service.
 
-    Parameters
+    Attributes
     ----------
     status : int, optional
         Answer with this HTTP status and an error page.
     retry_after_s : float, optional
-        Goes with `status`: seconds to put into Retry-After.
+        Only with `status`: value of the Retry-After header, in seconds.
     truncate : int, optional
         Announce the whole body, send this many bytes of it and close the connection.
     short : int, optional
-        Serve the first so many bytes as if they were the whole file.
+        Serve this many bytes from the beginning as if they were the whole file.
     stall : int, optional
         Send this many bytes of the body, then nothing until the client leaves or the archive stops.
     html : bool
@@ -132,7 +148,7 @@ class Fault:
     Raises
     ------
     ValueError
-        If more than one fault is asked for.
+        If more than one fault is given.
     """
 
     status: int | None = None
@@ -154,12 +170,12 @@ class Fault:
             raise ValueError("retry_after_s needs a status")
 
 
-# Of the request that is being answered.
+# The fault of the request that is being answered.
 _current_fault: ContextVar[Fault] = ContextVar("fault")
 
 
 class LoggedRequest(NamedTuple):
-    """A request whose answer has begun."""
+    """A request to which the archive has begun to respond."""
 
     method: str
     path: str
@@ -168,7 +184,7 @@ class LoggedRequest(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Job:
-    """One asynchronous query; `changed` is set, and replaced, at each change of phase."""
+    """One asynchronous query; each change of phase sets the event `changed` and replaces it."""
 
     job_id: str
     parameters: dict[str, str]
@@ -185,10 +201,10 @@ class _Job:
 
 
 class SimulatedArchive:
-    """An archive of SPHEREx frames on 127.0.0.1, served by a thread of its own.
+    """An archive of SPHEREx frames on 127.0.0.1, served by a separate thread.
 
     Use it as a context manager, or call `start` and `stop`. A stopped archive can be started
-    again, at the same address.
+    again at the same address.
 
     Parameters
     ----------
@@ -196,34 +212,34 @@ class SimulatedArchive:
         The archive's content. There is one plane for each collection, exposure and detector,
         described by its first frame, and one artifact for each frame.
     port : int
-        Port on 127.0.0.1; 0 takes a free one.
+        Port on 127.0.0.1; with 0 the system chooses a free one.
     maxrec : int
-        Most rows that a query returns.
+        Largest number of rows that a query returns.
     sync_limit_rows : int, optional
         A lower limit for synchronous queries.
     faults : mapping of str to iterable of Fault, optional
         Faults by URI of a file or by path ("TAP/sync", "TAP/async"), with or without a leading
         slash. Each request to that path uses up one; normal service follows.
-        ``itertools.repeat(fault)`` makes one last.
+        ``itertools.repeat(fault)`` makes a fault permanent.
     bandwidth : float, optional
-        Bytes a second for all files together. Unlimited if None.
+        Bytes per second for all files together; unlimited if None.
     extra_artifacts : iterable of (ArchivedFrame, str, Path)
         Further files (frame they belong to, URI, file on disk), listed as artifacts of that
         frame's plane.
     query_error_status : int
-        HTTP status of an answer that reports a query error. Some services say 200.
+        HTTP status of a response that reports a query error. Some services use 200.
 
     Attributes
     ----------
     requests : list of LoggedRequest
-        All requests in the order in which their answers began; paths have a leading slash.
+        All requests in the order in which their responses began; paths have a leading slash.
     open_connections, peak_connections : int
-        Requests for files under way, and the most there were at one time.
+        Number of requests for files in progress, and its largest value so far.
 
     Raises
     ------
     ValueError
-        If one URI stands for two files.
+        If one URI names two files.
     """
 
     def __init__(
@@ -246,7 +262,7 @@ class SimulatedArchive:
         self._query_error_status = query_error_status
         self._rows, self._files = _archive_tables(frames, extra_artifacts)
 
-        # Guards everything that tests read or change while the server runs.
+        # Protects everything that tests read or change while the server runs.
         self._state = threading.Condition()
         self._faults: dict[str, Iterator[Fault]] = {}
         for path, plan in (faults or {}).items():
@@ -259,17 +275,35 @@ class SimulatedArchive:
 
     @property
     def url(self) -> str:
-        """Base URL of the archive, without a trailing slash; a file's is ``f"{url}/{uri}"``."""
+        """Base URL of the archive.
+
+        Returns
+        -------
+        str
+            Without a trailing slash; a file is at ``f"{url}/{uri}"``.
+        """
         return f"http://127.0.0.1:{self._port}"
 
     @property
     def archive_url(self) -> str:
-        """The same as `url`: base URL of the files."""
+        """Base URL of the files.
+
+        Returns
+        -------
+        str
+            The same as `url`.
+        """
         return self.url
 
     @property
     def tap_url(self) -> str:
-        """Base URL of the TAP service."""
+        """Base URL of the TAP service.
+
+        Returns
+        -------
+        str
+            Without a trailing slash.
+        """
         return f"{self.url}/TAP"
 
     def __enter__(self) -> SimulatedArchive:
@@ -280,7 +314,7 @@ class SimulatedArchive:
         self.stop()
 
     def start(self) -> None:
-        """Serve until `stop`.
+        """Serve until `stop` is called.
 
         Raises
         ------
@@ -303,21 +337,21 @@ class SimulatedArchive:
         self._thread = thread
 
     def stop(self) -> None:
-        """Close all connections and end the thread. Does nothing if the archive is stopped."""
+        """Close all connections and end the thread; do nothing if the archive is not running."""
         if self._thread is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
             self._thread = None
 
     def add_faults(self, path: str, faults: Iterable[Fault]) -> None:
-        """Plan faults for the coming requests to a path, after those planned already.
+        """Add faults for future requests to a path, after those that are planned already.
 
         Parameters
         ----------
         path : str
             URI of a file, "TAP/sync" or "TAP/async".
         faults : iterable of Fault
-            One for each request; may be endless.
+            One for each request; may be infinite.
         """
         path = path.lstrip("/")
         with self._state:
@@ -326,15 +360,15 @@ class SimulatedArchive:
     def wait_for(
         self, predicate: Callable[[SimulatedArchive], bool], *, timeout_s: float = 10.0
     ) -> None:
-        """Wait until the archive is in some state.
+        """Wait until the archive is in a certain state.
 
         Parameters
         ----------
         predicate : callable
-            Called with the archive whenever an answer begins, and when a request for a file
-            comes or ends. It must not wait for anything.
+            Called with the archive whenever a response begins, and when a request for a file
+            arrives or ends. It must not block.
         timeout_s : float
-            Seconds to wait at most.
+            Longest time to wait, in seconds.
 
         Raises
         ------
@@ -376,7 +410,7 @@ class SimulatedArchive:
             app,
             access_log=None,
             handler_cancellation=True,
-            shutdown_timeout=_SHUTDOWN_TIMEOUT,
+            shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
         )
         await runner.setup()
         try:
@@ -388,11 +422,12 @@ class SimulatedArchive:
             started.set_result(runner.addresses[0][1])
             logger.debug("simulated archive serves at %s", runner.addresses[0])
             await self._stopping.wait()
-            # asyncio loses a connection that it has just accepted when the listener is closed in
-            # that round of the loop, and its client would wait for ever: no more are accepted
-            # first, then the last of them become ones that the runner knows of and closes.
+            # asyncio loses a connection that was accepted in the turn of the event loop in which
+            # the listener is closed, and its client would wait for ever. So the archive first
+            # stops accepting, then gives the last connections time to reach the runner, which
+            # closes them.
             self._loop.remove_reader(listener)
-            for _ in range(_ROUNDS_TO_CONNECT):
+            for _ in range(_TURNS_TO_CONNECT):
                 await asyncio.sleep(0)
         await runner.cleanup()
         self._tables.close()
@@ -417,7 +452,7 @@ class SimulatedArchive:
                 self.open_connections -= 1
                 self._state.notify_all()
 
-    # Answers, with or without a fault
+    # Responses, with or without a fault
 
     @web.middleware
     async def _inject_fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -448,7 +483,7 @@ class SimulatedArchive:
         status: int = 200,
         validators: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
-        """Send a body. Given the validators ETag and Last-Modified, answer a Range, too."""
+        """Send a body; with the validators ETag and Last-Modified, also ranges of it."""
         fault = _current_fault.get()
         if fault.short is not None:
             body = io.BytesIO(body.read(fault.short))
@@ -491,15 +526,16 @@ class SimulatedArchive:
         return response
 
     async def _chunks(self, body: BinaryIO, count: int) -> AsyncIterator[bytes]:
-        """Read so many bytes, no faster than the bandwidth allows."""
+        """Yield the next `count` bytes, no faster than the bandwidth allows."""
         chunk_size = _CHUNK_SIZE
         if self._bandwidth is not None:
             chunk_size = min(chunk_size, math.ceil(self._bandwidth / 50))
         while count > 0 and (chunk := body.read(min(chunk_size, count))):
             count -= len(chunk)
-            delay = 0.0  # Even then other requests have their turn.
+            # Without a delay the sleep still lets other requests proceed.
+            delay = 0.0
             if self._bandwidth is not None:
-                # All transfers queue up for the same line.
+                # All transfers share the same bandwidth, one chunk after the other.
                 now = self._loop.time()
                 start = max(now, self._bandwidth_free_at)
                 self._bandwidth_free_at = start + len(chunk) / self._bandwidth
@@ -528,15 +564,15 @@ class SimulatedArchive:
     # TAP
 
     async def _answer(self, parameters: Mapping[str, str], limit: int) -> bytes:
-        """Run the query of a request's parameters in another thread, and write its VOTable."""
+        """Run the query of a request in another thread and return its VOTable."""
         if "QUERY" not in parameters:
             raise QueryError("The parameter QUERY is missing.")
         if not parameters.get("LANG", "").upper().startswith("ADQL"):
             raise QueryError("The parameter LANG must be ADQL.")
-        asked = parameters.get("MAXREC", str(limit))
-        if not asked.isdecimal():
+        requested = parameters.get("MAXREC", str(limit))
+        if not requested.isdecimal():
             raise QueryError("The parameter MAXREC must be a whole number.")
-        maxrec = min(limit, int(asked))
+        maxrec = min(limit, int(requested))
 
         def answer() -> bytes:
             return result_votable(self._tables.query(parameters["QUERY"], maxrec=maxrec))
@@ -709,7 +745,7 @@ def _xml_response(document: str) -> web.Response:
 
 
 async def _parameters(request: web.Request) -> dict[str, str]:
-    """Parameters from URL and form; the names of TAP parameters are without case."""
+    """Return the parameters in URL and form, in upper case as TAP ignores their case."""
     form = await request.post() if request.method == "POST" else {}
     return {name.upper(): str(value) for name, value in [*request.query.items(), *form.items()]}
 
@@ -717,7 +753,7 @@ async def _parameters(request: web.Request) -> dict[str, str]:
 def _archive_tables(
     frames: Iterable[ArchivedFrame], extra_artifacts: Iterable[tuple[ArchivedFrame, str, Path]]
 ) -> tuple[dict[str, list[tuple[Any, ...]]], dict[str, Path]]:
-    """Rows of the three tables by argument of `SpherexTables`, and the file of each URI."""
+    """Return the rows of the three tables, and the file of each URI."""
     observations: dict[tuple[str, str], tuple[Any, ...]] = {}
     planes: dict[tuple[str, str, int], tuple[Any, ...]] = {}
     artifacts: list[tuple[Any, ...]] = []
@@ -732,7 +768,7 @@ def _archive_tables(
             (*exposure, frame.detector), (len(planes) + 1, obsid, *_plane_values(frame))
         )
         if files.setdefault(uri, path) != path:
-            raise ValueError(f"{uri} stands for two files: {files[uri]} and {path}")
+            raise ValueError(f"{uri} names two files: {files[uri]} and {path}")
         artifacts.append((planeid, uri, path.stat().st_size))
     rows = {
         "observations": list(observations.values()),

@@ -1,8 +1,8 @@
-"""SPHEREx Level 2 frames with known truth, under the header cards of a real one.
+"""SPHEREx Level 2 frames with known truth and the header cards of a real frame.
 
 The cards come from `2025W51_1A_0684_2`, detector 3; pointing, times and identity are replaced.
-Pixel coordinates are 0-based; a window ``(x0, y0, nx, ny)`` is a cut-out of the full frame, and
-positions on it count from its own first pixel.
+Pixel coordinates are 0-based. A window ``(x0, y0, nx, ny)`` is a cut-out of the full frame, and
+positions on it are relative to its first pixel.
 """
 
 from __future__ import annotations
@@ -63,15 +63,18 @@ BAND_LIMITS_UM = {
 }
 RESOLVING_POWER = {1: 39, 2: 41, 3: 41, 4: 35, 5: 112, 6: 128}
 
-# Above 6.5.5, or with this tag, the zone centres in the PSF header are in the order of the planes.
+# After 6.5.5, or with this tag, the zone centres in the PSF header are in the order of the planes.
 _PIPELINE_VERSION = {"qr2": "6.5.5+psffix1", "qr3": "7.1.0"}
 _ISO_LINE_CURVATURE = 0.05
 _PSF_ZONES, _PSF_SIZE, _PSF_OVERSAMPLING = 11, 101, 10
 _EPSF_SIZE, _EPSF_OVERSAMPLING = 33, 5
 # The beam splitter's edge at 2.42 um is the last rows of detector 3 and the first of detector 4.
 _DICHROIC_ROWS = {3: range(FRAME_SIZE - 12, FRAME_SIZE), 4: range(12)}
+# Length of the longest cosmic-ray streak, in pixels.
 _STREAK_PIXELS = 16
+# Bad pixels keep this distance from the sky's sources, in pixels.
 _CLEAN_RADIUS = 4.5
+# Fraction of the harmless flags that come with a NaN variance.
 _NAN_VARIANCE_SHARE = 0.25
 
 _MJY_SR_PER_UJY_ARCSEC2 = (1.0 * u.uJy / u.arcsec**2).to_value(u.MJy / u.sr)
@@ -83,24 +86,24 @@ Window = tuple[int, int, int, int]
 
 @cache
 def _cards(name: str) -> fits.Header:
-    """The real cards of one extension; callers copy them before changing anything."""
+    """Return the real cards of one extension; callers must copy them before changing them."""
     text = resources.files("spxdask.simulate").joinpath("cards", f"{name}.txt").read_text("ascii")
     return fits.Header.fromstring(text, sep="\n")
 
 
 @cache
 def _bits() -> dict[str, int]:
-    """Flag bit numbers by name."""
+    """Return the flag bit numbers by name."""
     return {key[3:]: bit for key, bit in _cards("flags").items() if key.startswith("MP_")}
 
 
 def _mask(name: str) -> np.int32:
-    """The flag value with only the named bit set."""
+    """Return the flag value in which only the named bit is set."""
     return np.int32(1 << _bits()[name])
 
 
 def _checked_window(window: Window | None) -> Window:
-    """The window, or the full frame for None; ValueError if it is not within the frame."""
+    """Return the window, or the full frame for None; raise ValueError if it is not within it."""
     if window is None:
         return (0, 0, FRAME_SIZE, FRAME_SIZE)
     x0, y0, nx, ny = window
@@ -126,9 +129,9 @@ class Exposure:
     mjd_begin : float
         Start of the exposure, UTC.
     release : str
-        ``qr2``, or a later one: it decides the file layout and the pipeline version.
+        ``qr2`` or a later one; it determines the file layout and the pipeline version.
     version, year, day : int
-        Of the processing, as they stand in the file name.
+        Version and date of the processing, as in the file name.
 
     Raises
     ------
@@ -155,27 +158,57 @@ class Exposure:
 
     @property
     def band(self) -> str:
-        """Name of the band, D1 to D6."""
+        """Name of the band.
+
+        Returns
+        -------
+        str
+            ``D1`` to ``D6``.
+        """
         return f"D{self.detector}"
 
     @property
     def layout(self) -> str:
-        """File layout of the release: ``qr2``, or ``qr3`` for that and anything later."""
+        """File layout of the release.
+
+        Returns
+        -------
+        str
+            ``qr2``, or ``qr3`` for that release and later ones.
+        """
         return "qr2" if self.release == "qr2" else "qr3"
 
     @property
     def collection(self) -> str:
-        """Name of the archive's collection."""
+        """Name of the archive's collection.
+
+        Returns
+        -------
+        str
+            Such as ``spherex_qr2``.
+        """
         return f"spherex_{self.release}"
 
     @property
     def filename(self) -> str:
-        """Name of the archive file."""
+        """Name of the archive file.
+
+        Returns
+        -------
+        str
+            The last part of the URI.
+        """
         return f"level2_{self.obs_id}{self.band}_spx_{self._processing}.fits"
 
     @property
     def uri(self) -> str:
-        """Path of the file below the archive's base URL."""
+        """Path of the file below the archive's base URL.
+
+        Returns
+        -------
+        str
+            As the archive's tables give it.
+        """
         planning_period = self.obs_id.rsplit("_", 2)[0]
         return (
             f"ibe/data/spherex/{self.release}/level2/{planning_period}/{self._processing}/"
@@ -188,26 +221,50 @@ class Exposure:
 
     @property
     def mjd_end(self) -> float:
-        """End of the exposure, UTC."""
+        """End of the exposure.
+
+        Returns
+        -------
+        float
+            MJD, UTC.
+        """
         return self.mjd_begin + _cards("image")["TELAPSE"] / 86400.0
 
     @property
     def wavelength_limits_um(self) -> tuple[float, float]:
-        """Range of wavelengths over the whole detector, in um."""
+        """Range of wavelengths over the whole detector.
+
+        Returns
+        -------
+        tuple of float
+            Shortest and longest wavelength in um.
+        """
         return BAND_LIMITS_UM[self.detector]
 
     @property
     def pixel_area_arcsec2(self) -> float:
-        """Area of the reference pixel."""
+        """Area of the reference pixel.
+
+        Returns
+        -------
+        float
+            Area in arcsec^2.
+        """
         return proj_plane_pixel_area(self.wcs()) * 3600.0**2
 
     @property
     def fwhm_pixels(self) -> float:
-        """Full width at half maximum of the Gaussian PSF, in pixels."""
+        """Full width at half maximum of the Gaussian PSF.
+
+        Returns
+        -------
+        float
+            Width in pixels.
+        """
         return _cards("image")["PSF_FWHM"] / np.sqrt(self.pixel_area_arcsec2)
 
     def image_header(self, window: Window | None = None) -> fits.Header:
-        """Cards of the IMAGE extension, without those of the array itself.
+        """Return the cards of the IMAGE extension, without those that describe the array.
 
         Parameters
         ----------
@@ -217,12 +274,15 @@ class Exposure:
         Returns
         -------
         astropy.io.fits.Header
+            A new header.
         """
         x0, y0, _, _ = _checked_window(window)
         header = _cards("image").copy()
         header["OBSID"] = self.obs_id
         header["DETECTOR"] = self.detector
-        plan, part, slews = _OBS_ID.fullmatch(self.obs_id).groups()
+        match = _OBS_ID.fullmatch(self.obs_id)
+        assert match is not None, "checked when the exposure was made"
+        plan, part, slews = match.groups()
         digits = re.sub(r"\D", "", f"{plan}{ord(part) - ord('A') + 1:02d}{slews}{self.detector}")
         header["EXPIDN"] = int(digits)
 
@@ -244,11 +304,33 @@ class Exposure:
         return header
 
     def wcs(self, window: Window | None = None) -> WCS:
-        """Celestial WCS of the frame or of a cut-out, SIP distortions included."""
+        """Return the celestial WCS of the frame or of a cut-out, with SIP distortions.
+
+        Parameters
+        ----------
+        window : (x0, y0, nx, ny), optional
+            Cut-out of the frame; the full frame by default.
+
+        Returns
+        -------
+        astropy.wcs.WCS
+            The WCS for 0-based positions on the cut-out.
+        """
         return WCS(self.image_header(window))
 
     def footprint(self, window: Window | None = None) -> tuple[tuple[float, float], ...]:
-        """ICRS positions (ra, dec) in degrees of the outer corners of the four corner pixels."""
+        """Return the outer corners of the four corner pixels.
+
+        Parameters
+        ----------
+        window : (x0, y0, nx, ny), optional
+            Cut-out of the frame; the full frame by default.
+
+        Returns
+        -------
+        tuple of (float, float)
+            ICRS right ascension and declination of each corner, in degrees.
+        """
         _, _, nx, ny = _checked_window(window)
         x = np.array([0, nx, nx, 0]) - 0.5
         y = np.array([0, 0, ny, ny]) - 0.5
@@ -256,14 +338,14 @@ class Exposure:
         return tuple(zip(ra.tolist(), dec.tolist(), strict=True))
 
     def wave_table(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
-        """Control points and values of the WCS-WAVE extension.
+        """Return the control points and values of the WCS-WAVE extension.
 
         Returns
         -------
         x : (nx,) int array
             Control points in 1-based pixels of the full frame.
         y : (ny,) int array
-            The same along y.
+            Control points along y.
         values : (ny, nx, 2) float array
             Central wavelength and bandwidth in um.
         """
@@ -285,10 +367,26 @@ class Exposure:
     def wavelength(
         self, x: ArrayLike, y: ArrayLike, *, window: Window | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Central wavelength and bandwidth in um at 0-based positions on the frame or cut-out."""
+        """Return central wavelength and bandwidth at positions on the frame or a cut-out.
+
+        Parameters
+        ----------
+        x, y : array_like
+            0-based pixel positions.
+        window : (x0, y0, nx, ny), optional
+            Cut-out that the positions are on; the full frame by default.
+
+        Returns
+        -------
+        wavelength_um : float array
+            Central wavelength in um, of the positions' shape.
+        bandwidth_um : float array
+            Bandwidth in um.
+        """
         x0, y0, _, _ = _checked_window(window)
         columns, rows, values = self.wave_table()
-        # Continued past the last control points: the outer half pixels, and sources just outside.
+        # Extrapolated beyond the last control points, to the outer half pixels and to sources
+        # just outside the frame.
         table = RegularGridInterpolator(
             (rows, columns), values, bounds_error=False, fill_value=None
         )
@@ -298,39 +396,40 @@ class Exposure:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions:
-    """Everything on a frame that is not one of the sky's own sources.
+    """Everything on a frame except the sources of the sky.
 
     Attributes
     ----------
     zodi_scale : float
-        The zodiacal light in IMAGE over that in ZODI.
+        Ratio of the zodiacal light in IMAGE to that in ZODI.
     zodi_level : (6,) tuple of float
         Mean of ZODI in MJy/sr, by detector.
     zodi_gradient : float
         Relative change of ZODI from the middle of the frame to an edge.
     diffuse_amplitude : float
-        Largest value in MJy/sr of a linear gradient, zero in the middle, that ZODI lacks.
+        Largest value in MJy/sr of a linear gradient, zero in the middle, that is not in ZODI.
     read_noise : float
         Standard deviation in MJy/sr of a pixel without light.
     shot_noise : float
         Variance in (MJy/sr)^2 that 1 MJy/sr of light adds.
     crowding : float
-        Fraction of the pixels, away from the sky's own sources, near a faint field star.
+        Fraction of the pixels, away from the sky's sources, near a faint field star.
     field_star_ujy : (float, float)
         Limits of the log-uniform flux densities of field stars.
     clear_radius : float
-        Field stars keep so many pixels away from the sky's own sources.
+        Smallest distance in pixels of field stars from the sky's sources.
     source_radius : float
-        Pixels whose centre is so near a star or source carry SOURCE.
+        Pixels whose centre is within this distance, in pixels, of a star or source have the
+        flag SOURCE.
     bad_pixel_fraction : float
         Fraction of NONFUNC, HOT, COLD and OUTLIER pixels together. With 0 there are no DICHROIC
         rows either.
     cosmic_ray_density : float
-        TRANSIENT streaks per pixel of the frame.
+        Number of TRANSIENT streaks per pixel of the frame.
     harmless_fraction : float
         Fraction of good pixels with FULLSAMPLE or PHANTOM; some of them have NaN variance.
     bad_pixels_on_sources : bool
-        Whether bad pixels and NaN variances may come near the sky's own sources.
+        Whether bad pixels and NaN variances may lie near the sky's sources.
     seed : int
         Combined with the exposure's obs_id and band into the seed of the random generator.
 
@@ -364,27 +463,27 @@ class SceneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Planes:
-    """The pixels of a frame, and the truth behind them.
+    """The pixels of a frame, and the true values they were made from.
 
     Attributes
     ----------
     image, zodi : (ny, nx) float32 array
         In MJy/sr. `image` is NaN at NONFUNC pixels.
     variance : (ny, nx) float32 array
-        In (MJy/sr)^2. NaN at NONFUNC pixels and at some good ones that carry a harmless flag.
+        In (MJy/sr)^2. NaN at NONFUNC pixels and at some good ones with a harmless flag.
     flags : (ny, nx) int32 array
-        Bits as named by the cards of the FLAGS extension.
+        Bits as the cards of the FLAGS extension name them.
     source : (m,) int array
         Indices into the sky of the sources whose light reaches the frame; their centres may lie
         a few pixels off it.
     x, y : (m,) float array
         Their 0-based positions.
     wavelength_um, bandwidth_um : (m,) float array
-        Central wavelength and bandwidth where they lie.
+        Central wavelength and bandwidth at their positions.
     flux_ujy : (m,) float array
         Their flux densities at that wavelength.
     zodi_scale : float
-        The zodiacal light in `image` over `zodi`.
+        Ratio of the zodiacal light in `image` to `zodi`.
     """
 
     image: NDArray[np.float32]
@@ -408,17 +507,19 @@ def make_planes(
     Parameters
     ----------
     exposure : Exposure
+        Pointing and identity of the frame.
     sky : Sky
         Sources anywhere on the sphere.
     options : SceneOptions
+        Background, noise, field stars and bad pixels.
     window : (x0, y0, nx, ny), optional
-        Cut-out of the frame; the full frame by default. Smooth light and the sky's own sources
-        are those of the full frame, while field stars, noise and bad pixels are drawn anew.
+        Cut-out of the frame; the full frame by default. Smooth light and the sky's sources
+        are those of the full frame, while field stars, noise and bad pixels are different.
 
     Returns
     -------
     Planes
-        The same for the same arguments.
+        Equal arguments give equal planes.
 
     Raises
     ------
@@ -484,14 +585,14 @@ def make_planes(
 def _sources_on_frame(
     exposure: Exposure, sky: Sky, window: Window | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Indices and positions of the sky's sources whose PSF touches the frame."""
+    """Return indices and positions of the sky's sources whose PSF touches the frame."""
     _, _, nx, ny = _checked_window(window)
     wcs = exposure.wcs(window)
     center = wcs.all_pix2world(0.5 * (nx - 1), 0.5 * (ny - 1), 0)
     half = psf_half_size(exposure.fwhm_pixels)
-    # Far from the frame the distortion diverges and the projection repeats itself on the other
-    # side of the sky: only sources truly near may be projected.
-    corner_distance = max(_distance(center, corner) for corner in exposure.footprint(window))
+    # Far from the frame the distortion diverges, and the projection also maps the opposite side
+    # of the sky onto the frame. So only sources near the frame are projected.
+    corner_distance = max(float(_distance(center, c)) for c in exposure.footprint(window))
     margin = np.radians((half + 1) * np.sqrt(2.0 * exposure.pixel_area_arcsec2) / 3600.0)
     near = np.flatnonzero(_distance(center, (sky.ra, sky.dec)) <= corner_distance + margin)
     x, y = wcs.all_world2pix(sky.ra[near], sky.dec[near], 0, tolerance=1e-8)
@@ -499,8 +600,10 @@ def _sources_on_frame(
     return near[touching], x[touching], y[touching]
 
 
-def _distance(first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike]) -> ArrayLike:
-    """Angular distance in radians between positions (ra, dec) in degrees."""
+def _distance(
+    first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike]
+) -> NDArray[np.float64]:
+    """Return the angular distance in radians between positions (ra, dec) in degrees."""
     return angular_separation(*map(np.radians, (*first, *second)))
 
 
@@ -511,7 +614,7 @@ def _field_stars(
     y: NDArray[np.float64],
     shape: tuple[int, int],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Positions and fluxes (uJy) of faint stars clear of the sources at x, y."""
+    """Return positions and fluxes (uJy) of faint stars that are not near the positions x, y."""
     rim = np.ceil(options.source_radius)
     ny, nx = shape
     # Randomly placed discs leave exp(-density x area) of the pixels uncovered.
@@ -519,7 +622,8 @@ def _field_stars(
     n = rng.poisson(density * (nx + 2.0 * rim) * (ny + 2.0 * rim))
     star_x = rng.uniform(-0.5 - rim, nx - 0.5 + rim, n)
     star_y = rng.uniform(-0.5 - rim, ny - 0.5 + rim, n)
-    flux_ujy = np.exp(rng.uniform(*np.log(options.field_star_ujy), n))
+    faintest, brightest = np.log(options.field_star_ujy)
+    flux_ujy = np.exp(rng.uniform(faintest, brightest, n))
     distance, _ = cKDTree(np.column_stack([x, y])).query(
         np.column_stack([star_x, star_y]), distance_upper_bound=options.clear_radius
     )
@@ -537,11 +641,11 @@ def _spoil_pixels(
 ) -> None:
     """Change single pixels in place: dead, hot, cold and outlying ones, and harmless flags."""
 
-    def pick(fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pick(fraction: float) -> tuple[NDArray[np.intp], ...]:
         n = rng.poisson(fraction * image.size)
         return np.unravel_index(rng.integers(image.size, size=n), image.shape)
 
-    def pick_allowed(fraction: float) -> tuple[NDArray[np.int64], ...]:
+    def pick_allowed(fraction: float) -> tuple[NDArray[np.intp], ...]:
         picked = pick(fraction)
         return tuple(index[~spared[picked]] for index in picked)
 
@@ -575,7 +679,7 @@ def _streak_pixels(
     spared: NDArray[np.bool_],
     density: float,
 ) -> None:
-    """Add cosmic-ray streaks of up to 16 pixels in place."""
+    """Add cosmic-ray streaks of up to `_STREAK_PIXELS` pixels in place."""
     ny, nx = image.shape
     n = rng.poisson(density * image.size)
     angle = rng.uniform(0.0, 2.0 * np.pi, (n, 1))
@@ -602,23 +706,25 @@ def write_frame(
 ) -> None:
     """Write a Level 2 multi-extension FITS file.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only when it is complete.
 
     Parameters
     ----------
     path : path-like
         File to write; an existing one is replaced.
     exposure : Exposure
+        Pointing and identity of the frame.
     planes : Planes
+        The pixels.
     window : (x0, y0, nx, ny), optional
         The cut-out that `planes` was made for; the full frame by default.
     layout : {"qr2", "qr3"}, optional
-        That of the exposure's release by default.
+        File layout; by default that of the exposure's release.
 
     Raises
     ------
     ValueError
-        If `planes` is not of the window's shape, or the layout unknown.
+        If `planes` does not have the shape of the window, or the layout is unknown.
     """
     layout = exposure.layout if layout is None else layout
     if layout not in _PIPELINE_VERSION:
@@ -657,7 +763,7 @@ def _unit_header(unit: str) -> fits.Header:
 
 
 def _count_flags(header: fits.Header, flags: NDArray[np.int32]) -> None:
-    """Set the header's pixel counts."""
+    """Set the numbers of flagged pixels in a header."""
     for key in header["L2 N_*"]:
         header[key] = np.count_nonzero(flags & _mask(key.removeprefix("L2 N_")))
     if "PXSRCMSK" in header:
@@ -665,7 +771,7 @@ def _count_flags(header: fits.Header, flags: NDArray[np.int32]) -> None:
 
 
 def _flags_hdu(flags: NDArray[np.int32], layout: str) -> fits.ImageHDU | fits.CompImageHDU:
-    """The FLAGS extension: plain with MP_ cards, or compressed with MSKN cards."""
+    """Return the FLAGS extension: plain with MP_ cards, or compressed with MSKN cards."""
     header = _cards("flags").copy()
     _count_flags(header, flags)
     if layout == "qr2":
@@ -679,12 +785,12 @@ def _flags_hdu(flags: NDArray[np.int32], layout: str) -> fits.ImageHDU | fits.Co
 
 
 def _zones(n: int) -> tuple[NDArray[np.float64], float]:
-    """Centres in 1-based pixels, and the width, of n equal zones along an axis."""
+    """Return the centres in 1-based pixels, and the width, of n equal zones along an axis."""
     return (2 * np.arange(n) + 1) * FRAME_SIZE / (2 * n) + 0.5, FRAME_SIZE / n
 
 
 def _psf_hdu(exposure: Exposure) -> fits.ImageHDU:
-    """The PSF extension: one oversampled plane a zone, x running fastest, each of unit sum."""
+    """Return the PSF extension: an oversampled plane of unit sum for each zone, x fastest."""
     fwhm = exposure.fwhm_pixels * _PSF_OVERSAMPLING
     plane = pixel_integrated_psf(0.0, 0.0, fwhm, _PSF_SIZE).astype(np.float32)
     centers, width = _zones(_PSF_ZONES)
@@ -697,7 +803,7 @@ def _psf_hdu(exposure: Exposure) -> fits.ImageHDU:
 
 
 def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
-    """The EPSF extension: the fraction of the flux in a pixel, by its offset from the source."""
+    """Return the EPSF extension: the fraction of the flux in a pixel, by offset from the source."""
     steps = (np.arange(_EPSF_SIZE) - _EPSF_SIZE // 2) / _EPSF_OVERSAMPLING
     fwhm_pixels = exposure.fwhm_pixels
     response = pixel_response(steps, fwhm_pixels)
@@ -731,7 +837,7 @@ def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
 
 
 def _wave_hdu(exposure: Exposure) -> fits.BinTableHDU:
-    """The WCS-WAVE extension."""
+    """Return the WCS-WAVE extension."""
     x, y, values = exposure.wave_table()
     ny, nx, _ = values.shape
     return fits.BinTableHDU.from_columns(

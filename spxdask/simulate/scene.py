@@ -1,4 +1,4 @@
-"""What the simulated detector looks at: sources with known spectra, and how they fall on pixels.
+"""The scene that a simulated detector observes: sources with known spectra, and their pixels.
 
 Pixel coordinates are 0-based; the centre of the first pixel is (0, 0).
 """
@@ -15,7 +15,9 @@ from scipy.spatial import cKDTree
 from scipy.special import erf
 
 SIGMA_PER_FWHM = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
+# Attempts to place all sources at the required distance from each other.
 _PLACEMENT_ROUNDS = 100
+# Number of sources rendered at a time, which limits the memory of their stamps.
 _RENDER_CHUNK = 16384
 
 
@@ -32,14 +34,14 @@ class Sky:
     slope : (n,) float array
         Exponent of the power law in wavelength.
     line_strength : (n,) float array
-        Peak of the feature relative to the power law; between -1 and 0 it is an absorption.
+        Peak of the feature relative to the power law; values from -1 to 0 are absorption.
     line_center_um, line_width_um : (n,) float array
         Centre and standard deviation of the feature.
 
     Raises
     ------
     ValueError
-        If the arrays are not all one-dimensional and of one length.
+        If the arrays are not all one-dimensional and of equal length.
     """
 
     ra: NDArray[np.float64]
@@ -53,22 +55,33 @@ class Sky:
     def __post_init__(self) -> None:
         shapes = {field.name: np.shape(getattr(self, field.name)) for field in fields(self)}
         if len(set(shapes.values())) != 1 or len(shapes["ra"]) != 1:
-            raise ValueError(f"a sky needs one-dimensional arrays of one length, got {shapes}")
+            raise ValueError(f"a sky needs one-dimensional arrays of equal length, got {shapes}")
 
     def __len__(self) -> int:
         return len(self.ra)
 
     def take(self, index: ArrayLike) -> Sky:
-        """Return the sources selected by an index or boolean array."""
+        """Return some of the sources.
+
+        Parameters
+        ----------
+        index : array_like
+            Integer indices, or a boolean array.
+
+        Returns
+        -------
+        Sky
+            The selected sources, in the order of the indices.
+        """
         return Sky(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def flux(self, wavelength_um: ArrayLike) -> NDArray[np.float64]:
-        """Flux densities at one wavelength, or each source's at its own.
+        """Return the flux densities of the sources.
 
         Parameters
         ----------
         wavelength_um : float or (n,) float array
-            Wavelength in um.
+            Wavelength in um, the same for all or one for each source.
 
         Returns
         -------
@@ -91,18 +104,18 @@ def make_sky(
     seed: int,
     amplitude_ujy: tuple[float, float] = (300.0, 30000.0),
 ) -> Sky:
-    """Scatter isolated sources uniformly over a circle on the sphere.
+    """Distribute isolated sources uniformly over a circle on the sphere.
 
     Parameters
     ----------
     center_ra, center_dec : float
         ICRS centre of the circle in degrees.
     radius_deg : float
-        Radius of the circle.
+        Radius of the circle in degrees.
     n_sources : int
         Number of sources.
     min_separation_arcsec : float
-        Smallest distance between any two sources.
+        Smallest distance between any two sources, in arcsec.
     seed : int
         Seed of the random generator; equal arguments give equal skies.
     amplitude_ujy : (float, float)
@@ -111,15 +124,16 @@ def make_sky(
     Returns
     -------
     Sky
+        The sources, with random spectra.
 
     Raises
     ------
     ValueError
-        If the circle has no room for so many sources so far apart.
+        If the circle has no room for that many sources at that distance.
     """
     rng = np.random.default_rng(seed)
     center = SkyCoord(center_ra, center_dec, unit="deg")
-    # The chord between unit vectors, so that one tree works at any declination.
+    # Distances are compared as chords between unit vectors, which is right at any declination.
     min_chord = 2.0 * np.sin(np.radians(min_separation_arcsec / 3600.0) / 2.0)
     kept = SkyCoord([], [], unit="deg")
     for _ in range(_PLACEMENT_ROUNDS):
@@ -137,7 +151,8 @@ def make_sky(
         tree = cKDTree(candidates.cartesian.xyz.value.T)
         pairs = tree.query_pairs(min_chord, output_type="ndarray")
         isolated = np.ones(n_sources, dtype=bool)
-        isolated[pairs.max(axis=1)] = False  # of each close pair the newcomer goes
+        # Of each close pair the source that was added later is removed.
+        isolated[pairs.max(axis=1)] = False
         kept = candidates[isolated]
     else:
         raise ValueError(
@@ -145,24 +160,51 @@ def make_sky(
             f"within {radius_deg} deg"
         )
     n = n_sources
+    faintest, brightest = np.log(amplitude_ujy)
+    shortest, longest = np.log((0.75, 5.0))
     return Sky(
         ra=kept.ra.deg,
         dec=kept.dec.deg,
-        amplitude=np.exp(rng.uniform(*np.log(amplitude_ujy), n)),
+        amplitude=np.exp(rng.uniform(faintest, brightest, n)),
         slope=rng.uniform(-2.0, 1.0, n),
         line_strength=rng.uniform(-0.5, 1.0, n),
-        line_center_um=np.exp(rng.uniform(*np.log((0.75, 5.0)), n)),
+        line_center_um=np.exp(rng.uniform(shortest, longest, n)),
         line_width_um=rng.uniform(0.02, 0.1, n),
     )
 
 
 def psf_half_size(fwhm_pixels: float) -> int:
-    """Half the width of a stamp that holds the PSF to 5 sigma, wherever in its pixel it lies."""
+    """Return the half-width of a stamp that contains the PSF to 5 sigma.
+
+    Parameters
+    ----------
+    fwhm_pixels : float
+        Full width at half maximum of the PSF in pixels.
+
+    Returns
+    -------
+    int
+        Number of pixels on each side of the middle one, enough for any position of the source
+        within its pixel.
+    """
     return int(np.ceil(5.0 * SIGMA_PER_FWHM * fwhm_pixels + 0.5))
 
 
 def pixel_response(offset: ArrayLike, fwhm_pixels: float) -> NDArray[np.float64]:
-    """Fraction of a one-dimensional Gaussian within a pixel centred `offset` pixels from it."""
+    """Return the fraction of a one-dimensional Gaussian that falls into a pixel.
+
+    Parameters
+    ----------
+    offset : array_like
+        Distance of the pixel's centre from the Gaussian's, in pixels.
+    fwhm_pixels : float
+        Full width at half maximum in pixels.
+
+    Returns
+    -------
+    float array
+        Fractions, of the shape of `offset`.
+    """
     offset = np.asarray(offset, dtype=float)
     scale = np.sqrt(2.0) * SIGMA_PER_FWHM * fwhm_pixels
     return 0.5 * (erf((offset + 0.5) / scale) - erf((offset - 0.5) / scale))
@@ -204,7 +246,22 @@ def pixel_integrated_psf(
 def reaches(
     x: NDArray[np.float64], y: NDArray[np.float64], half: int, shape: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Whether a stamp of the given half-width around each position touches the image."""
+    """Return whether a stamp around each position touches the image.
+
+    Parameters
+    ----------
+    x, y : (n,) float array
+        0-based positions.
+    half : int
+        Half-width of the stamp: pixels on each side of the middle one.
+    shape : (int, int)
+        Shape (ny, nx) of the image.
+
+    Returns
+    -------
+    (n,) bool array
+        True for positions whose stamp shares a pixel with the image.
+    """
     column, row = np.rint(x), np.rint(y)
     ny, nx = shape
     return (column >= -half) & (column < nx + half) & (row >= -half) & (row < ny + half)
@@ -218,20 +275,21 @@ def render_sources(
     fwhm_pixels: float,
     shape: tuple[int, int],
 ) -> NDArray[np.float64]:
-    """Image of point sources, in the unit of `flux` per pixel.
+    """Return an image of point sources.
 
     Parameters
     ----------
     x, y, flux : (n,) float array
         0-based positions, which may lie off the image, and fluxes.
     fwhm_pixels : float
-        Full width at half maximum of the Gaussian PSF.
+        Full width at half maximum of the Gaussian PSF in pixels.
     shape : (int, int)
         Shape (ny, nx) of the image.
 
     Returns
     -------
     (ny, nx) float array
+        The flux in each pixel, in the unit of `flux`.
     """
     half = psf_half_size(fwhm_pixels)
     padded, pad = _padded(shape, half, float)
@@ -250,7 +308,7 @@ def render_sources(
 def disc_mask(
     x: NDArray[np.float64], y: NDArray[np.float64], radius: float, shape: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Mark the pixels whose centre lies within `radius` pixels of any position.
+    """Mark the pixels whose centre lies within a distance of any position.
 
     Parameters
     ----------
@@ -264,6 +322,7 @@ def disc_mask(
     Returns
     -------
     (ny, nx) bool array
+        True within the discs.
     """
     half = int(np.floor(radius + 0.5))
     padded, pad = _padded(shape, half, bool)
@@ -281,12 +340,12 @@ def disc_mask(
 
 
 def _padded(shape: tuple[int, int], half: int, dtype: type) -> tuple[np.ndarray, int]:
-    """Zeros with room for every stamp that touches the image, and the width of the rim."""
+    """Return zeros with room for every stamp that touches the image, and the width of the rim."""
     pad = 2 * half + 1
     return np.zeros((shape[0] + 2 * pad, shape[1] + 2 * pad), dtype=dtype), pad
 
 
 def _corner(x: np.ndarray, y: np.ndarray, shift: int, width: int) -> NDArray[np.int64]:
-    """Flat index of each stamp's first pixel in a padded image."""
+    """Return the flat index of each stamp's first pixel in a padded image."""
     column, row = np.rint(x).astype(np.int64), np.rint(y).astype(np.int64)
     return (row + shift) * width + column + shift

@@ -1,7 +1,7 @@
-"""The queries of a simulated TAP service: ADQL over the three SPHEREx tables in memory.
+"""The queries of a simulated TAP service: ADQL for the three SPHEREx tables in memory.
 
-The dialect is sqlite's, narrowed to what the stricter TAP servers accept, so that a query that
-runs here runs anywhere.
+sqlite runs the queries. Before, they are restricted to what the stricter TAP servers accept, so
+that a query that works here works everywhere.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ _TOKEN = re.compile(
 
 
 class QueryError(ValueError):
-    """The service refuses the query; the message says why in one sentence."""
+    """A query that the service rejects; the message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryResult:
     """The answer to one query.
 
-    Parameters
+    Attributes
     ----------
     names : tuple of str
         Column names, as selected.
@@ -86,7 +86,7 @@ class QueryResult:
     rows : list of tuple
         Values in the order of `names`; None is null.
     overflow : bool
-        Whether rows were left out because of `maxrec`.
+        Whether `maxrec` excluded rows.
     """
 
     names: tuple[str, ...]
@@ -96,15 +96,15 @@ class QueryResult:
 
 
 class SpherexTables:
-    """The tables spherex.observation, spherex.plane and spherex.artifact, to be queried in ADQL.
+    """The tables spherex.observation, spherex.plane and spherex.artifact, queried in ADQL.
 
-    Can be used from several threads; queries run one after the other.
+    Several threads may use it; queries run one after the other.
 
     Parameters
     ----------
     observations, planes, artifacts : iterable of sequence
-        Rows, with the columns in the order of `TABLE_COLUMNS`; `poly` as `footprint_text` writes
-        it.
+        Rows, with the columns in the order of `TABLE_COLUMNS`; `poly` in the form of
+        `footprint_text`.
 
     Raises
     ------
@@ -120,7 +120,7 @@ class SpherexTables:
         artifacts: Iterable[Sequence[Any]],
     ) -> None:
         rows = {"observation": observations, "plane": list(planes), "artifact": artifacts}
-        # Every footprint, and every constant of a query, is read once.
+        # Cached, so that each footprint, and each constant of a query, is parsed only once.
         self._shape = lru_cache(maxsize=None)(_parse_region)
         for plane in rows["plane"]:
             self._shape(plane[-1])
@@ -140,7 +140,7 @@ class SpherexTables:
         self._add_functions()
         self._db.set_authorizer(_authorize)
         self._closing = False
-        # Asked by sqlite every so many of its instructions: whether to interrupt the query.
+        # sqlite calls this every 10,000 of its instructions, and interrupts the query if true.
         self._db.set_progress_handler(lambda: self._closing, 10_000)
 
     def query(self, adql: str, *, maxrec: int) -> QueryResult:
@@ -151,17 +151,19 @@ class SpherexTables:
         adql : str
             One SELECT statement in ADQL.
         maxrec : int
-            Most rows to return. A longer answer is cut and marked as an overflow.
+            Largest number of rows to return. A longer answer is truncated and marked as an
+            overflow.
 
         Returns
         -------
         QueryResult
+            The answer.
 
         Raises
         ------
         QueryError
-            If the query is malformed, asks for something the service does not have, or does more
-            than read the tables.
+            If the query is malformed, names something that does not exist, or does more than
+            read the tables.
         """
         statement = _to_sqlite(adql)
         with self._lock:
@@ -172,7 +174,7 @@ class SpherexTables:
                 names = tuple(column[0] for column in cursor.description)
                 cursor.close()
             except sqlite3.Error as error:
-                # sqlite hides what went wrong in a user function.
+                # sqlite does not report the error of a user-defined function.
                 reason = self._function_error or error
                 raise QueryError(f"The query failed: {reason}.") from error
         return QueryResult(
@@ -197,6 +199,8 @@ class SpherexTables:
             if not (first.startswith("POINT") and second.startswith("POINT")):
                 raise ValueError("DISTANCE is measured between two POINTs")
             a, b = shape(first), shape(second)
+            assert isinstance(a, sphere.Circle)
+            assert isinstance(b, sphere.Circle)
             return sphere.separation_deg(a.ra_deg, a.dec_deg, b.ra_deg, b.dec_deg)
 
         functions: list[tuple[str, int, Callable[..., Any]]] = [
@@ -209,10 +213,12 @@ class SpherexTables:
         ]
         for name, n_arguments, function in functions:
             self._db.create_function(
-                name, n_arguments, self._noting_error(function), deterministic=True
+                name, n_arguments, self._record_error(function), deterministic=True
             )
 
-    def _noting_error(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _record_error(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that also records its error, and is null if an argument is."""
+
         def call(*arguments: Any) -> Any:
             if None in arguments:
                 return None
@@ -226,7 +232,7 @@ class SpherexTables:
 
 
 def footprint_text(polygon_deg: Iterable[tuple[float, float]]) -> str:
-    """Write a footprint as the archive's `poly` column holds it.
+    """Write a footprint in the form of the archive's `poly` column.
 
     Parameters
     ----------
@@ -242,16 +248,17 @@ def footprint_text(polygon_deg: Iterable[tuple[float, float]]) -> str:
 
 
 def result_votable(result: QueryResult) -> bytes:
-    """Write an answer as a VOTable 1.4, with the trailing OVERFLOW mark of DALI if it was cut.
+    """Write an answer as a VOTable 1.4, with DALI's trailing OVERFLOW mark if it is truncated.
 
     Parameters
     ----------
     result : QueryResult
+        The answer.
 
     Returns
     -------
     bytes
-        XML. As at IRSA the ID of a column is "col_0", "col_1", ...; its name is in `name`.
+        XML. As at IRSA, the ID of a column is "col_0", "col_1", ...; its name is in `name`.
     """
     votable, resource = _results_document("OK")
     table = TableElement(votable)
@@ -270,7 +277,7 @@ def result_votable(result: QueryResult) -> bytes:
         )
     content = _to_bytes(votable)
     if result.overflow:
-        # astropy writes a resource's INFO before its table; the mark has to follow the rows.
+        # astropy writes a resource's INFO before its table, but the mark must follow the rows.
         head, end_tag, tail = content.rpartition(b"</RESOURCE>")
         content = head + b'<INFO name="QUERY_STATUS" value="OVERFLOW"/>\n' + end_tag + tail
     return content
@@ -282,7 +289,7 @@ def error_votable(message: str) -> bytes:
     Parameters
     ----------
     message : str
-        What to tell the asker.
+        Why the query failed.
 
     Returns
     -------
@@ -309,7 +316,7 @@ def _to_bytes(votable: VOTableFile) -> bytes:
 
 
 def _datatype(name: str, values: list[Any]) -> str:
-    """VOTable datatype of a column by its values, or by its name if all of them are null."""
+    """Return the VOTable datatype of a column by its values, or by its name if all are null."""
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
         return _COLUMN_DATATYPES.get(name.lower(), "char")
@@ -329,7 +336,7 @@ def _authorize(action: int, first: str | None, second: str | None, *_: str | Non
 
 
 def _to_sqlite(adql: str) -> str:
-    """Refuse what a strict ADQL parser refuses, and write the rest in sqlite's dialect."""
+    """Reject what a strict ADQL parser rejects, and return the query in sqlite's dialect."""
     tokens = _tokens(adql)
     words = [token.upper() for token in tokens] + ["", ""]
     if words[0] != "SELECT":
@@ -372,7 +379,7 @@ def _tokens(adql: str) -> list[str]:
             raise QueryError(f"Unexpected character {adql[position]!r} at {position} in the query.")
         position = match.end()
         if match.lastgroup == "delimited":
-            # sqlite takes an unknown name in double quotes for a string, but never one in brackets.
+            # sqlite treats an unknown name in double quotes as a string, but not one in brackets.
             tokens.append(f"[{match[0][1:-1]}]")
         elif match.lastgroup != "blank":
             tokens.append(match[0])
@@ -394,7 +401,7 @@ def _region(kind: str, *numbers: float) -> str:
 
 def _check_system(system: Any) -> None:
     if str(system).upper() != "ICRS":
-        raise ValueError(f"the coordinate system must be 'ICRS', not {system!r}")
+        raise ValueError(f"the coordinate system must be 'ICRS', got {system!r}")
 
 
 def _point(system: str, ra_deg: float, dec_deg: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from spxdask.archive.observation import filename_identity, is_level2_name
+from spxdask.archive.observation import is_level2_name, parse_filename
 from spxdask.config import PhotometryConfig
 from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
@@ -181,7 +181,7 @@ def measure_catalogue(
     ra, dec = catalogue.ra[near], catalogue.dec[near]
     measured = measure(frame, ra, dec, photometry)
     warnings = measured.warnings
-    if is_level2_name(frame.filename) and filename_identity(frame.filename)[0] != frame.obs_id:
+    if is_level2_name(frame.filename) and parse_filename(frame.filename)[0] != frame.obs_id:
         warnings += (f"the header says that this is {frame.obs_id}",)
     index = measured.index
     columns = {

@@ -1,10 +1,10 @@
-"""Download and extract in one: a frame goes from the archive to its table in memory."""
+"""Download and extraction in one task: a frame goes from the archive to its table in memory."""
 
 from __future__ import annotations
 
 from spxdask.archive.observation import Observation
 from spxdask.run.ledger import Outcome
-from spxdask.stages.download import FetchOptions, fetched
+from spxdask.stages.download import FetchOptions, fetch_frame
 from spxdask.stages.extract import ExtractOptions, extract_frame
 
 
@@ -12,31 +12,36 @@ def stream(
     observation: Observation,
     images: str | None,
     per_image: str,
-    fetch: FetchOptions,
-    measure: ExtractOptions,
+    fetch_options: FetchOptions,
+    extract_options: ExtractOptions,
 ) -> list[Outcome]:
     """Fetch one frame and measure it; the task of a run.
 
-    So download of the next frames overlaps extraction of this one, and what has come is
-    measured before more is asked for.
+    With both in one task, the download of the next frames overlaps the extraction of this
+    one, and a frame is measured before another is requested in its place.
 
     Parameters
     ----------
     observation : Observation
+        The frame.
     images : str or None
-        Folder to keep the frame in, if it is to be kept.
+        Folder to write the frame to, None if it is not to be kept.
     per_image : str
         Folder of the tables.
-    fetch, measure
-        Options of the two stages.
+    fetch_options : FetchOptions
+        Options of the download.
+    extract_options : ExtractOptions
+        Options of the extraction.
 
     Returns
     -------
     list of Outcome
         That of the download and, if there was a frame, that of the extraction.
     """
-    measured = []
-    with fetched(observation, images, fetch) as image:
-        if image.frame is not None:
-            measured = [extract_frame(image.frame, per_image, measure)]
-    return [image.outcome, *measured]
+    downloaded, extracted = fetch_frame(
+        observation,
+        images,
+        fetch_options,
+        lambda frame: extract_frame(frame, per_image, extract_options),
+    )
+    return [downloaded] if extracted is None else [downloaded, extracted]

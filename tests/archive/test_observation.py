@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from spxdask.archive.observation import (
     Observation,
     check_uri,
-    filename_identity,
     frame_url,
     is_level2_name,
+    parse_filename,
+    parse_release,
 )
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, RunFolderError
@@ -43,13 +44,33 @@ OBSERVATION = Observation(
 def test_names():
     assert OBSERVATION.filename == "level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits"
     assert OBSERVATION.stem == "level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354"
-    assert filename_identity(OBSERVATION.filename) == (OBSERVATION.obs_id, OBSERVATION.band)
+    assert parse_filename(OBSERVATION.filename) == (OBSERVATION.obs_id, OBSERVATION.band)
     assert pickle.loads(pickle.dumps(OBSERVATION)) == OBSERVATION
+
+
+@pytest.mark.parametrize("name", ["", "a.fits", f"{OBSERVATION.filename}.gz"])
+def test_another_name_has_no_identity(name):
+    with pytest.raises(ValueError, match="not the name of a Level 2 file"):
+        parse_filename(name)
+
+
+@pytest.mark.parametrize(
+    ("publisher_did", "release"),
+    [
+        ("ivo://irsa.ipac/spherex_qr2?2025W51_1A_0684_2/D3", "qr2"),
+        ("ivo://irsa.ipac/spherex_qr10_deep?2025W51_1A_0684_2/D3", "qr10"),
+        ("ivo://irsa.ipac/spherex_xx?2025W51_1A_0684_2/D3", None),
+        ("ivo://irsa.ipac/wise?2025W51_1A_0684_2/D3", None),
+        ("", None),
+    ],
+)
+def test_the_release_of_a_collection(publisher_did, release):
+    assert parse_release(publisher_did) == release
 
 
 def test_a_d_in_the_obs_id_is_not_the_detector():
     name = "level2_2025W51_1D_0684_2D6_spx_l2b-v1-2025-001.fits"
-    assert filename_identity(name) == ("2025W51_1D_0684_2", "D6")
+    assert parse_filename(name) == ("2025W51_1D_0684_2", "D6")
 
 
 @pytest.mark.parametrize(

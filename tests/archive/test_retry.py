@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spxdask.archive import retry
+from spxdask.archive.retry import RetryPolicy
 
-LONGEST = retry.LONGEST_RETRY_AFTER_S
+POLICY = RetryPolicy(max_retries=3)
+LONGEST = POLICY.longest_retry_after_s
 
 
 @pytest.mark.parametrize(
     ("attempt", "longest"), [(1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (100, 60)]
 )
 def test_delay_doubles_up_to_a_minute_and_is_scattered(attempt, longest):
-    delays = [retry.delay(attempt) for _ in range(200)]
+    delays = [POLICY.delay(attempt) for _ in range(200)]
     assert all(longest / 2 <= delay <= longest for delay in delays)
     assert max(delays) - min(delays) > longest / 4
 
@@ -28,7 +29,7 @@ def test_delay_doubles_up_to_a_minute_and_is_scattered(attempt, longest):
     [("0", 0), ("7", 7), (" 7 ", 7), ("86400", LONGEST), ("9" * 400, LONGEST)],
 )
 def test_seconds_that_the_server_asks_for(asked, seconds):
-    assert retry.delay(5, asked) == seconds
+    assert POLICY.delay(5, asked) == seconds
 
 
 @pytest.mark.parametrize(("ahead_s", "seconds"), [(100, 100), (-100, 0), (1e6, LONGEST)])
@@ -36,12 +37,12 @@ def test_seconds_that_the_server_asks_for(asked, seconds):
 def test_a_date_that_the_server_asks_for(ahead_s, seconds, zone):
     when = datetime.now(UTC) + timedelta(seconds=ahead_s)
     asked = format_datetime(when.replace(tzinfo=zone))
-    assert retry.delay(1, asked) == pytest.approx(seconds, abs=10 if seconds == 100 else 0)
+    assert POLICY.delay(1, asked) == pytest.approx(seconds, abs=10 if seconds == 100 else 0)
 
 
 @pytest.mark.parametrize("asked", ["", "soon", "-5", "1.5", "\u00b2", "1e3", "32 Foo 2026", "nan"])
 def test_what_cannot_be_read_is_as_if_not_said(asked):
-    assert 0.5 <= retry.delay(1, asked) <= 1
+    assert 0.5 <= POLICY.delay(1, asked) <= 1
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_what_cannot_be_read_is_as_if_not_said(asked):
     ],
 )
 def test_a_date_beyond_all_numbers_is_as_if_not_said(asked):
-    assert 0.5 <= retry.delay(1, asked) <= 1
+    assert 0.5 <= POLICY.delay(1, asked) <= 1
 
 
 @given(
@@ -65,4 +66,14 @@ def test_a_date_beyond_all_numbers_is_as_if_not_said(asked):
     | st.from_regex(r"Mon, [0-9]{2} Jan [0-9]+ 00:00:00 [+-][0-9]+", fullmatch=True),
 )
 def test_no_header_breaks_it(attempt, asked):
-    assert 0 <= retry.delay(attempt, asked) <= LONGEST
+    assert 0 <= POLICY.delay(attempt, asked) <= LONGEST
+
+
+def test_limits_are_of_the_policy():
+    policy = RetryPolicy(
+        max_retries=3, first_delay_s=4.0, longest_delay_s=6.0, longest_retry_after_s=9.0
+    )
+    assert 2 <= policy.delay(1) <= 4
+    assert 3 <= policy.delay(2) <= 6
+    assert policy.delay(1, "8") == 8
+    assert policy.delay(1, "10") == 9

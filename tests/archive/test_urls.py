@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spxdask.archive.urls import without_credentials
+from spxdask.archive.urls import strip_credentials
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from spxdask.archive.urls import without_credentials
     ],
 )
 def test_names_and_passwords_are_not_shown(text, shown):
-    assert without_credentials(text) == shown
+    assert strip_credentials(text) == shown

@@ -11,11 +11,12 @@ import pickle
 import re
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
@@ -23,25 +24,49 @@ import pytest
 from astropy.io import fits
 from fsspec.asyn import get_loop
 
-from spxdask.archive import retry
 from spxdask.archive.buffer_pool import BufferPool
 from spxdask.archive.observation import Observation
+from spxdask.archive.redirects import MAX_REDIRECTS
+from spxdask.archive.retry import RetryPolicy
 from spxdask.cluster.client import error_as_value
+from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import DiskFullError
 from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
-from spxdask.stages import download
-from spxdask.stages.download import FetchOptions, is_complete
+from spxdask.stages.download import (
+    MAX_FRAME_BYTES,
+    FetchOptions,
+    download,
+    fetch_frame,
+    frame_memory_limit,
+)
 from spxdask.storage import LocalStore
 
 WINDOW = (900, 900, 60, 60)
-PATIENT = FetchOptions(max_retries=3, stall_timeout=10.0)
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.001)
+def options(max_retries=3, stall_timeout_s=10.0, **limits):
+    """Options with which a download waits hardly at all between attempts."""
+    retry = RetryPolicy(max_retries=max_retries, first_delay_s=0.001)
+    return FetchOptions(retry=retry, stall_timeout_s=stall_timeout_s, **limits)
+
+
+PATIENT = options()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingPolicy(RetryPolicy):
+    """A policy that records what it is asked for, calls `before_retry` and does not wait."""
+
+    max_retries: int = 3
+    calls: list[tuple[int, str | None]] = field(default_factory=list)
+    before_retry: Callable[[], object] = lambda: None
+
+    def delay(self, attempt, retry_after=None):
+        self.calls.append((attempt, retry_after))
+        self.before_retry()
+        return 0.0
 
 
 def exposure(**changes):
@@ -168,8 +193,8 @@ class Script(BaseHTTPRequestHandler):
         pass
 
 
-def fetch(archive, frame, images, options=PATIENT, **changes):
-    return download.download(observed(frame, archive.url, **changes), str(images), options)
+def fetch(archive, frame, images, patience=PATIENT, **changes):
+    return download(observed(frame, archive.url, **changes), str(images), patience)
 
 
 def statuses(archive):
@@ -253,10 +278,10 @@ def test_it_is_tried_again(frame, content, images, fault):
 LASTING = [
     (Fault(status=503, retry_after_s=0), "HTTP 503 Service Unavailable (after 3 attempts)"),
     (Fault(status=429), "HTTP 429 Too Many Requests"),
-    (Fault(html=True), "an HTML page came in place of the file"),
+    (Fault(html=True), "the server sent an HTML page instead of the file"),
     (Fault(garbage=True), "not a FITS file"),
-    (Fault(short=500_000), "500000 bytes came, the archive says "),
-    (Fault(short=0), "0 bytes came, the archive says "),
+    (Fault(short=500_000), "the file has 500000 bytes, the archive lists "),
+    (Fault(short=0), "the file has 0 bytes, the archive lists "),
     (Fault(truncate=0), "the transfer broke off after 0 bytes"),
     (Fault(truncate=100_000), "the transfer broke off after "),
     (Fault(redirect="http://127.0.0.1:9/"), "Cannot connect to host 127.0.0.1:9"),
@@ -265,9 +290,8 @@ LASTING = [
 
 @pytest.mark.parametrize(("fault", "says"), LASTING, ids=lambda value: repr(value)[:80])
 def test_what_does_not_pass_is_a_failure_with_its_reason(frame, images, fault, says):
-    options = replace(PATIENT, max_retries=2)
     with SimulatedArchive([frame], faults={frame.uri: itertools.repeat(fault)}) as archive:
-        outcome = fetch(archive, frame, images, options)
+        outcome = fetch(archive, frame, images, options(max_retries=2))
         assert_failed(outcome, images, says, 3)
         assert outcome.reason.startswith(f"{archive.url}/{frame.uri}: ")
         assert len(archive.requests) == 3
@@ -276,9 +300,9 @@ def test_what_does_not_pass_is_a_failure_with_its_reason(frame, images, fault, s
 
 @pytest.mark.parametrize("retries", [0, 1])
 def test_number_of_retries(frame, images, retries):
-    options = replace(PATIENT, max_retries=retries)
+    patience = options(max_retries=retries)
     with SimulatedArchive([frame], faults={frame.uri: [Fault(html=True)] * 9}) as archive:
-        assert_failed(fetch(archive, frame, images, options), images, "HTML", retries + 1)
+        assert_failed(fetch(archive, frame, images, patience), images, "HTML", retries + 1)
         assert len(archive.requests) == retries + 1
 
 
@@ -311,18 +335,12 @@ def test_nobody_listens(frame, images):
     assert_failed(fetch(archive, frame, images), images, "Cannot connect to host", 4)
 
 
-def test_the_archive_says_how_long_to_wait(frame, images, monkeypatch):
-    asked = []
-
-    def delay(attempt, retry_after=None):
-        asked.append((attempt, retry_after))
-        return 0.0
-
-    monkeypatch.setattr(retry, "delay", delay)
+def test_the_archive_says_how_long_to_wait(frame, images):
+    policy = RecordingPolicy()
     faults = [Fault(status=503, retry_after_s=7), Fault(html=True), Fault(status=429)]
     with SimulatedArchive([frame], faults={frame.uri: faults}) as archive:
-        assert fetch(archive, frame, images).status == "done"
-    assert asked == [(1, "7"), (2, None), (3, None)]
+        assert fetch(archive, frame, images, replace(PATIENT, retry=policy)).status == "done"
+    assert policy.calls == [(1, "7"), (2, None), (3, None)]
 
 
 # Whole, and the right one
@@ -345,7 +363,7 @@ def test_the_archives_length_counts(frame, content, images, off):
     # Nothing needs to be sent to know it.
     with Server(itertools.repeat((200, {"Content-Length": len(content)}, b""))) as server:
         outcome = fetch(server, frame, images, size_bytes=said)
-    says = f"{len(content)} bytes came, the archive says {said}"
+    says = f"the file has {len(content)} bytes, the archive lists {said}"
     assert_failed(outcome, images, says, 4)
 
 
@@ -362,7 +380,7 @@ def test_a_transfer_that_does_not_say_how_long_it_is(frame, content, images, kno
     with Server(itertools.repeat((200, headers, body))) as server:
         outcome = fetch(server, frame, images, **{} if known else {"size_bytes": None})
     if known and more:
-        assert_failed(outcome, images, f"more than {len(content)} bytes came", 4)
+        assert_failed(outcome, images, f"received more than {len(content)} bytes", 4)
     else:
         # FITS lets a file go on after its last unit.
         assert_done(outcome, images, frame, content + more, 1)
@@ -371,15 +389,15 @@ def test_a_transfer_that_does_not_say_how_long_it_is(frame, content, images, kno
 @pytest.mark.parametrize(
     ("size", "says", "attempts"),
     [
-        (1_000_001, "1000001 bytes are no frame", 0),
-        (None, "bytes are no frame", 1),
-        (0, "bytes came, the archive says 0", 4),
+        (1_000_001, "1000001 bytes is too long for a frame", 0),
+        (None, "bytes is too long for a frame", 1),
+        (0, "bytes, the archive lists 0", 4),
     ],
 )
-def test_lengths_that_no_frame_has(frame, content, images, monkeypatch, size, says, attempts):
-    monkeypatch.setattr(download, "MAX_FRAME_BYTES", 1_000_000)
+def test_lengths_that_no_frame_has(frame, content, images, size, says, attempts):
+    limited = options(max_frame_bytes=1_000_000)
     with Server(itertools.repeat((200, {}, content))) as server:
-        outcome = fetch(server, frame, images, size_bytes=size)
+        outcome = fetch(server, frame, images, limited, size_bytes=size)
         assert len(server.paths) == attempts
     assert_failed(outcome, images, says, attempts)
 
@@ -485,15 +503,15 @@ def test_no_folder_is_a_failure_of_the_frame(frame, tmp_path):
 
 @pytest.mark.parametrize("sent", [0, 1_000_000])
 def test_a_stalled_transfer_is_given_up(frame, images, sent):
-    hasty = FetchOptions(max_retries=1, stall_timeout=0.2)
+    hasty = options(max_retries=1, stall_timeout_s=0.2)
     with SimulatedArchive([frame], faults={frame.uri: [Fault(stall=sent)] * 2}) as archive:
-        assert_failed(fetch(archive, frame, images, hasty), images, "no byte for 0.2 s", 2)
+        assert_failed(fetch(archive, frame, images, hasty), images, "no data received for 0.2 s", 2)
         archive.wait_for(lambda archive: archive.open_connections == 0)
 
 
 @pytest.mark.parametrize("fault", [Fault(stall=1_000_000), Fault(truncate=1_000_000)], ids=repr)
 def test_a_broken_transfer_goes_on(frame, content, images, fault):
-    hasty = FetchOptions(max_retries=3, stall_timeout=1.0)
+    hasty = options(stall_timeout_s=1.0)
     plan = [fault, Fault(status=503, retry_after_s=0), Fault(truncate=500_000)]
     with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
         assert_done(fetch(archive, frame, images, hasty), images, frame, content, 4)
@@ -610,7 +628,7 @@ def moved(location, status=302):
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_followed(frame, content, images, status):
     forms = ["next", "../up/", "/a%2Fb%20c?d=%26e#f", "//localhost:{port}/g", "?h", "{url}/i"]
-    steps = list(itertools.islice(itertools.cycle(forms), download.MAX_REDIRECTS))
+    steps = list(itertools.islice(itertools.cycle(forms), MAX_REDIRECTS))
 
     def answers():
         for step in steps:
@@ -628,10 +646,12 @@ def test_redirects_are_followed(frame, content, images, status):
 
 
 def test_redirects_end(frame, content, images):
-    steps = (moved("next") for _ in range(download.MAX_REDIRECTS + 1))
+    steps = (moved("next") for _ in range(MAX_REDIRECTS + 1))
     with Server([*steps, (200, {}, content)]) as server:
-        assert_failed(fetch(server, frame, images), images, "redirected without end", 1)
-        assert len(server.paths) == download.MAX_REDIRECTS + 1
+        assert_failed(
+            fetch(server, frame, images), images, f"redirected more than {MAX_REDIRECTS} times", 1
+        )
+        assert len(server.paths) == MAX_REDIRECTS + 1
 
 
 def test_a_redirected_transfer_goes_on(frame, content, images):
@@ -760,7 +780,7 @@ def test_a_public_archive_cannot_lead_inwards(frame, images, connected, host, wa
 
     with Server(answers()) as server:
         archive = f"http://archive.test:{server.server_port}"
-        outcome = download.download(observed(frame, archive), str(images), PATIENT)
+        outcome = download(observed(frame, archive), str(images), PATIENT)
         target = f"http://{host}:{server.server_port}/secret"
         says = f"{frame.uri}: redirected to {target}, a private address, which is not followed"
         assert_failed(outcome, images, says, 1)
@@ -774,7 +794,7 @@ def test_a_public_archive_can_lead_to_a_public_mirror(frame, content, images, co
         answers = [moved(f"http://{mirror}:{server.server_port}/there"), (200, {}, content)]
         server.answers = iter(answers)
         archive = f"http://archive.test:{server.server_port}"
-        outcome = download.download(observed(frame, archive), str(images), PATIENT)
+        outcome = download(observed(frame, archive), str(images), PATIENT)
         assert_done(outcome, images, frame, content, 1)
 
 
@@ -787,7 +807,7 @@ def test_a_name_that_is_nobodys(frame, images, connected):
 def test_passwords_of_others_stay_out_of_the_ledger(frame, images, connected, scheme):
     with Server([moved(f"{scheme}://user:secret@10.0.0.1/")]) as server:
         archive = f"http://archive.test:{server.server_port}"
-        outcome = download.download(observed(frame, archive), str(images), PATIENT)
+        outcome = download(observed(frame, archive), str(images), PATIENT)
     assert "10.0.0.1" in outcome.reason
     assert "secret" not in outcome.reason
 
@@ -811,9 +831,7 @@ def test_our_own_password_stays_out_of_the_ledger_and_the_log(
     caplog.set_level(logging.INFO)
     with Server(itertools.repeat(answer)) as server:
         host = f"archive.test:{server.server_port}"
-        outcome = download.download(
-            observed(frame, f"http://me:secret@{host}"), str(images), PATIENT
-        )
+        outcome = download(observed(frame, f"http://me:secret@{host}"), str(images), PATIENT)
     assert outcome.status == "failed"
     assert outcome.reason.startswith(f"http://{host}/{frame.uri}: ")
     for text in (outcome.reason, caplog.text):
@@ -831,9 +849,9 @@ def mirror(frame, tmp_path):
     return path
 
 
-def fetch_from(mirror, frame, images, options=PATIENT, **changes):
+def fetch_from(mirror, frame, images, patience=PATIENT, **changes):
     changes = {"download_url": mirror.as_uri()} | changes
-    return download.download(observed(frame, "", **changes), str(images), options)
+    return download(observed(frame, "", **changes), str(images), patience)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -848,7 +866,11 @@ def test_a_frame_comes_from_a_mirror(frame, content, images, mirror, known):
     [
         (lambda path: path.unlink(), "No such file or directory", 1),
         (lambda path: (path.unlink(), path.mkdir()), "Is a directory", 4),
-        (lambda path: os.truncate(path, 1_000_000), "1000000 bytes came, the archive says", 4),
+        (
+            lambda path: os.truncate(path, 1_000_000),
+            "the file has 1000000 bytes, the archive lists",
+            4,
+        ),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), "not a FITS file", 4),
     ],
 )
@@ -865,94 +887,117 @@ def test_another_frame_of_a_mirror_is_not_taken(frame, other, images, mirror):
     assert_failed(outcome, images, "the file is of band D1, not D2", 4)
 
 
-def test_a_mirror_that_is_just_being_copied(frame, content, images, mirror, monkeypatch):
+def test_a_mirror_that_is_just_being_copied(frame, content, images, mirror):
     mirror.write_bytes(content[:1_000_000])
-    pauses = []
-
-    def delay(attempt, retry_after=None):
-        pauses.append(attempt)
-        mirror.write_bytes(content)
-        return 0.0
-
-    monkeypatch.setattr(retry, "delay", delay)
-    assert_done(fetch_from(mirror, frame, images), images, frame, content, 2)
-    assert pauses == [1]
+    policy = RecordingPolicy(before_retry=lambda: mirror.write_bytes(content))
+    outcome = fetch_from(mirror, frame, images, replace(PATIENT, retry=policy))
+    assert_done(outcome, images, frame, content, 2)
+    assert policy.calls == [(1, None)]
 
 
 # How much at once
 
 
-class Counting(BufferPool):
-    """Notes what is asked for, and the most that was lent at a time."""
+class CountingPool(BufferPool):
+    """Records the leases, and the most of them at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked, self.lent, self.peak = [], 0, 0
+        self.leases, self.leased, self.peak = [], 0, 0
         self.lock = threading.Lock()
 
     @contextmanager
     def lease(self, size, limit=math.inf):
         with super().lease(size, limit) as block:
             with self.lock:
-                self.asked.append((size, limit))
-                self.lent += 1
-                self.peak = max(self.peak, self.lent)
+                self.leases.append((size, limit))
+                self.leased += 1
+                self.peak = max(self.peak, self.leased)
             try:
                 yield block
             finally:
                 with self.lock:
-                    self.lent -= 1
+                    self.leased -= 1
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    memory = Counting()
-    monkeypatch.setattr(download, "frame_buffers", memory)
-    return memory
+def pool():
+    return CountingPool()
+
+
+def measure_nothing(_):
+    return None
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])
-def test_a_worker_holds_no_more_frames_than_it_may(frame, other, images, memory, room):
+def test_a_worker_holds_no_more_frames_than_it_may(frame, other, images, pool, room):
     size = frame.path.stat().st_size
     assert other.path.stat().st_size == size
-    options = replace(PATIENT, scratch_bytes=room * size)
+    limited = options(scratch_bytes=room * size)
+
+    def fetch_one(archive, which):
+        observation = observed(which, archive.url)
+        return fetch_frame(observation, str(images), limited, measure_nothing, buffers=pool)[0]
+
     with (
         # So slow that all would be under way at once.
         SimulatedArchive([frame, other], bandwidth=8 * size) as archive,
-        ThreadPoolExecutor(6) as pool,
+        ThreadPoolExecutor(6) as threads,
     ):
-        outcomes = list(pool.map(lambda f: fetch(archive, f, images, options), [frame, other] * 3))
+        outcomes = list(threads.map(partial(fetch_one, archive), [frame, other] * 3))
     assert {outcome.status for outcome in outcomes} == {"done"}
-    assert memory.asked == [(size, room * size)] * 6
-    assert memory.peak <= room
+    assert pool.leases == [(size, room * size)] * 6
+    assert pool.peak <= room
 
 
 @pytest.mark.parametrize(
-    ("limit", "scratch", "expected"),
-    [
-        (8e9, 5e9, 2e9),
-        (8e9, 1e9, 1e9),
-        (None, 5e9, 5e9),
-        (0, 5e9, 5e9),
-        ("no worker", 5e9, 5e9),
-        ("no worker", math.inf, math.inf),
-    ],
+    ("worker", "scratch", "expected"),
+    [(8e9, 5e9, 2e9), (8e9, 1e9, 1e9), (math.inf, 5e9, 5e9), (math.inf, math.inf, math.inf)],
 )
-def test_a_quarter_of_the_memory_of_a_worker_is_for_frames(
-    frame, images, memory, monkeypatch, limit, scratch, expected
-):
-    def get_worker():
-        if limit == "no worker":
-            raise ValueError("No worker found")
-        return SimpleNamespace(memory_manager=SimpleNamespace(memory_limit=limit))
+def test_a_quarter_of_the_memory_of_a_worker_is_for_frames(worker, scratch, expected):
+    assert frame_memory_limit(scratch, worker) == expected
 
-    monkeypatch.setattr(download, "get_worker", get_worker)
-    options = replace(PATIENT, scratch_bytes=scratch)
+
+def lease_in_worker(observation, images):
+    pool = CountingPool()
+    fetch_frame(observation, images, PATIENT, measure_nothing, buffers=pool)
+    return pool.leases, worker_memory_limit()
+
+
+def test_a_download_knows_the_memory_of_its_worker(frame, images, client):
     with SimulatedArchive([frame]) as archive:
-        assert fetch(archive, frame, images, options).status == "done"
-        assert fetch(archive, frame, images, options, size_bytes=None).status == "done"
-    sizes = [frame.path.stat().st_size, download.MAX_FRAME_BYTES]
-    assert memory.asked == [(size, expected) for size in sizes]
+        task = client.submit(lease_in_worker, observed(frame, archive.url), str(images))
+        [(_, limit)], worker_bytes = task.result()
+    assert limit == worker_bytes / 4 < math.inf
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_is_for_the_length_of_the_frame(frame, images, pool, known):
+    size = frame.path.stat().st_size
+    with SimulatedArchive([frame]) as archive:
+        observation = observed(frame, archive.url, **{} if known else {"size_bytes": None})
+        fetch_frame(observation, str(images), PATIENT, measure_nothing, buffers=pool)
+    assert pool.leases == [(size if known else MAX_FRAME_BYTES, math.inf)]
+
+
+# Measured where it was received
+
+
+def test_a_frame_is_measured_in_memory(frame, content, images):
+    with SimulatedArchive([frame]) as archive:
+        observation = observed(frame, archive.url)
+        measured = fetch_frame(observation, str(images), PATIENT, lambda f: (f.obs_id, f.band))
+        outcome, identity = measured
+        assert identity == (observation.obs_id, observation.band)
+        assert_done(outcome, images, frame, content, 1)
+        outcome, identity = fetch_frame(observation, None, PATIENT, lambda f: f.obs_id)
+        assert (outcome.status, identity) == ("done", observation.obs_id)
+
+
+def test_nothing_is_measured_without_a_frame(frame):
+    with SimulatedArchive([frame], faults={frame.uri: [Fault(status=404)]}) as archive:
+        outcome, measured = fetch_frame(observed(frame, archive.url), None, PATIENT, pytest.fail)
+    assert (outcome.status, measured) == ("failed", None)
 
 
 # What is there already
@@ -961,25 +1006,25 @@ def test_a_quarter_of_the_memory_of_a_worker_is_for_frames(
 def test_complete_is_of_the_archives_length(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     unknown = replace(observation, size_bytes=None)
-    assert not is_complete(observation, LocalStore(images).list_sizes())
-    assert not is_complete(unknown, LocalStore(images / "gone").list_sizes())
+    assert not observation.is_complete(LocalStore(images).list_sizes())
+    assert not unknown.is_complete(LocalStore(images / "gone").list_sizes())
     path = images / frame.path.name
     for bad in (b"", content[:-1], content + b"x"):
         path.write_bytes(bad)
-        assert not is_complete(observation, LocalStore(images).list_sizes())
-        assert is_complete(unknown, LocalStore(images).list_sizes())
+        assert not observation.is_complete(LocalStore(images).list_sizes())
+        assert unknown.is_complete(LocalStore(images).list_sizes())
     path.write_bytes(content)
-    assert is_complete(observation, LocalStore(images).list_sizes())
+    assert observation.is_complete(LocalStore(images).list_sizes())
 
 
 def test_a_part_is_not_complete(frame, content, images):
     observation = observed(frame, "http://127.0.0.1")
     (images / f".{frame.path.name}.0123456789ab.part").write_bytes(content)
-    assert not is_complete(observation, LocalStore(images).list_sizes())
-    assert not is_complete(replace(observation, size_bytes=None), LocalStore(images).list_sizes())
+    assert not observation.is_complete(LocalStore(images).list_sizes())
+    assert not replace(observation, size_bytes=None).is_complete(LocalStore(images).list_sizes())
 
 
 def test_what_was_fetched_is_complete(frame, images):
     with SimulatedArchive([frame]) as archive:
         fetch(archive, frame, images)
-        assert is_complete(observed(frame, archive.url), LocalStore(images).list_sizes())
+        assert observed(frame, archive.url).is_complete(LocalStore(images).list_sizes())

@@ -21,19 +21,21 @@ from distributed import Client
 from objectstore import BUCKET, serving
 
 from spxdask import BatchConfig, BatchPipeline
-from spxdask.archive import retry
-from spxdask.archive.observation import SERVICE, Observation, frame_url
+from spxdask.archive.observation import SERVICE_PREFIX, Observation, frame_url
+from spxdask.archive.retry import RetryPolicy
+from spxdask.archive.s3 import PUBLIC_BUCKET, open_bucket
 from spxdask.simulate.archive import SimulatedArchive
-from spxdask.stages import download
-from spxdask.stages.download import PUBLIC_BUCKET, FetchOptions
-
-PATIENT = FetchOptions(max_retries=3, stall_timeout=20.0)
-HURRIED = FetchOptions(max_retries=1, stall_timeout=0.8)
+from spxdask.stages.download import FetchOptions, download
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.001)
+def options(max_retries: int, stall_timeout_s: float) -> FetchOptions:
+    """Return options with which a download waits hardly at all between attempts."""
+    retry = RetryPolicy(max_retries=max_retries, first_delay_s=0.001)
+    return FetchOptions(retry=retry, stall_timeout_s=stall_timeout_s)
+
+
+PATIENT = options(3, 20.0)
+HURRIED = options(1, 0.8)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def survey(tmp_path_factory):
 def archive(survey, store):
     with SimulatedArchive([frame.archived for frame in survey[1]]) as archive:
         for frame in survey[1]:
-            key = frame.exposure.uri.removeprefix(SERVICE)
+            key = frame.exposure.uri.removeprefix(SERVICE_PREFIX)
             store.put_file(str(frame.path), f"{BUCKET}/{key}")
             store.put_file(str(frame.path), f"{PUBLIC_BUCKET}/{key}", ACL="public-read")
         yield archive
@@ -117,7 +119,7 @@ def test_the_same_rows_from_everywhere(run, over_http, survey, store, source, tm
         "bucket": lambda: f"s3://{BUCKET}/",
         "public bucket": lambda: f"s3://{PUBLIC_BUCKET}",
         "mirror": lambda: mirror(folder, frames, ""),
-        "mirror of the bucket": lambda: mirror(folder, frames, SERVICE),
+        "mirror of the bucket": lambda: mirror(folder, frames, SERVICE_PREFIX),
     }[source]()
     expected, requests = over_http
     assert requests == 1 + len(frames)
@@ -164,8 +166,8 @@ def observed(frame, url=f"s3://{BUCKET}", **changes) -> Observation:
     return Observation(**values | changes)
 
 
-def fetch(images, observation, options=PATIENT):
-    return download.download(observation, str(images), options)
+def fetch(images, observation, patience=PATIENT):
+    return download(observation, str(images), patience)
 
 
 def assert_done(outcome, images, content, attempts):
@@ -262,9 +264,9 @@ class Passing(BaseHTTPRequestHandler):
 @pytest.fixture
 def anew():
     """Nothing is left of the connections of one test for another."""
-    download._bucket.cache_clear()
+    open_bucket.cache_clear()
     yield
-    download._bucket.cache_clear()
+    open_bucket.cache_clear()
 
 
 @pytest.fixture
@@ -336,7 +338,7 @@ def test_a_stalled_transfer_is_given_up_and_goes_on(frame, content, images, behi
 def test_a_store_that_stalls_each_time(frame, images, behind, after):
     with behind(*[Act(after=after, stall=True)] * 2):
         outcome = fetch(images, observed(frame), HURRIED)
-    says = "no byte for 0.8 s (after 2 attempts)"
+    says = "no data received for 0.8 s (after 2 attempts)"
     assert_failed(outcome, images, observed(frame).download_url, says, 2)
 
 
@@ -351,8 +353,8 @@ def test_a_store_that_does_not_answer(frame, content, images, behind, monkeypatc
 def test_a_store_with_too_much_to_do(frame, content, images, behind, status):
     acts = (Act(status=status), Act(after=1000, stall=True), Act(status=status))
     with behind(*acts) as proxy:
-        options = FetchOptions(max_retries=3, stall_timeout=HURRIED.stall_timeout)
-        assert_done(fetch(images, observed(frame), options), images, content, 4)
+        patience = options(3, HURRIED.stall_timeout_s)
+        assert_done(fetch(images, observed(frame), patience), images, content, 4)
         # Nobody but us has tried again.
         assert ranges(proxy) == [None, None, "bytes=1000-", "bytes=1000-"]
 
@@ -407,7 +409,7 @@ def test_a_frame_of_another_length_is_tried_again(own, content, images, anew, st
     size = len(content) + change
     store.pipe_file(path, (content + b" ")[:size])
     outcome = fetch(images, observation)
-    says = f"{size} bytes came, the archive says {len(content)} (after 4 attempts)"
+    says = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
     assert_failed(outcome, images, observation.download_url, says, 4)
 
 
@@ -461,9 +463,9 @@ def test_nobody_listens(frame, images, anew, monkeypatch):
 
 @pytest.fixture
 def mirrored(frame, tmp_path):
-    url = mirror(tmp_path / "mirror", [frame], SERVICE)
+    url = mirror(tmp_path / "mirror", [frame], SERVICE_PREFIX)
     observation = observed(frame, url)
-    path = tmp_path / "mirror" / frame.exposure.uri.removeprefix(SERVICE)
+    path = tmp_path / "mirror" / frame.exposure.uri.removeprefix(SERVICE_PREFIX)
     assert observation.download_url == path.as_uri()
     return path, observation
 
@@ -489,7 +491,7 @@ def test_a_mirrored_frame_of_another_length(mirrored, content, images, change):
     size = len(content) + change
     path.write_bytes((content + b" ")[:size])
     outcome = fetch(images, observation)
-    says = f"{size} bytes came, the archive says {len(content)} (after 4 attempts)"
+    says = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
     assert_failed(outcome, images, observation.download_url, says, 4)
 
 

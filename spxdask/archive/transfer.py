@@ -1,0 +1,170 @@
+"""One file from the archive into memory: the attempts, and which failures are worth another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import aiohttp
+from fsspec.asyn import get_loop, sync
+
+from spxdask.archive.http import receive_from_http
+from spxdask.archive.mirror import receive_from_mirror
+from spxdask.archive.received import ReceivedFile
+from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
+from spxdask.archive.s3 import receive_from_bucket
+from spxdask.archive.urls import strip_credentials
+from spxdask.errors import ArchiveError, FrameError, StoreError
+
+logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
+# Appends to what was received before; takes the URL and the stall timeout in seconds.
+Transfer = Callable[[str, ReceivedFile, float], Awaitable[None]]
+
+_TRANSFERS: dict[str, Transfer] = {
+    "http": receive_from_http,
+    "https": receive_from_http,
+    "s3": receive_from_bucket,
+    "file": receive_from_mirror,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why an attempt failed, and what follows from it.
+
+    Attributes
+    ----------
+    reason : str
+        What is wrong, in words.
+    is_transient : bool
+        Whether another attempt may succeed.
+    is_content_wrong : bool
+        Whether the bytes received so far are of no use, so that the next attempt starts
+        from the beginning of the file.
+    retry_after : str or None
+        The server's Retry-After header.
+    """
+
+    reason: str
+    is_transient: bool = True
+    is_content_wrong: bool = False
+    retry_after: str | None = None
+
+
+def fetch_file(
+    url: str,
+    received: ReceivedFile,
+    check: Callable[[ReceivedFile], Content],
+    *,
+    retry: RetryPolicy,
+    stall_timeout_s: float,
+) -> Content:
+    """Transfer a file until it is there and passes a check.
+
+    Parameters
+    ----------
+    url : str
+        Where the file is, with the scheme http, https, s3 or file.
+    received : ReceivedFile
+        Takes the file; also counts the attempts, those of a failure included.
+    check : callable
+        Called in a thread with the received file; returns what it makes of it. It raises
+        FrameError if the content is wrong, and the transfer starts over.
+    retry : RetryPolicy
+        Number of attempts and the delays between them.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+
+    Returns
+    -------
+    object
+        What `check` returned.
+
+    Raises
+    ------
+    ArchiveError
+        If the file could not be had.
+    """
+    # On the thread of fsspec's event loop. A coroutine on the loop of a Dask worker would
+    # delay its heartbeats, and would occupy one of its threads all the same.
+    return sync(get_loop(), _fetch_file, url, received, check, retry, stall_timeout_s)
+
+
+async def _fetch_file(
+    url: str,
+    received: ReceivedFile,
+    check: Callable[[ReceivedFile], Content],
+    retry: RetryPolicy,
+    stall_timeout_s: float,
+) -> Content:
+    """Make attempts until one succeeds, fails for good, or was the last."""
+    transfer = _TRANSFERS[url.partition(":")[0]]
+    shown_url = strip_credentials(url)
+    while True:
+        received.attempts += 1
+        try:
+            await transfer(url, received, stall_timeout_s)
+            return await asyncio.to_thread(check, received)
+        except (ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError) as error:
+            failure = classify_failure(error, received.size, stall_timeout_s)
+            if not failure.is_transient:
+                raise ArchiveError(failure.reason, path=shown_url) from error
+            if received.attempts > retry.max_retries:
+                raise ArchiveError(
+                    failure.reason, path=shown_url, attempts=received.attempts
+                ) from error
+        if failure.is_content_wrong:
+            received.discard()
+        delay_s = retry.delay(received.attempts, failure.retry_after)
+        reason = strip_credentials(failure.reason)
+        logger.info("%s: %s; trying again in %.1f s", shown_url, reason, delay_s)
+        await asyncio.sleep(delay_s)
+
+
+def classify_failure(error: Exception, received_bytes: int, stall_timeout_s: float) -> Failure:
+    """Say why an attempt failed, and whether another may succeed.
+
+    Parameters
+    ----------
+    error : Exception
+        What a transfer, or the check of its file, raised.
+    received_bytes : int
+        Number of bytes received so far.
+    stall_timeout_s : float
+        Longest time without a byte that was allowed, in seconds.
+
+    Returns
+    -------
+    Failure
+        The reason and what follows from it.
+    """
+    if isinstance(error, ArchiveError):
+        return Failure(reason=error.reason, is_transient=False)
+    if isinstance(error, aiohttp.ClientResponseError):
+        # 416: the server has nothing after the bytes received so far.
+        is_range_wrong = error.status == 416
+        headers = error.headers
+        retry_after = headers.get("Retry-After") if isinstance(headers, Mapping) else None
+        return Failure(
+            reason=f"HTTP {error.status} {error.message}",
+            is_transient=is_range_wrong or error.status in TRANSIENT_STATUS,
+            is_content_wrong=is_range_wrong,
+            retry_after=retry_after,
+        )
+    # Before ClientError, as a timeout of aiohttp is both.
+    if isinstance(error, TimeoutError):
+        return Failure(reason=f"no data received for {stall_timeout_s:g} s")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return Failure(reason=f"the transfer broke off after {received_bytes} bytes")
+    if isinstance(error, aiohttp.ClientError | ConnectionError):
+        return Failure(reason=f"{type(error).__name__}: {error}")
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return Failure(reason=error.strerror or str(error), is_transient=False)
+    if isinstance(error, FrameError):
+        return Failure(reason=str(error), is_content_wrong=True)
+    return Failure(reason=str(error))
