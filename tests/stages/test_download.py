@@ -26,7 +26,7 @@ from fsspec.asyn import get_loop
 from spxdask.archive import retry
 from spxdask.archive.buffer_pool import BufferPool
 from spxdask.archive.observation import Observation
-from spxdask.cluster.client import error_as_value
+from spxdask.cluster.tasks import error_as_value
 from spxdask.errors import DiskFullError
 from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
