@@ -204,7 +204,7 @@ class ShuffleThreadLimit(WorkerPlugin):
             return
         before = get_threads(worker)
         self._limited[worker.id] = before, {self.name}
-        fitting = get_memory_limit(worker) // BYTES_PER_THREAD
+        fitting = get_memory_limit(worker) / BYTES_PER_THREAD
         n_threads = int(max(1, min(before.n_threads, fitting)))
         # New threads, as memory that a thread has freed is reused by that thread only.
         set_threads(worker, make_threads(n_threads, "Dask-Shuffle-Threads"))

@@ -156,7 +156,6 @@ def make_job_class(base: Any) -> Any:
     type
         A subclass with the attributes that `JobWatchdog` reads and writes.
     """
-
     detached: Any = detach_commands(base)
 
     class Job(detached):
