@@ -13,7 +13,7 @@ import numpy as np
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
-from spxdask.cluster.client import embedded_client
+from spxdask.cluster.embedded import embedded_client
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
@@ -70,7 +70,11 @@ class Ours:
             catalog_path="none.csv",
             max_extract_workers=processes,
         )
-        self.client = self.cluster.enter_context(embedded_client(config))
+        self.client = self.cluster.enter_context(
+            embedded_client(
+                max_processes=config.max_extract_workers, n_downloads=config.max_download_workers
+            )
+        )
         return {}
 
     def stop_cluster(self) -> dict:

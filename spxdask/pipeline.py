@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -18,26 +18,15 @@ import dask
 import dask.bag as db
 import pandas as pd
 from dask.delayed import Delayed
-from distributed import CancelledError, Client, KilledWorker, as_completed
-from distributed.comm import CommClosedError
+from distributed import Client, KilledWorker
 
 from spxdask.archive.observation import Observation
-from spxdask.archive.retry import RetryPolicy
-from spxdask.cluster.client import (
-    as_task,
-    busy_threads,
-    check_versions,
-    connect,
-    embedded_client,
-    limit_shuffle_threads,
-    require_main_guard,
-    run_one,
-    run_window,
-    scheduler_lost_error,
-    unregister_stale_plugins,
-)
-from spxdask.cluster.jobqueue import hold_worker_count, jobqueue_client
+from spxdask.cluster.connect import check_versions, connect
+from spxdask.cluster.embedded import embedded_client, require_main_guard
+from spxdask.cluster.jobqueue import jobqueue_client
 from spxdask.cluster.page import ProgressPublisher, show_page
+from spxdask.cluster.shuffle import compute_shuffle, unregister_stale_plugins
+from spxdask.cluster.tasks import as_task, make_thread_window, run_one, run_window
 from spxdask.config import BatchConfig
 from spxdask.errors import (
     ClusterError,
@@ -58,11 +47,8 @@ from spxdask.storage import locate_file, raise_disk_full
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_ATTEMPTS = 3
 # A source farther than this from the field is on none of its frames, which are 3.5 deg wide.
 FRAME_DEG = 6.0
-# How Dask's errors of a shuffle begin.
-SHUFFLE_LOST = ("P2P ", "No active shuffle", "Worker ", "Shuffle ")
 # What a frame needs.
 _NOTHING, _MEASURE, _FETCH, _STREAM = range(4)
 
@@ -298,9 +284,17 @@ class BatchPipeline:
 
         with self._work("aggregate", "buckets", look) as (client, report):
             n_groups = aggregate.save_groups(found, options.manifest)
-            # The graph of a shuffle is tied to the client that is current.
-            with client.as_current(), hold_worker_count(client), limit_shuffle_threads(client):
-                written = self._write(client, n_groups, count, options)
+            with raise_disk_full(self.folder.path):
+                parts = compute_shuffle(
+                    client,
+                    lambda run: aggregate.light_curves(
+                        n_groups, count, dataclasses.replace(options, run=run)
+                    ),
+                    check=self.folder.raise_if_lock_lost,
+                    on_result=lambda _: self._progress.advance(),
+                    on_restart=lambda: self._progress.start("aggregate", count, "buckets"),
+                )
+            written = pd.concat(parts, ignore_index=True)
             report.left_out = left_out
             report.rows = int(written["rows"].sum())
             report.total = report.done = len(written)
@@ -374,7 +368,7 @@ class BatchPipeline:
         if self._jobqueue is not None:
             made = jobqueue_client(self._jobqueue)
         else:
-            made = connect(self._scheduler) if self._scheduler else embedded_client(self.config)
+            made = connect(self._scheduler) if self._scheduler else self._embedded_client()
         with made as client:
             self._prepare(client)
             self._client = client
@@ -382,6 +376,12 @@ class BatchPipeline:
                 yield client
             finally:
                 self._client = None
+
+    def _embedded_client(self) -> AbstractContextManager[Client]:
+        return embedded_client(
+            max_processes=self.config.max_extract_workers,
+            n_downloads=self.config.max_download_workers,
+        )
 
     def _prepare(self, client: Client) -> None:
         """Look, once, whether a cluster can be used, and have its scheduler show the run."""
@@ -472,7 +472,7 @@ class BatchPipeline:
             # What is on disk first: it waits for nobody.
             suspects: list[tuple[Observation, int]] = []
             for kinds, window in (
-                ((_MEASURE,), busy_threads(client)),
+                ((_MEASURE,), make_thread_window(client)),
                 ((_FETCH, _STREAM), lambda: self.config.max_download_workers),
             ):
                 tasks = ((pair, task(*pair)) for pair in needing(*kinds))
@@ -627,58 +627,6 @@ class BatchPipeline:
             format=self.config.per_image_format,
             serial=self._embedded,
         )
-
-    def _write(
-        self, client: Client, n_groups: int, count: int, options: aggregate.CurveOptions
-    ) -> pd.DataFrame:
-        """Compute the light curves, again if the shuffle did not survive the loss of a worker."""
-        for left in reversed(range(SHUFFLE_ATTEMPTS)):
-            # Of its own, as keys that are still known to the scheduler are not computed.
-            frame = aggregate.light_curves(
-                n_groups, count, dataclasses.replace(options, run=uuid.uuid4().hex)
-            )
-            try:
-                return self._written(client, frame)
-            except RuntimeError as error:
-                # It mostly does; but Dask has moments when it does not.
-                if not left or not str(error).lstrip().startswith(SHUFFLE_LOST):
-                    raise
-                logger.warning("the shuffle was lost with a worker (%s); once more", error)
-                self._progress.start("aggregate", count, "buckets")
-        raise AssertionError
-
-    def _written(self, client: Client, frame) -> pd.DataFrame:
-        """Compute the light curves, partition by partition as they end."""
-        futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
-        written = []
-        try:
-            with raise_disk_full(self.folder.path):
-                try:
-                    for _, result in as_completed(futures, with_results=True):
-                        self.folder.raise_if_lock_lost()
-                        if isinstance(result, SpxdaskError):
-                            raise result
-                        if isinstance(result, CancelledError):
-                            raise scheduler_lost_error(client)
-                        written.append(result)
-                        self._progress.advance()
-                except KilledWorker as error:
-                    raise ClusterError(
-                        "each worker that took some of the tables, or of the light curves, died, "
-                        "of too little memory perhaps: run aggregate again with fewer threads or "
-                        "more memory a worker"
-                    ) from error
-                except RuntimeError as error:
-                    # A shuffle tells of what went wrong in a task as of its own failure.
-                    cause = error.__cause__
-                    if isinstance(cause, SpxdaskError | OSError) and not isinstance(
-                        cause, CommClosedError
-                    ):
-                        raise cause from None
-                    raise
-        finally:
-            client.cancel(futures)
-        return pd.concat(written, ignore_index=True)
 
     def _observations(self) -> Observations:
         """Return the last query's frames, at the archive that the configuration names."""

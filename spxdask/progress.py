@@ -1,69 +1,158 @@
-"""Progress of the stages, told to whoever wants to draw it."""
+"""Progress of the stages, reported to an object that may draw it."""
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 from tqdm.auto import tqdm
 
-# Rates are those of the last so many seconds.
-RATE_S = 120.0
+# Rates are averages over the last so many seconds.
+RATE_WINDOW_S = 120.0
 
 
 class Progress(Protocol):
-    """What a pipeline tells while it works."""
+    """What a pipeline reports while it works.
+
+    An object may also have a method ``connect(links: str)``. It is called when there is a
+    cluster, with lines for people that name the pages of the cluster.
+    """
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Say that a stage of `total` units begins."""
+        """Report that a stage begins.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage.
+        total : int
+            Number of its units.
+        unit : str
+            What they are, in the plural.
+        """
 
     def advance(self, *, failed: bool = False) -> None:
-        """Say that one more unit of the stage has ended."""
+        """Report that one more unit of the stage has ended.
+
+        Parameters
+        ----------
+        failed : bool
+            Whether it failed.
+        """
 
     def finish(self) -> None:
-        """Say that the stage is over."""
+        """Report that the stage has ended."""
 
 
 class Silent:
-    """Tells nobody."""
+    """A progress that ignores every report."""
+
+    def connect(self, links: str) -> None:
+        """Ignore the report.
+
+        Parameters
+        ----------
+        links : str
+            Lines that name the pages of the cluster.
+        """
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Ignore it."""
+        """Ignore the report.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage.
+        total : int
+            Number of its units.
+        unit : str
+            What they are, in the plural.
+        """
 
     def advance(self, *, failed: bool = False) -> None:
-        """Ignore it."""
+        """Ignore the report.
+
+        Parameters
+        ----------
+        failed : bool
+            Whether the unit failed.
+        """
 
     def finish(self) -> None:
-        """Ignore it."""
+        """Ignore the report."""
 
 
 class Bars:
-    """A bar a stage with rate and time left; nothing when standard error is no terminal."""
+    """One bar per stage on standard error, with rate and time left.
+
+    Bars are drawn on terminals only; links are printed wherever standard error leads.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._failed = 0
 
+    def connect(self, links: str) -> None:
+        """Print the links.
+
+        Parameters
+        ----------
+        links : str
+            Lines that name the pages of the cluster.
+        """
+        tqdm.write(links, file=sys.stderr)
+
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Draw an empty bar."""
+        """Draw an empty bar.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage.
+        total : int
+            Number of its units.
+        unit : str
+            What they are, in the plural.
+        """
         self._failed = 0
         self._bar = tqdm(
             desc=f"{stage:<10}", total=total, unit=f" {unit}", disable=None, dynamic_ncols=True
         )
 
     def advance(self, *, failed: bool = False) -> None:
-        """Move the bar by one."""
+        """Move the bar by one unit.
+
+        Parameters
+        ----------
+        failed : bool
+            Whether the unit failed.
+        """
+        if self._bar is None:
+            return
         if failed:
             self._failed += 1
             self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
         self._bar.update()
 
     def finish(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+        """Close the bar and leave it as it is."""
+        if self._bar is not None:
+            self._bar.close()
 
 
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: 42 s, 12 min, 3 h 5 min, 2 d 4 h."""
+def format_duration(seconds: float) -> str:
+    """Format a time for people.
+
+    Parameters
+    ----------
+    seconds : float
+        The time.
+
+    Returns
+    -------
+    str
+        Such as ``42 s``, ``12 min``, ``3 h 5 min`` or ``2 d 4 h``.
+    """
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

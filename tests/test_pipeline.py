@@ -34,6 +34,7 @@ from distributed import Client, Future, KilledWorker
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig, load_query_summary, run_batch
 from spxdask.archive.observation import Observation
 from spxdask.cli import main
+from spxdask.cluster import shuffle
 from spxdask.errors import (
     ClusterError,
     ConfigError,
@@ -720,7 +721,7 @@ def test_a_query_whose_workers_die_is_told(make_config, client, monkeypatch):
         raise KilledWorker("query", None, 3)
 
     monkeypatch.setattr(Future, "result", killed)
-    with pytest.raises(ClusterError, match="each worker that was to ask the archive died"):
+    with pytest.raises(ClusterError, match="every worker that began the task query died"):
         BatchPipeline(make_config(), client=client).run_query()
 
 
@@ -991,15 +992,15 @@ def test_a_shuffle_that_did_not_survive_a_worker_is_done_again(
     finished, make_config, client, monkeypatch, error, ends
 ):
     config = make_config()
-    written, raised = BatchPipeline._written, []
+    compute, raised = shuffle._compute_partitions, []
 
-    def once(self, *arguments):
+    def once(*arguments):
         if not raised:
             raised.append(error)
             raise error
-        return written(self, *arguments)
+        return compute(*arguments)
 
-    monkeypatch.setattr(BatchPipeline, "_written", once)
+    monkeypatch.setattr(shuffle, "_compute_partitions", once)
     pipeline = BatchPipeline(config, client=client)
     if ends:
         assert not pipeline.run_all().failed

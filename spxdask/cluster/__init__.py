@@ -1,1 +1,1 @@
-"""The Dask cluster a run works on; nothing else imports distributed."""
+"""Dask clusters: those that spxdask starts or connects to, and the work that it sends them."""

@@ -1,7 +1,6 @@
 """A page about the run, served by the scheduler beside its dashboard.
 
-The client tells the scheduler once a second how far it is; the page stays when the client
-goes.
+The client sends the scheduler a report once a second. The page stays when the client goes.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,99 +20,182 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado import web
 
-from spxdask.progress import RATE_S, Progress, duration
+from spxdask.cluster.dask_internals import count_task_states, count_threads, get_web_application
+from spxdask.progress import RATE_WINDOW_S, Progress, format_duration
 
 logger = logging.getLogger(__name__)
 
+DASHBOARD_PORT = 8787
 TOPIC = "spxdask"
 PATH = "/spxdask"
 PUBLISH_INTERVAL_S = 1.0
-# Failures shown.
-SHOWN = 20
-# What the scheduler calls the states of a task, and what we do.
-STATES = {
+# The page shows this many of the last failures of a stage.
+MAX_FAILURES_SHOWN = 20
+# Dask's names for the states of a task, and what the page calls them.
+STATE_NAMES = {
     "processing": "running",
     "queued": "queued",
     "waiting": "waiting",
     "no-worker": "waiting for a worker",
 }
-# Tasks by the stage that they are of.
-STAGES = (
+# The page counts the tasks whose keys begin with these.
+TASK_PREFIXES = (
     *("query", "download-extract", "download", "extract"),
     *("read", "shuffle-transfer", "shuffle-barrier", "p2pshuffle", "write-lightcurves"),
 )
 
 
 class ProgressPublisher:
-    """Tells the scheduler how far a run is, and passes on what it is told to a bar.
+    """Sends the scheduler reports on a run, and forwards its progress to another object.
 
     Parameters
     ----------
     progress : Progress
+        Receives what this object receives.
     output : str
         The output folder, which names the run.
+    interval_s : float
+        While a stage goes on, reports are at least this many seconds apart.
 
     Attributes
     ----------
     client : Client or None
-        Who is connected to the scheduler.
+        The client whose scheduler gets the reports. Set it when there is one.
     """
 
-    def __init__(self, progress: Progress, output: str) -> None:
-        self._progress = progress
+    def __init__(
+        self, progress: Progress, output: str, *, interval_s: float = PUBLISH_INTERVAL_S
+    ) -> None:
         self.client: Client | None = None
-        self._told = 0.0
+        self._progress = progress
+        self._interval_s = interval_s
+        self._published_at = 0.0
         self._stages: list[dict[str, Any]] = []
         self._run = {
             "output": output,
             "process": f"process {os.getpid()} on {socket.gethostname()}",
         }
 
+    def connect(self, links: str) -> None:
+        """Report that there is a cluster, if the other object wants to know.
+
+        Parameters
+        ----------
+        links : str
+            Lines that name the pages of the cluster.
+        """
+        forward = getattr(self._progress, "connect", None)
+        if forward is not None:
+            forward(links)
+
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Say that a stage of `total` units begins."""
+        """Report that a stage begins.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage. If it is among those reported, the run has started again
+            there, and those that came after it are forgotten.
+        total : int
+            Number of its units.
+        unit : str
+            What they are, in the plural.
+        """
         self._progress.start(stage, total, unit)
-        # One that is done again starts the run again.
-        done = [s["stage"] for s in self._stages]
-        self._stages = self._stages[: done.index(stage)] if stage in done else self._stages
-        stage = {"stage": stage, "unit": unit, "total": total, "done": 0, "failed": 0}
-        self._stages.append(stage | {"failures": [], "state": "at work", "started": time.time()})
-        self._tell()
+        names = [each["stage"] for each in self._stages]
+        if stage in names:
+            del self._stages[names.index(stage) :]
+        self._stages.append(
+            {
+                "stage": stage,
+                "unit": unit,
+                "total": total,
+                "done": 0,
+                "failed": 0,
+                "failures": [],
+                "state": "running",
+                "started": time.time(),
+            }
+        )
+        self._publish()
 
     def advance(self, *, failed: bool = False, reason: str | None = None) -> None:
-        """Say that one more unit of the stage has ended."""
+        """Report that one more unit of the stage has ended.
+
+        Parameters
+        ----------
+        failed : bool
+            Whether it failed.
+        reason : str, optional
+            Which unit it was and why it failed, for the page.
+        """
         self._progress.advance(failed=failed)
         stage = self._stages[-1]
         stage["failed" if failed else "done"] += 1
         if reason:
-            stage["failures"] = [*stage["failures"], reason][-SHOWN:]
-        if time.monotonic() - self._told > PUBLISH_INTERVAL_S:
-            self._tell()
+            stage["failures"] = [*stage["failures"], reason][-MAX_FAILURES_SHOWN:]
+        if time.monotonic() - self._published_at > self._interval_s:
+            self._publish()
 
     def finish(self) -> None:
-        """Say that the stage is over."""
+        """Report that the stage has ended."""
         self._progress.finish()
         self._stages[-1]["state"] = "ended"
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
-        self._told = time.monotonic()
+    def _publish(self) -> None:
+        self._published_at = time.monotonic()
         if self.client is None or self.client.status != "running":
             return
-        told = self._run | {"client": self.client.id, "stages": self._stages}
+        report = self._run | {"client": self.client.id, "stages": self._stages}
         try:
-            self.client.log_event(TOPIC, told)
+            self.client.log_event(TOPIC, report)
         except (OSError, RuntimeError) as error:
-            # The run itself notices when the scheduler is gone.
-            logger.debug("the scheduler was not told: %s", error)
+            # The run itself fails when the scheduler is gone; its page must not be the reason.
+            logger.debug("the scheduler could not be sent a report: %s", error)
+
+
+def choose_dashboard_port(preferred: int = DASHBOARD_PORT) -> int:
+    """Return a port for the dashboard.
+
+    Parameters
+    ----------
+    preferred : int
+        The port to use if it is free.
+
+    Returns
+    -------
+    int
+        The port, or 0 for whichever the system gives.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", preferred))
+        except OSError:
+            return 0
+    return preferred
 
 
 def show_page(client: Client) -> str | None:
-    """Have the scheduler serve the page; return its address, None when it cannot."""
+    """Have the scheduler serve the page.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+
+    Returns
+    -------
+    str or None
+        The address of the page, None if there is none.
+    """
     try:
         client.register_plugin(Monitor())
     except Exception as error:
-        # A scheduler may lack spxdask, or not take plugins; the run does without.
-        logger.warning("no page of the run beside the dashboard: %s", error)
+        # A scheduler without spxdask, or one that accepts no plugins, answers with whatever
+        # error its Python raises. The run works without a page.
+        logger.warning("there is no page about the run beside the dashboard: %s", error)
         return None
     dashboard = client.dashboard_link
     return dashboard.removesuffix("/status") + PATH if dashboard else None
@@ -120,107 +203,146 @@ def show_page(client: Client) -> str | None:
 
 @dataclass
 class _Run:
-    """What a client told last, and how far it was when."""
+    """The last report of a client, and how many units had ended at which time."""
 
-    told: dict[str, Any]
-    at: float
-    past: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1000))
-    gone: bool = False
+    report: dict[str, Any]
+    reported_at: float
+    history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1000))
+    is_client_gone: bool = False
 
 
 class Monitor(SchedulerPlugin):
-    """Keeps what clients tell of their runs, and shows it."""
+    """Scheduler plugin that keeps the reports of clients and serves the page.
+
+    Parameters
+    ----------
+    clock : callable
+        Returns the time in seconds since the epoch.
+    """
 
     name = "spxdask-monitor"
     idempotent = True
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.runs: dict[str, _Run] = {}
+        self.scheduler: Any = None
+        self._clock = clock
 
     async def start(self, scheduler: Any) -> None:
-        """Add the page to the scheduler's web server."""
+        """Add the page to the scheduler's web server.
+
+        Parameters
+        ----------
+        scheduler : distributed.Scheduler
+            The scheduler that the plugin is registered on.
+        """
         self.scheduler = scheduler
-        application = getattr(scheduler, "http_application", None)
+        application = get_web_application(scheduler)
         if application is not None:
             routes = [
-                (rf"{PATH}/?", _Page, {"monitor": self}),
-                (rf"{PATH}/state\.json", _State, {"monitor": self}),
+                (rf"{PATH}/?", _PageHandler, {"monitor": self}),
+                (rf"{PATH}/state\.json", _StateHandler, {"monitor": self}),
             ]
             application.add_handlers(".*$", routes)
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """Take what a client tells."""
+        """Keep the report of a client.
+
+        Parameters
+        ----------
+        topic : str
+            Messages of topics other than `TOPIC` are ignored.
+        msg : dict
+            The report; whatever is not one is ignored.
+        """
         if topic != TOPIC or not isinstance(msg, dict) or not msg.get("stages"):
             return
-        now, stage = time.time(), msg["stages"][-1]
+        now, stage = self._clock(), msg["stages"][-1]
         run = self.runs.get(msg["output"])
-        if run is None or run.told["stages"][-1]["started"] != stage["started"]:
+        if run is None or run.report["stages"][-1]["started"] != stage["started"]:
             run = self.runs[msg["output"]] = _Run(msg, now)
-        run.told, run.at, run.gone = msg, now, False
-        run.past.append((now, stage["done"] + stage["failed"]))
-        while len(run.past) > 2 and now - run.past[0][0] > RATE_S:
-            run.past.popleft()
+        run.report, run.reported_at, run.is_client_gone = msg, now, False
+        run.history.append((now, stage["done"] + stage["failed"]))
+        while len(run.history) > 2 and now - run.history[0][0] > RATE_WINDOW_S:
+            run.history.popleft()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """Remember that a run's client has gone."""
-        for run in self.runs.values():
-            run.gone = run.gone or run.told.get("client") == client
+        """Note that the client of a run has gone.
 
-    def state(self) -> dict[str, Any]:
-        """Return what the page shows."""
-        prefixes = self.scheduler.task_prefixes
-        tasks = {
-            name: {said: prefixes[name].states.get(state, 0) for state, said in STATES.items()}
-            for name in STAGES
-            if name in prefixes
-        }
+        Parameters
+        ----------
+        scheduler : distributed.Scheduler
+            The scheduler that the plugin is registered on.
+        client : str
+            Id of the client.
+        """
+        for run in self.runs.values():
+            run.is_client_gone = run.is_client_gone or run.report.get("client") == client
+
+    def describe_state(self) -> dict[str, Any]:
+        """Describe what the page shows.
+
+        Returns
+        -------
+        dict
+            Numbers of workers, threads and tasks, and the runs with their stages.
+        """
+        tasks = {}
+        for prefix in TASK_PREFIXES:
+            states = count_task_states(self.scheduler, prefix)
+            counts = {name: states.get(state, 0) for state, name in STATE_NAMES.items()}
+            if any(counts.values()):
+                tasks[prefix] = counts
+        now = self._clock()
         return {
             "workers": len(self.scheduler.workers),
-            "threads": self.scheduler.total_nthreads,
-            "tasks": {name: counts for name, counts in tasks.items() if any(counts.values())},
-            "runs": [_described(run) for run in self.runs.values()],
+            "threads": count_threads(self.scheduler),
+            "tasks": tasks,
+            "runs": [_describe_run(run, now) for run in self.runs.values()],
         }
 
 
-def _described(run: _Run) -> dict[str, Any]:
-    *before, stage = run.told["stages"]
+def _describe_run(run: _Run, now: float) -> dict[str, Any]:
+    *before, stage = run.report["stages"]
     remaining = max(stage["total"] - stage["done"] - stage["failed"], 0)
-    (begin, first), (end, last) = run.past[0], run.past[-1]
+    (begin, first), (end, last) = run.history[0], run.history[-1]
     state, rate = stage["state"], 0.0
-    if state == "at work" and run.gone:
+    if state == "running" and run.is_client_gone:
         state = "client gone"
-    elif state == "at work" and end > begin:
+    elif state == "running" and end > begin:
         rate = (last - first) / (end - begin)
-    now = stage | {
+    current = stage | {
         "state": state,
         "per_second": rate,
         "seconds_left": remaining / rate if rate else None,
     }
     return {
-        "output": run.told["output"],
-        "process": run.told["process"],
-        "stages": [*before, now],
-        "seconds_since_told": time.time() - run.at,
+        "output": run.report["output"],
+        "process": run.report["process"],
+        "stages": [*before, current],
+        "seconds_since_report": now - run.reported_at,
     }
 
 
-class _State(web.RequestHandler):
+class _StateHandler(web.RequestHandler):
     def initialize(self, monitor: Monitor) -> None:
         self.monitor = monitor
 
     def get(self) -> None:
         self.set_header("Content-Type", "application/json")
-        self.write(json.dumps(self.monitor.state()))
+        self.write(json.dumps(self.monitor.describe_state()))
 
 
-class _Page(_State):
+class _PageHandler(_StateHandler):
     def get(self) -> None:
         self.set_header("Content-Type", "text/html; charset=utf-8")
-        self.write(_as_html(self.monitor.state()))
+        # Links are relative, so that they work behind a proxy that adds a prefix to paths.
+        root = "../" if self.request.path.endswith("/") else ""
+        self.write(_format_page(self.monitor.describe_state(), root))
 
 
-def _as_html(state: dict[str, Any]) -> str:
-    runs = "".join(map(_run_as_html, state["runs"])) or "<p>No run has told of itself yet.</p>"
+def _format_page(state: dict[str, Any], root: str) -> str:
+    runs = "".join(map(_format_run, state["runs"])) or "<p>No run has reported yet.</p>"
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>"
         + ", ".join(f"{n:,} {state}" for state, n in counts.items() if n)
@@ -237,35 +359,39 @@ progress {{ width: 100%; height: 1.2em }} td {{ padding: .1em 1.5em .1em 0 }}
 .failed {{ color: #a00 }} code {{ font-size: .9em }}
 </style></head><body>
 <h1>spxdask</h1>
-<p>{state["workers"]:,} workers, {state["threads"]:,} threads; <a href="/status">dashboard</a>,
-<a href="{PATH}/state.json">as JSON</a></p>
+<p>{_count(state["workers"], "worker")}, {_count(state["threads"], "thread")};
+<a href="{root}status">dashboard</a>, <a href="{root}{PATH[1:]}/state.json">as JSON</a></p>
 {runs}{tasks}</body></html>"""
 
 
-def _run_as_html(run: dict[str, Any]) -> str:
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _format_run(run: dict[str, Any]) -> str:
+    since = format_duration(run["seconds_since_report"])
     gone = ""
     if run["stages"][-1]["state"] == "client gone":
         gone = (
-            f"<p class=failed>The client has gone, {duration(run['seconds_since_told'])} after it "
-            "told of itself last; the same command goes on where it was.</p>"
+            "<p class=failed>The client has disconnected; the same command goes on where it "
+            "was.</p>"
         )
     return (
-        f"<h2>{html.escape(str(run['output']))}</h2><p>{html.escape(str(run['process']))}, told "
-        f"of itself {duration(run['seconds_since_told'])} ago</p>{gone}"
-        + "".join(map(_stage_as_html, run["stages"]))
+        f"<h2>{html.escape(str(run['output']))}</h2><p>{html.escape(str(run['process']))}, last "
+        f"report {since} ago</p>{gone}" + "".join(map(_format_stage, run["stages"]))
     )
 
 
-def _stage_as_html(stage: dict[str, Any]) -> str:
+def _format_stage(stage: dict[str, Any]) -> str:
     name, unit = html.escape(str(stage["stage"])), html.escape(str(stage["unit"]))
     ended, total = stage["done"] + stage["failed"], stage["total"]
     failed = f", <span class=failed>{stage['failed']:,} failed</span>" if stage["failed"] else ""
     rate = ""
     if stage.get("per_second"):
-        left = duration(stage["seconds_left"])
-        rate = f", {total - ended:,} to do at {stage['per_second']:.2f} {unit}/s, {left} left"
+        left = format_duration(stage["seconds_left"])
+        rate = f", {total - ended:,} pending at {stage['per_second']:.2f} {unit}/s, {left} left"
     failures = "".join(f"<li><code>{html.escape(str(f))}</code></li>" for f in stage["failures"])
-    failures = f"<p class=failed>Failed last:</p><ul>{failures}</ul>" if failures else ""
+    failures = f"<p class=failed>Last failures:</p><ul>{failures}</ul>" if failures else ""
     return f"""<p><b>{name}</b> ({html.escape(stage["state"])}): {stage["done"]:,} of {total:,}
 {unit} done{failed}{rate}<br><progress value="{ended}" max="{max(total, 1)}"></progress></p>
 {failures}"""

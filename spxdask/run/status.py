@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pyarrow.parquet as pq
 
 from spxdask.errors import RunFolderError
-from spxdask.progress import RATE_S, duration
+from spxdask.progress import RATE_WINDOW_S, format_duration
 from spxdask.run.folder import RunFolder
 from spxdask.stages import aggregate, extract
 from spxdask.storage import Store
@@ -96,7 +96,7 @@ class RunStatus:
         lines += [("warning", f"{n:,} frames: {text}") for text, n in warned]
         if self.per_second is not None:
             going = self.per_second and self.pending
-            left = f", {duration(self.pending / self.per_second)} left" if going else ""
+            left = f", {format_duration(self.pending / self.per_second)} left" if going else ""
             lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
         lines.append(("last", f"{self.last or 'no frame ended yet'}"))
         lines.append(("at work", self.at_work or "nobody"))
@@ -139,7 +139,7 @@ def watch(path: str | os.PathLike, every: float = 2.0) -> Iterator[RunStatus]:
         started = time.monotonic()
         found = _look(folder)
         past.append((started, found.ended))
-        while started - past[0][0] > RATE_S:
+        while started - past[0][0] > RATE_WINDOW_S:
             past.popleft()
         seconds, frames = started - past[0][0], found.ended - past[0][1]
         found.per_second = frames / seconds if seconds else 0.0

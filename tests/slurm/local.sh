@@ -2,18 +2,19 @@
 # A Slurm of one node on 127.0.0.1, to run real jobs on:
 #   tests/slurm/local.sh start FOLDER && export SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/local.sh stop FOLDER
-# Keys, state and logs are in FOLDER and nothing else is touched, but that root has the
-# packages installed if need be. Exit status 3: this machine cannot have one, and why.
+# Keys, state and logs are in FOLDER. Nothing else is changed, except that the packages are
+# installed if they are missing and this is root. Exit status 3 means that this machine cannot
+# have a Slurm; the reason is on standard error.
 set -euo pipefail
 PATH+=:/usr/sbin:/sbin
 command=$1
 mkdir -p "$2"
-# Slurm's files know no quotes.
+# Slurm's configuration has no quoting.
 [[ $(realpath "$2") =~ ^[A-Za-z0-9/._-]+$ ]] || { echo "$2: no plain path" >&2; exit 3; }
 home=$(realpath "$2") host=$(hostname -s)
 export SLURM_CONF=$home/slurm.conf
 
-# The process of a daemon of ours; its number may be another's by now.
+# Print the process id of a daemon in FOLDER, unless the id belongs to another process by now.
 process() {
     local pid
     pid=$(cat "$home/$1.pid" 2>&-) && grep -qsF "$home/" "/proc/$pid/cmdline" && echo "$pid"
@@ -27,7 +28,7 @@ get_packages() {
     type -P sbatch slurmctld slurmd munged >/dev/null && return
     [[ $EUID == 0 ]] && type -P apt-get >/dev/null ||
         { echo "Slurm is not installed, and apt-get as root is what could install it" >&2; exit 3; }
-    # Judged by what is there afterwards.
+    # The exit status of apt-get is not used; the next check decides.
     { apt-get -q update
       DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends \
           slurm-wlm munge; } </dev/null >"$home/apt.log" 2>&1 || true
@@ -36,15 +37,15 @@ get_packages() {
 }
 
 start() {
-    # Steps of a job find each other by name.
+    # The steps of a job find each other by host name.
     [[ $(getent ahostsv4 "$(hostname)" | head -n 1) == "127.0.0.1 "* ]] ||
         { echo "$(hostname) is not 127.0.0.1 in /etc/hosts, as Slurm needs here" >&2; exit 3; }
     get_packages
     chmod 755 "$home"
     (umask 077; head -c 128 /dev/urandom >"$home/key")
     mkdir -p "$home/state" "$home/spool"
-    # The node claims more cores than there may be, no limit is enforced, and killed jobs
-    # have two seconds to end: jobs start and end fast.
+    # The node claims more cores than the machine may have, no limit is enforced, and killed
+    # jobs have two seconds to end, so that jobs start and end fast.
     cat >"$SLURM_CONF" <<CONF
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
@@ -87,7 +88,7 @@ CONF
 
 stop() {
     if process slurmctld >/dev/null; then
-        # Jobs first: they outlive the daemons.
+        # Jobs are cancelled first, as they would outlive the daemons.
         for _ in {1..100}; do
             jobs=$(timeout 5 squeue -h -o %A) || break
             [[ $jobs ]] || break

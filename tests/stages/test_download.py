@@ -28,7 +28,7 @@ from spxdask.archive.buffer_pool import BufferPool
 from spxdask.archive.observation import Observation
 from spxdask.archive.redirects import MAX_REDIRECTS
 from spxdask.archive.retry import RetryPolicy
-from spxdask.cluster.client import error_as_value
+from spxdask.cluster.tasks import error_as_value
 from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import DiskFullError
 from spxdask.science.level2.frame import open_frame

@@ -1,0 +1,121 @@
+"""Clusters that others have started: connecting to them, and checking that they can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from spxdask import __version__
+from spxdask.errors import ClusterError, InputError
+
+CONNECT_TIMEOUT_S = 20.0
+
+
+def connect(scheduler: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Client:
+    """Connect to a scheduler.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address, such as ``tcp://10.0.0.5:8786``, or the file that it writes when it is
+        started with ``--scheduler-file``.
+    timeout_s : float
+        Seconds to wait for an answer.
+
+    Returns
+    -------
+    Client
+
+    Raises
+    ------
+    InputError
+        If no scheduler answers there.
+    """
+    try:
+        address = scheduler
+        if "://" not in scheduler and os.path.isfile(scheduler):
+            address = str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+        return Client(address, timeout=timeout_s)
+    except (OSError, ValueError, TypeError, KeyError, TimeoutError) as error:
+        raise InputError(
+            f"no Dask scheduler at {scheduler!r}, which is neither the address of one nor its "
+            f"scheduler file: {error or type(error).__name__}"
+        ) from error
+
+
+def check_versions(client: Client) -> int:
+    """Check that every worker has the same spxdask as this process.
+
+    Workers that join later are checked by their tasks; see
+    `spxdask.cluster.tasks.error_as_value`.
+
+    Parameters
+    ----------
+    client : Client
+        Of any cluster.
+
+    Returns
+    -------
+    int
+        The number of workers.
+
+    Raises
+    ------
+    ClusterError
+        If a worker has another version, or none.
+    """
+    # A function of the standard library, which a worker without spxdask can run, too.
+    found = client.run(pydoc.locate, "spxdask.__version__", on_error="return")
+    for address, version in found.items():
+        # A worker that has just died gives an OSError; the scheduler replaces it.
+        if version != __version__ and not isinstance(version, OSError):
+            raise version_mismatch_error(address, version)
+    return len(found)
+
+
+def version_mismatch_error(
+    address: str, worker_version: Any, client_version: str = __version__
+) -> ClusterError:
+    """Return the error for a worker whose spxdask is not that of the client.
+
+    Parameters
+    ----------
+    address : str
+        The worker.
+    worker_version : str or object
+        Its version; whatever is no text stands for a worker without spxdask.
+    client_version : str
+        The version of the client, by default that of this process.
+
+    Returns
+    -------
+    ClusterError
+    """
+    has = f"spxdask {worker_version}" if isinstance(worker_version, str) else "no spxdask"
+    return ClusterError(
+        f"the worker {address} has {has}, the client spxdask {client_version}: install the same "
+        "version for both"
+    )
+
+
+def scheduler_lost_error(client: Client) -> ClusterError:
+    """Return the error for a client whose scheduler does not answer any more.
+
+    Parameters
+    ----------
+    client : Client
+        The client that lost it.
+
+    Returns
+    -------
+    ClusterError
+    """
+    return ClusterError(
+        f"the Dask scheduler at {client.scheduler.address} is gone; the same command goes on "
+        "where this one was"
+    )

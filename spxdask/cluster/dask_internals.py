@@ -1,0 +1,195 @@
+"""What spxdask uses of distributed and dask-jobqueue that is private or undocumented.
+
+No other module touches it. tests/cluster/test_dask_internals.py names each attribute, and
+fails by that name when a new version of the libraries lacks it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from distributed import Client, Future, Status
+from distributed.deploy.local import nprocesses_nthreads
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+
+# How the messages begin that distributed raises as RuntimeError when a shuffle is lost.
+_SHUFFLE_LOST = ("P2P ", "No active shuffle", "Worker ", "Shuffle ")
+
+
+class AdaptLimits(NamedTuple):
+    """The numbers of workers between which an adaptive cluster stays."""
+
+    minimum: int
+    maximum: float
+
+
+class WorkerThreads(NamedTuple):
+    """The threads of a worker: how many tasks it runs at once, and the pool that runs them."""
+
+    n_threads: int
+    pool: ThreadPoolExecutor
+
+
+# Clusters and their clients
+
+
+def get_adapt_limits(cluster: Any) -> AdaptLimits | None:
+    """Return the limits of an adaptive cluster, None if it does not adapt."""
+    adaptive = getattr(cluster, "_adaptive", None)
+    if adaptive is None or adaptive.state not in ("starting", "running"):
+        return None
+    return AdaptLimits(adaptive.minimum, adaptive.maximum)
+
+
+def count_planned_workers(cluster: Any) -> int:
+    """Return how many workers a cluster has or has asked for."""
+    return len(cluster.plan)
+
+
+def get_requested_jobs(cluster: Any) -> set[Any]:
+    """Return the names of the jobs that a cluster wants to have."""
+    return set(cluster.worker_spec)
+
+
+def get_jobs(cluster: Any) -> dict[Any, Any]:
+    """Return the jobs of a cluster by name; only to be called on its event loop."""
+    return dict(cluster.workers)
+
+
+async def close_job(cluster: Any, name: Any, job: Any) -> None:
+    """Close a job so that the cluster submits another; only to be called on its event loop."""
+    if cluster.workers.get(name) is job:
+        del cluster.workers[name]
+        await job.close()
+
+
+def abandon_cluster(cluster: Any) -> None:
+    """Stop what the constructor of a cluster had begun before it failed."""
+    cluster.status = Status.closed
+    # The constructor may have failed before it made the loop.
+    with suppress(AttributeError):
+        cluster._loop_runner.stop()
+
+
+def submit_coroutine(cluster: Any, function: Any) -> None:
+    """Have the event loop of a cluster run a coroutine function, without waiting for it."""
+    cluster.loop.add_callback(function)
+
+
+def run_coroutine(cluster: Any, function: Any, *arguments: Any) -> Any:
+    """Run a coroutine function on the event loop of a cluster and return its result."""
+    return cluster.sync(function, *arguments)
+
+
+def cancel_futures(client: Client, reason: str) -> None:
+    """Cancel all that a client waits for."""
+    client.cancel([Future(key, client) for key in list(client.futures)], reason=reason)
+
+
+def get_default_processes(cores: int) -> int:
+    """Return into how many processes Dask divides a worker of so many cores."""
+    return nprocesses_nthreads(cores)[0]
+
+
+# Workers
+
+
+def get_memory_limit(worker: Any) -> float:
+    """Return the bytes that a worker may use, infinity if it has no limit."""
+    return worker.memory_manager.memory_limit or math.inf
+
+
+def get_threads(worker: Any) -> WorkerThreads:
+    """Return the threads that run the tasks of a worker."""
+    return WorkerThreads(worker.state.nthreads, worker.executors["default"])
+
+
+def set_threads(worker: Any, threads: WorkerThreads) -> None:
+    """Have other threads run the tasks of a worker from now on."""
+    worker.state.nthreads, worker.executors["default"] = threads
+
+
+def make_threads(n_threads: int, name: str) -> WorkerThreads:
+    """Return threads of a new pool, whose names begin with `name`."""
+    return WorkerThreads(n_threads, ThreadPoolExecutor(n_threads, thread_name_prefix=name))
+
+
+# Schedulers
+
+
+def get_web_application(scheduler: Any) -> Any:
+    """Return the tornado application that serves the dashboard, None if there is none."""
+    return getattr(scheduler, "http_application", None)
+
+
+def get_worker_name(scheduler: Any, address: str) -> Any:
+    """Return the name of the worker at an address."""
+    return scheduler.workers[address].name
+
+
+def get_worker_names(scheduler: Any) -> list[Any]:
+    """Return the names of the workers of a scheduler; only to be called on its event loop."""
+    return [worker.name for worker in scheduler.workers.values()]
+
+
+def count_threads(scheduler: Any) -> int:
+    """Return how many threads the workers of a scheduler have."""
+    return scheduler.total_nthreads
+
+
+def count_task_states(scheduler: Any, prefix: str) -> dict[str, int]:
+    """Return how many tasks whose keys begin with `prefix` are in each of Dask's states."""
+    found = scheduler.task_prefixes.get(prefix)
+    return {} if found is None else dict(found.states)
+
+
+def get_worker_plugin_names(scheduler: Any) -> list[str]:
+    """Return the names of the plugins that a scheduler hands to its workers."""
+    return list(scheduler.worker_plugins)
+
+
+def get_client_ids(scheduler: Any) -> list[str]:
+    """Return the ids of the clients that are connected to a scheduler."""
+    return list(scheduler.clients)
+
+
+# Shuffles
+
+
+def is_shuffle_lost(error: RuntimeError) -> bool:
+    """Tell whether an error says that a shuffle did not survive the loss of a worker."""
+    return str(error).lstrip().startswith(_SHUFFLE_LOST)
+
+
+# dask-jobqueue
+
+
+def get_job_class(cluster_class: Any) -> Any:
+    """Return the class of the jobs that a class of clusters submits."""
+    return cluster_class.job_cls
+
+
+def get_keywords(cluster_class: Any) -> set[str]:
+    """Return the keywords that a class of clusters and its jobs accept."""
+    known: set[str] = set()
+    for each in (*cluster_class.__mro__, *get_job_class(cluster_class).__mro__):
+        if each.__module__.startswith("dask_jobqueue") and "__init__" in vars(each):
+            known |= inspect.signature(each).parameters.keys()
+    return known
+
+
+def detach_commands(job_class: Any) -> Any:
+    """Return a class of jobs whose commands do not receive a Ctrl-C from the terminal.
+
+    If one ended while it submits a job, the job would exist and nobody would know its number.
+    """
+
+    class DetachedJob(job_class):
+        @staticmethod
+        async def _call(command: list[str], **options: Any) -> str:
+            return await job_class._call(command, start_new_session=True, **options)
+
+    return DetachedJob
