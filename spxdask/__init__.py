@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spxdask.config import BatchConfig, PhotometryConfig
+    from spxdask.config import BatchConfig
     from spxdask.pipeline import BatchPipeline, run_batch
     from spxdask.run.folder import load_query_summary
+    from spxdask.science.options import PhotometryConfig
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ __all__ = [
 _HOME = {
     "BatchConfig": "spxdask.config",
     "BatchPipeline": "spxdask.pipeline",
-    "PhotometryConfig": "spxdask.config",
+    "PhotometryConfig": "spxdask.science.options",
     "load_query_summary": "spxdask.run.folder",
     "run_batch": "spxdask.pipeline",
 }

@@ -11,7 +11,8 @@ import simulated
 import yaml
 
 from spxdask.cli import main
-from spxdask.config import BatchConfig, PhotometryConfig
+from spxdask.config import BatchConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.simulate.archive import Fault, SimulatedArchive
 
 

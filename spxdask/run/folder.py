@@ -23,7 +23,7 @@ from upath import UPath
 
 from spxdask.archive.observation import Observation, frame_url
 from spxdask.archive.urls import without_credentials
-from spxdask.config import BatchConfig
+from spxdask.config import BatchConfig, LiteralPath
 from spxdask.errors import RunFolderError, SpxdaskError, StoreError
 from spxdask.run import lock
 from spxdask.run.ledger import Ledger
@@ -131,8 +131,8 @@ class RunFolder:
         """Keep the configuration for later stages, wherever they are started from."""
         config = dataclasses.replace(
             config,
-            output_dir=str(self.path),
-            catalog_path=str(_absolute(as_path(config.catalog_path))),
+            output_dir=LiteralPath(self.path),
+            catalog_path=LiteralPath(_absolute(as_path(config.catalog_path))),
         )
         with atomic_path(self.config) as part:
             config.to_yaml(part)
@@ -150,7 +150,8 @@ class RunFolder:
                 "`spxdask query`, or name the folder with --output"
             )
         # The folder may have been moved.
-        return dataclasses.replace(BatchConfig.from_yaml(self.config), output_dir=str(self.path))
+        saved = BatchConfig.from_yaml(self.config)
+        return dataclasses.replace(saved, output_dir=LiteralPath(self.path))
 
     @cached_property
     def ledger(self) -> Ledger:

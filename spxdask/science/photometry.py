@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import astropy.units as u
 import numpy as np
 
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels
 from spxdask.science.level2.frame import Frame

@@ -12,7 +12,8 @@ import pytest
 import simulated
 
 from spxdask.cli import main
-from spxdask.config import BatchConfig, PhotometryConfig
+from spxdask.config import BatchConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.errors import RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.status import status, watch

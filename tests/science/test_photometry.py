@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from photutils.aperture import CircularAperture
 from scipy.interpolate import RegularGridInterpolator
 
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels, photometry
 from spxdask.science.level2.frame import Frame, WavelengthTable

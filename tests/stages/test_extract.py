@@ -11,7 +11,7 @@ import pytest
 import simulated
 from astropy.io import fits
 
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import (

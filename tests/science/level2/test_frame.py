@@ -14,7 +14,7 @@ from astropy.coordinates import angular_separation
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science.flags import FLAG_BITS
 from spxdask.science.level2.fits import BLOCK, scan
@@ -150,7 +150,7 @@ def test_a_file_and_its_content_are_one_frame(path, kind):
 COUNT_SIGNATURES = """
 import json, sys
 from pathlib import Path
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.science import kernels
 from spxdask.science.level2 import rice
 from spxdask.science.level2.frame import open_frame
