@@ -1,5 +1,6 @@
 """Photometry of every catalogue source in every SPHEREx image, on a Dask cluster."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ __all__ = [
     "run_batch",
 ]
 
+UNSUPPORTED_PLATFORM = (
+    "spxdask runs on Linux, macOS and WSL; on Windows, install it within WSL "
+    "(https://learn.microsoft.com/windows/wsl)"
+)
+
 # Imported when first asked for: Dask takes a second, which the command line's help and
 # the modules that do without Dask should not cost.
 _HOME = {
@@ -33,6 +39,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'spxdask' has no attribute {name!r}")
+    if sys.platform == "win32":
+        raise ImportError(UNSUPPORTED_PLATFORM)
     return getattr(import_module(_HOME[name]), name)
 
 

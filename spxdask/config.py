@@ -375,9 +375,7 @@ class BatchConfig(CheckedOptions):
     ] = 4
     max_retries: Annotated[
         int,
-        option(
-            "times a failed request to the archive is repeated", group=ARCHIVE, ge=0, le=100
-        ),
+        option("times a failed request to the archive is repeated", group=ARCHIVE, ge=0, le=100),
     ] = 5
     stall_timeout: Annotated[
         float,

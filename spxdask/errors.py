@@ -40,7 +40,7 @@ def _shorten(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
     if len(text) <= MAX_VALUE_CHARACTERS:
         return text
-    return f"{text[:MAX_VALUE_CHARACTERS * 2 // 3]}...{text[-MAX_VALUE_CHARACTERS // 3 + 3:]}"
+    return f"{text[: MAX_VALUE_CHARACTERS * 2 // 3]}...{text[-MAX_VALUE_CHARACTERS // 3 + 3 :]}"
 
 
 class SpxdaskError(Exception):

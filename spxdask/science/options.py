@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     Self,
     TypeVar,
@@ -65,7 +64,9 @@ def option(
     metavar: str | tuple[str, ...] = "",
     nargs: int | str | None = None,
     default_text: str = "",
-    **limits: float,
+    gt: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
 ) -> Any:
     """Describe an option, within the annotation of its field.
 
@@ -89,14 +90,14 @@ def option(
         How many values the flag takes, for `argparse`.
     default_text : str
         The default in the documentation, if the environment can change it.
-    **limits : float
-        ``gt``, ``ge`` and ``le``.
+    gt, ge, le : float, optional
+        Limits of its value: >, >= and <=.
 
     Returns
     -------
     pydantic.fields.FieldInfo
     """
-    extra = {
+    extra: dict[str, Any] = {
         "unit": unit,
         "group": group,
         "rule": rule,
@@ -105,7 +106,7 @@ def option(
         "nargs": nargs,
         "default_text": default_text,
     }
-    return Field(description=description, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
+    return Field(description=description, json_schema_extra=extra, gt=gt, ge=ge, le=le)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +157,9 @@ class OptionInfo:
     def nested(self) -> type[CheckedOptions] | None:
         """The class of the options below this one, None for a plain value."""
         is_class = isinstance(self.annotation, type)
-        return (
-            self.annotation if is_class and issubclass(self.annotation, CheckedOptions) else None
-        )
+        return self.annotation if is_class and issubclass(self.annotation, CheckedOptions) else None
 
 
-@functools.cache
 def list_options(model: type) -> tuple[OptionInfo, ...]:
     """Return what there is to know of each option of a class, in their order.
 
@@ -174,7 +172,8 @@ def list_options(model: type) -> tuple[OptionInfo, ...]:
     -------
     tuple of OptionInfo
     """
-    return tuple(_info(name, field) for name, field in model.__pydantic_fields__.items())
+    found: dict[str, FieldInfo] = model.__pydantic_fields__  # type: ignore[attr-defined]
+    return tuple(_info(name, field) for name, field in found.items())
 
 
 def _info(name: str, field: FieldInfo) -> OptionInfo:
@@ -310,7 +309,9 @@ def _without_tuples(value: Any) -> Any:
     return [_without_tuples(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
+)
 def checked_options(cls: type[T]) -> type[T]:
     """Make a class of described fields a frozen, keyword-only dataclass that checks itself.
 
@@ -561,15 +562,11 @@ class PhotometryConfig(CheckedOptions):
     ] = 3
     annulus_inner_offset: Annotated[
         float,
-        option(
-            "gap between aperture and annulus", unit="pixels", group=BACKGROUND, ge=0, le=200
-        ),
+        option("gap between aperture and annulus", unit="pixels", group=BACKGROUND, ge=0, le=200),
     ] = 1.414
     min_annulus_area: Annotated[
         float,
-        option(
-            "area of the first annulus", unit="pixels", group=BACKGROUND, gt=0, le=1_000_000
-        ),
+        option("area of the first annulus", unit="pixels", group=BACKGROUND, gt=0, le=1_000_000),
     ] = 10.0
     max_outer_radius: Annotated[
         float,

@@ -17,11 +17,11 @@ import pyarrow as pa
 from upath import UPath
 
 from spxdask.archive.observation import filename_identity, is_level2_name
-from spxdask.science.options import PhotometryConfig
 from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import Frame, open_frame
+from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.storage.files import (
     as_path,

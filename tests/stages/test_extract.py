@@ -11,9 +11,9 @@ import pytest
 import simulated
 from astropy.io import fits
 
-from spxdask.science.options import PhotometryConfig
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
+from spxdask.science.options import PhotometryConfig
 from spxdask.stages.extract import (
     ExtractOptions,
     extract,
