@@ -415,8 +415,9 @@ def check_options(model: type, values: Mapping[str, Any]) -> None:
             ArgsKwargs((), plain), self_instance=object.__new__(model)
         )
     except ValidationError as error:
-        # Those without a place are of options together.
-        wrong = [e for e in error.errors(include_url=False) if e["loc"] and e["type"] != "missing"]
+        # Those of other options are of what is missing, or of options together.
+        details = error.errors(include_url=False)
+        wrong = [detail for detail in details if detail["loc"] and detail["loc"][0] in plain]
         if wrong:
             raise _translate(model, values, wrong) from None
 
@@ -473,7 +474,10 @@ def _translate(
     elif cause is not None:
         # What a validator of the option says has more to it than its rule.
         rule = str(cause).replace("{rule}", info.rule)
-    return ConfigError(option=info.name, value=values.get(info.name, first["input"]), rule=rule)
+    value = values.get(info.name, first["input"])
+    if hasattr(value, "tolist") and not hasattr(value, "unit"):
+        value = value.tolist()
+    return ConfigError(option=info.name, value=value, rule=rule)
 
 
 def _as_bits(flags: Any) -> Any:
