@@ -1,12 +1,14 @@
 """Photometry of every catalogue source in every SPHEREx image, on a Dask cluster."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spxdask.config import BatchConfig, PhotometryConfig
+    from spxdask.config import BatchConfig
     from spxdask.pipeline import BatchPipeline, run_batch
     from spxdask.run.query_summary import load_query_summary
+    from spxdask.science.options import PhotometryConfig
 
 __version__ = "0.1.0"
 
@@ -18,13 +20,18 @@ __all__ = [
     "run_batch",
 ]
 
+UNSUPPORTED_PLATFORM = (
+    "spxdask runs on Linux, macOS and WSL; on Windows, install it within WSL "
+    "(https://learn.microsoft.com/windows/wsl)"
+)
+
 # Imported when first asked for: Dask takes a second, which the command line's help and
 # the modules that do without Dask should not cost.
 _HOME = {
     "BatchConfig": "spxdask.config",
     "BatchPipeline": "spxdask.pipeline",
-    "PhotometryConfig": "spxdask.config",
     "load_query_summary": "spxdask.run.query_summary",
+    "PhotometryConfig": "spxdask.science.options",
     "run_batch": "spxdask.pipeline",
 }
 
@@ -32,6 +39,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'spxdask' has no attribute {name!r}")
+    if sys.platform == "win32":
+        raise ImportError(UNSUPPORTED_PLATFORM)
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -9,32 +9,38 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, fields
 from decimal import Decimal
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from spxdask import __version__
+from spxdask import UNSUPPORTED_PLATFORM, __version__
 from spxdask.config import (
-    SHORT_NAMES,
+    FIELD,
+    FRAMES,
+    WORKERS,
     BatchConfig,
-    PhotometryConfig,
     check_options,
-    default_of,
+    expand_path,
+    name_file,
     read_options,
     template,
 )
 from spxdask.errors import ConfigError, InputError, SpxdaskError
+from spxdask.science.options import OptionInfo, PhotometryConfig, list_options
+
+if TYPE_CHECKING:
+    from spxdask.pipeline import BatchPipeline
 
 EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-ALL_OPTIONS = tuple(option.name for option in fields(BatchConfig))
-# The options that each stage reads, and which it therefore takes.
+BATCH_OPTIONS = {info.name: info for info in list_options(BatchConfig)}
+PHOTOMETRY_OPTIONS = {info.name: info for info in list_options(PhotometryConfig)}
+REQUIRED = tuple(name for name, info in BATCH_OPTIONS.items() if info.required)
+# Each stage takes the options that it reads.
 STAGES = {
-    "query": ALL_OPTIONS,
+    "query": tuple(BATCH_OPTIONS),
     "download": (
         "output_dir",
         "max_download_workers",
@@ -58,47 +64,76 @@ STAGES = {
         "lightcurve_format",
     ),
 }
+
+
+class _Command(NamedTuple):
+    group: str
+    summary: str
+    usage: str
+
+
+_FIELD_USAGE = "--catalog FILE --ra DEG --dec DEG --radius DEG [options]"
+# In the order in which they are shown.
 COMMANDS = {
-    "demo": "the four stages on a simulated sky, checked against its truth",
-    "run": "all four stages",
-    "query": "find the frames that cover a field",
-    "download": "fetch the frames of the query",
-    "extract": "measure the catalogue in every frame",
-    "aggregate": "write one light curve a source",
-    "status": "where a run stands",
-    "config": "write a commented YAML file of every option",
+    "run": _Command("every day", "all four stages", _FIELD_USAGE),
+    "status": _Command("every day", "how far a run is", "[DIR] [--watch]"),
+    "demo": _Command(
+        "first steps",
+        "the four stages on a simulated sky, checked against its truth",
+        "[--output DIR]",
+    ),
+    "config": _Command("first steps", "write a commented YAML file of every option", "[FILE]"),
+    "query": _Command("one stage", "find the frames that cover a field", _FIELD_USAGE),
+    "download": _Command("one stage", "fetch the frames of the query", "[--output DIR] [options]"),
+    "extract": _Command(
+        "one stage", "measure the catalogue in every frame", "[--output DIR] [options]"
+    ),
+    "aggregate": _Command(
+        "one stage", "write one light curve a source", "[--output DIR] [options]"
+    ),
 }
-HEAD = """\
-The light of every source you care about, out of every SPHEREx image.
-"""
+HEAD = "The light of every source you care about, out of every SPHEREx image."
 EPILOG = """\
 a first run, on a simulated sky, with nothing to download:
   spxdask demo
 
 a real one:
-  spxdask run --catalog sources.csv --ra 10.685 --dec 41.269 --radius 0.1 --bands D3 D4
+  spxdask run --catalog sources.csv --ra 10.685 --dec 41.269 --radius 0.1 \\
+      --bands D3 D4
 
 exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped
 """
-# Options whose flag is not their name.
-FLAGS = {name: f"--{short}" for short, name in SHORT_NAMES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        What follows the program's name; that of this process by default.
+
+    Returns
+    -------
+    int
+        The exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped.
+    """
+    if sys.platform == "win32":
+        print(f"spxdask: {UNSUPPORTED_PLATFORM}", file=sys.stderr)
+        return EXIT_USAGE
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
-    options, unknown = parser.parse_known_args(_no_minus_for_a_flag(arguments))
+    options, unknown = parser.parse_known_args(_attach_negative_values(arguments))
     if unknown:
-        # Of the command, whose help has the flags that there are.
+        # The help of the command lists the flags that it has.
         parser.prog = f"spxdask {options.command or ''}".strip()
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
-    _log(options.verbose)
+    _configure_logging(options.verbose)
     try:
-        with _second_interrupt_ends_it():
+        with _stop_at_second_interrupt():
             return options.run(options)
     except InputError as error:
         print(f"spxdask: {error}", file=sys.stderr)
@@ -112,15 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _second_interrupt_ends_it() -> Iterator[None]:
+def _stop_at_second_interrupt() -> Iterator[None]:
     """Let the first Ctrl-C stop a run in good order, and the next one at once."""
-    asked = 0
+    n_interrupts = 0
 
-    def interrupt(*_) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
-            # What workers were writing has no name yet.
+    def interrupt(*_: object) -> None:
+        nonlocal n_interrupts
+        n_interrupts += 1
+        if n_interrupts > 1:
+            # Files that workers are writing do not have their final names yet.
             for child in multiprocessing.active_children():
                 child.kill()
             print("\nspxdask: stopped at once", file=sys.stderr, flush=True)
@@ -138,28 +173,32 @@ def _second_interrupt_ends_it() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _plain_number(argument: str) -> str:
+def _write_out(argument: str) -> str:
     """Write -1e-5 as -0.00001, which argparse does not take for a flag."""
     if re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", argument):
         return format(Decimal(argument), "f")
     return argument
 
 
-def _no_minus_for_a_flag(arguments: Sequence[str]) -> list[str]:
-    """Write --dec -66d as --dec=-66d: argparse takes only plain numbers for values."""
-    found: list[str] = []
-    for argument in map(_plain_number, arguments):
-        follows = bool(found) and re.fullmatch(r"--\w[\w-]*", found[-1])
-        plain = re.fullmatch(r"-\d+|-\d*\.\d+", argument)
-        if follows and not plain and re.match(r"-\.?\d", argument):
-            found[-1] += f"={argument}"
+def _attach_negative_values(arguments: Sequence[str]) -> list[str]:
+    """Write --dec -66d as --dec=-66d, so that the configuration can say what is wrong with it.
+
+    argparse takes -66d for a flag, as click and typer do for a value that begins with a
+    letter; none of them offers more than this.
+    """
+    attached: list[str] = []
+    for argument in map(_write_out, arguments):
+        follows_flag = bool(attached) and re.fullmatch(r"--\w[\w-]*", attached[-1])
+        is_number = re.fullmatch(r"-\d+|-\d*\.\d+", argument)
+        if follows_flag and not is_number and re.match(r"-\.?\d", argument):
+            attached[-1] += f"={argument}"
         else:
-            found.append(argument)
-    return found
+            attached.append(argument)
+    return attached
 
 
-def _log(verbose: int) -> None:
-    """Let our own messages through; Dask's keep the form that Dask gives them."""
+def _configure_logging(verbose: int) -> None:
+    """Print the messages of spxdask; those of Dask keep the form that Dask gives them."""
     logger = logging.getLogger("spxdask")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -168,7 +207,7 @@ def _log(verbose: int) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes flags in full only, as a new one would change what a shortened one means."""
+    """Accepts flags in full only, as a new flag would change what a shortened one means."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, **how)
@@ -178,108 +217,147 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    commands_help = "".join(f"  {name:<11} {text}\n" for name, text in COMMANDS.items())
     parser = _Parser(
         prog="spxdask",
-        usage="spxdask COMMAND [options]      (spxdask COMMAND --help says more)",
-        description=f"{HEAD}\n{commands_help}",
+        usage="spxdask COMMAND [options]      (spxdask COMMAND --help shows the options)",
+        description=f"{HEAD}\n\n{_list_commands()}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"spxdask {__version__}")
-    common = _Parser(add_help=False)
-    common.add_argument(
-        "-v", "--verbose", action="count", default=0, help="say more; twice for every frame"
-    )
+    general = parser.add_argument_group("general")
+    general.add_argument("--version", action="version", version=f"spxdask {__version__}")
+    _add_help(general)
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="spxdask"
     )
-
-    def add(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[common], description=COMMANDS[name])
-        command.set_defaults(run=run)
-        return command
-
-    run = add("run", _run)
-    _add_options(run, ALL_OPTIONS)
-    run.add_argument(
-        "--retry-failed",
-        action="store_true",
-        help="take only the frames of the folder's last query that failed",
-    )
-    for stage, names in STAGES.items():
-        command = add(stage, _stage)
-        _add_options(command, names)
-        if stage == "extract":
-            command.add_argument(
-                "--all", action="store_true", help="measure again what is already measured"
-            )
-    status = add("status", _status)
-    status.add_argument("output_dir", nargs="?", metavar="DIR", default=None)
-    status.add_argument(
-        "--watch", action="store_true", help="say it again and again, until the run ends"
-    )
-    demo = add("demo", _demo)
-    demo.add_argument("--output", default="demo_output", metavar="DIR", help="default: %(default)s")
-    config = add("config", _config)
-    config.add_argument("path", nargs="?", help="file to write; standard output without one")
+    for name in COMMANDS:
+        _add_command(commands, name)
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser, names: Collection[str]) -> None:
-    run = command.add_argument_group("run")
+def _list_commands() -> str:
+    lines: list[str] = []
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines.append(f"{group}:")
+        lines += [
+            f"  {name:<11} {command.summary}"
+            for name, command in COMMANDS.items()
+            if command.group == group
+        ]
+    return "\n".join(lines)
+
+
+def _add_help(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+
+
+def _add_command(commands: Any, name: str) -> None:
+    """Add a command, its options in groups, those of every day first."""
+    command: _Parser = commands.add_parser(
+        name,
+        usage=f"spxdask {name} {COMMANDS[name].usage}",
+        description=COMMANDS[name].summary,
+        add_help=False,
+    )
+    command.set_defaults(run=_RUNNERS.get(name, _stage))
+    if name == "run":
+        groups = _add_options(command, BATCH_OPTIONS)
+        groups[FRAMES].add_argument(
+            "--retry-failed",
+            action="store_true",
+            help="process only the frames of the folder's last query that failed",
+        )
+    elif name in STAGES:
+        groups = _add_options(command, STAGES[name])
+        if name == "extract":
+            groups[FRAMES].add_argument(
+                "--all", action="store_true", help="measure again what is already measured"
+            )
+    elif name == "status":
+        command.add_argument("output_dir", nargs="?", metavar="DIR", help="the output folder")
+        command.add_argument(
+            "--watch", action="store_true", help="report again and again, until the run ends"
+        )
+    elif name == "demo":
+        command.add_argument(
+            "--output", default="demo_output", metavar="DIR", help="default: %(default)s"
+        )
+    else:
+        command.add_argument(
+            "path", nargs="?", metavar="FILE", help="file to write; standard output without one"
+        )
+    general = command.add_argument_group("general")
+    general.add_argument(
+        "-v", "--verbose", action="count", default=0, help="log more; twice for every frame"
+    )
+    _add_help(general)
+
+
+def _add_options(
+    command: argparse.ArgumentParser, names: Collection[str]
+) -> dict[str, argparse._ArgumentGroup]:
+    """Add the flags of some options; return the groups of flags by their headings."""
+    infos = [info for info in BATCH_OPTIONS.values() if info.nested is None]
+    if "photometry" in names:
+        infos += PHOTOMETRY_OPTIONS.values()
+    # Also those without an option of this command; argparse shows no empty ones.
+    groups = {
+        title: command.add_argument_group(title)
+        for title in dict.fromkeys(info.group for info in infos)
+    }
     if "center_ra" in names:
-        run.add_argument("--config", metavar="FILE", help="YAML file of options; flags overrule it")
-    cluster = run.add_mutually_exclusive_group()
+        groups[FIELD].add_argument(
+            "--config", metavar="FILE", help="YAML file of options; flags take precedence"
+        )
+    cluster = groups[WORKERS].add_mutually_exclusive_group()
     cluster.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="Dask scheduler to use, or its scheduler file; default: one of our own",
+        help="Dask scheduler to use, or its scheduler file; by default a cluster is started here",
     )
     cluster.add_argument(
         "--jobqueue",
         metavar="FILE",
         help="YAML file of a batch system, whose jobs are the workers (deploy/slurm has one)",
     )
-    for option in fields(BatchConfig):
-        if option.name in names and option.name != "photometry":
-            _add_option(run, option)
-    if "photometry" in names:
-        photometry = command.add_argument_group("photometry")
-        for option in fields(PhotometryConfig):
-            _add_option(photometry, option)
+    for info in infos:
+        if info.name in names or info.name in PHOTOMETRY_OPTIONS:
+            _add_option(groups[info.group], info)
+    return groups
 
 
-def _add_option(group: argparse._ArgumentGroup, option: Field) -> None:
+def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
     """Add the flag of an option; the configuration checks its value."""
-    flag = FLAGS.get(option.name, "--" + option.name.replace("_", "-"))
-    unit = f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
-    how: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
-    text = option.metadata["help"].replace("%", "%%") + unit
-    if option.default is not MISSING or option.default_factory is not MISSING:
-        default = default_of(option)
-        if default is None:
-            text = text.replace("; null for all", "; default: all")
-        else:
-            text += f"; default: {default}"
-    if isinstance(option.default, bool):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **how)
+    how: dict[str, Any] = {"dest": info.name, "default": argparse.SUPPRESS}
+    how["help"] = _help_text(info).replace("%", "%%")
+    if info.annotation is bool:
+        group.add_argument(info.flag, action=argparse.BooleanOptionalAction, **how)
         return
-    count = {"bands": "+", "bad_flags": "*", "mjd_range": 2, "window_size": "+"}.get(option.name)
-    metavar = {"bands": "D1..D6", "mjd_range": ("FIRST", "LAST"), "output_dir": "DIR"}
-    text_options = ("bands", "catalog_path", "output_dir", "tap_url", "archive_url")
     group.add_argument(
-        flag,
-        nargs=count,
-        type=str if option.name in text_options else _value,
-        metavar=metavar.get(option.name, "FILE" if option.name == "catalog_path" else "X"),
-        help=text,
+        info.flag,
+        nargs=info.nargs,
+        type=str if info.annotation is str else _value,
+        metavar=info.metavar,
         **how,
     )
 
 
+def _help_text(info: OptionInfo) -> str:
+    text, default = info.description_with_unit, info.default
+    if info.required:
+        return text
+    if default is None:
+        return text.replace("; null for all", "; default: all")
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    elif isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"{text}; default: {default}"
+
+
 def _value(text: str) -> int | float | str:
-    """Read a number where there is one; what else there is, the configuration judges."""
+    """Read a number where there is one; the configuration judges everything else."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -296,44 +374,41 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     if saved:
         if getattr(options, "config", None) is not None:
             raise ConfigError("--retry-failed goes on with the options of the run; drop --config")
-        output = flags.get("output_dir", default_of(_field(BatchConfig, "output_dir")))
+        output = expand_path(flags.get("output_dir", BATCH_OPTIONS["output_dir"].default))
         values = RunFolder(output).saved_config().to_dict()
     elif options.config is not None:
-        path = options.config
+        path = expand_path(options.config, "--config")
         values = _not_overruled(read_options(path), flags)
-    with _told_of(path):
+    with name_file(path):
         check_options(BatchConfig, values)
     missing = [
-        FLAGS.get(f.name, f"--{f.name}")
-        for f in fields(BatchConfig)
-        if f.default is f.default_factory is MISSING and f.name not in values | flags
+        BATCH_OPTIONS[name].flag for name in REQUIRED if name not in values and name not in flags
     ]
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
     check_options(BatchConfig, flags)
     measuring = values.get("photometry") or {}
     merged = values | flags | {"photometry": measuring | flags.get("photometry", {})}
-    # What is wrong now is wrong of options together.
-    with _told_of(path if measuring else None):
+    # Each option by itself is right, so that an error is one of options together.
+    with name_file(path if measuring else None):
         return BatchConfig.from_dict(merged)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that flags were given for."""
     given = vars(options)
-    flags = {f.name: given[f.name] for f in fields(BatchConfig) if f.name in given}
+    flags = {name: given[name] for name in BATCH_OPTIONS if name in given}
     if "bands" in flags:
         # D3 D4, D3,D4 or D3, D4
-        flags["bands"] = [b for text in flags["bands"] for b in text.split(",") if b]
-    photometry = {f.name: given[f.name] for f in fields(PhotometryConfig) if f.name in given}
+        flags["bands"] = [b for text in flags["bands"] for b in str(text).split(",") if b]
+    photometry = {name: given[name] for name in PHOTOMETRY_OPTIONS if name in given}
     if isinstance(photometry.get("window_size"), list) and len(photometry["window_size"]) == 1:
-        photometry["window_size"] = photometry["window_size"][0]
+        [photometry["window_size"]] = photometry["window_size"]
     return flags | ({"photometry": photometry} if photometry else {})
 
 
 def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a file that no flag overrules, and that were filled in."""
-    required = [f.name for f in fields(BatchConfig) if f.default is f.default_factory is MISSING]
     left = {}
     for name, value in values.items():
         if name == "photometry" and isinstance(value, Mapping):
@@ -341,31 +416,16 @@ def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[
             left[name] = {key: v for key, v in value.items() if key not in overruled}
         elif name not in flags or name == "photometry":
             left[name] = value
-    return {name: v for name, v in left.items() if v is not None or name not in required}
+    return {name: v for name, v in left.items() if v is not None or name not in REQUIRED}
 
 
-@contextmanager
-def _told_of(path: str | None) -> Iterator[None]:
-    """Name the file that an option came from, if it came from one."""
-    try:
-        yield
-    except ConfigError as error:
-        if path is None:
-            raise
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def _field(options: type, name: str) -> Field:
-    return next(f for f in fields(options) if f.name == name)
-
-
-def _pipeline(options: argparse.Namespace, *, saved: bool):
-    # This sets the levels of Dask's loggers.
+def _pipeline(options: argparse.Namespace, *, saved: bool) -> BatchPipeline:
+    # Before the levels of Dask's loggers are set, as the import of Dask sets them, too.
     from spxdask.pipeline import BatchPipeline
 
     if not options.verbose:
-        # It announces each shuffle as a warning, and tells of a lost scheduler with a
-        # traceback, and we in a sentence.
+        # Dask announces each shuffle as a warning, and reports a lost scheduler with a
+        # traceback where spxdask does so in a sentence.
         logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     return BatchPipeline(
@@ -378,7 +438,7 @@ def _pipeline(options: argparse.Namespace, *, saved: bool):
 
 def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
-    # First, so that a mistake in it costs no cluster.
+    # Read now, so that a mistake in it is reported before a cluster is started.
     _ = pipeline.catalogue
     with pipeline:
         print(pipeline.links, file=sys.stderr)
@@ -407,13 +467,13 @@ def _stage(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from spxdask.run.status import status, watch
 
-    output = options.output_dir or default_of(_field(BatchConfig, "output_dir"))
+    output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
     if not options.watch:
         print(status(output))
         return EXIT_DONE
     with suppress(KeyboardInterrupt):
         for found in watch(output):
-            # To the top left, and clear what is below.
+            # Move the cursor to the top left, and clear the screen below it.
             clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
             print(f"{clear}{found}\n", flush=True)
     return EXIT_DONE
@@ -430,14 +490,20 @@ def _config(options: argparse.Namespace) -> int:
     if options.path is None:
         print(text, end="")
         return EXIT_DONE
+    path = expand_path(options.path, "FILE")
     try:
-        with open(options.path, "x", encoding="utf-8") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise InputError(f"{options.path}: {error.strerror}") from error
-    print(
-        textwrap.dedent(f"""\
-        wrote {options.path}; fill in the four options at its top, then
-        spxdask run --config {options.path}""")
-    )
+        raise InputError(error.strerror or str(error), path=path) from error
+    print(f"wrote {path}; fill in the four options at its top, then")
+    print(f"spxdask run --config {path}")
     return EXIT_DONE
+
+
+_RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "status": _status,
+    "demo": _demo,
+    "config": _config,
+}

@@ -1,127 +1,111 @@
-"""Every option of a run: its default, what is allowed, and what it does, said once.
+"""Every option of a run, and the YAML files that hold them.
 
-The dataclasses below are the single source for the Python API, the YAML files, the
-command line's flags and the commented template that ``spxdask config`` writes.
+`BatchConfig` is the single source for the Python API, the YAML files, the command line's
+flags, the commented template that ``spxdask config`` writes and the documentation's table.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field
+from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-import yaml
-from fsspec import available_protocols
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from spxdask.errors import ConfigError, StoreError
-from spxdask.storage import read_file
+from spxdask.science.options import (
+    CheckedOptions,
+    PhotometryConfig,
+    check_options,
+    checked_options,
+    list_options,
+    option,
+)
+
+__all__ = [
+    "BANDS",
+    "IRSA_ARCHIVE_URL",
+    "IRSA_TAP_URL",
+    "RELEASES",
+    "SHORT_NAMES",
+    "BatchConfig",
+    "LiteralPath",
+    "check_options",
+    "expand_path",
+    "load_yaml",
+    "name_file",
+    "option_rows",
+    "read_options",
+    "template",
+    "to_yaml",
+]
 
 BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
 RELEASES = ("latest", "qr2", "qr3", "all")
 IRSA_TAP_URL = "https://irsa.ipac.caltech.edu/TAP"
 IRSA_ARCHIVE_URL = "https://irsa.ipac.caltech.edu"
-# What the command line calls some options, and what they are called everywhere else.
-SHORT_NAMES = {
-    "ra": "center_ra",
-    "dec": "center_dec",
-    "catalog": "catalog_path",
-    "coverage": "coverage_mode",
-    "output": "output_dir",
-}
 
-Check = Callable[[Any], Any]
-T = TypeVar("T")
+FIELD, OUTPUT, FRAMES = "field and catalogue", "output", "frames"
+WORKERS, ARCHIVE, PHOTOMETRY = "workers", "archive", "photometry"
+
+T = TypeVar("T", bound=CheckedOptions)
 
 
-def _option(default: Any, check: Check, help: str, **more: Any) -> Any:
-    """Declare an option: `check` returns the value in its final type or raises ValueError."""
-    how = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**how, metadata={"check": check, "help": help, **more})
+class LiteralPath(str):
+    """A path in which a dollar sign is one, and nothing is left to expand."""
 
 
-def _number(low: float, high: float, *, open_low: bool = False) -> Check:
-    def check(value: Any) -> float:
-        inside = (
-            not isinstance(value, bool)
-            and isinstance(value, int | float)
-            and low <= value <= high
-            and not (open_low and value == low)
-        )
-        if not inside:
-            least = f"above {low:g}" if open_low else f"from {low:g}"
-            raise ValueError(f"a number {least} to {high:g}")
-        return float(value)
-
-    return check
+_VARIABLE = re.compile(r"\$(?:(?P<escape>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\})")
 
 
-def _degrees(low: float, high: float, sexagesimal: str) -> Check:
-    number = _number(low, high)
+def _expand(text: str) -> str:
+    """Expand ``~`` and ``$VAR`` as a shell does; ``$$`` is a dollar sign."""
 
-    def check(value: Any) -> float:
-        try:
-            return number(value)
-        except ValueError as error:
-            if not isinstance(value, str) or _reads_as_number(value):
-                raise
-            hint = f"degrees as a decimal number, {sexagesimal} is not one"
-            raise ValueError(f"{error}: {hint}") from None
-
-    return check
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _integer(low: int, high: int | None = None) -> Check:
-    def check(value: Any) -> int:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < low
-            or (high is not None and value > high)
-        ):
+    def value_of(match: re.Match[str]) -> str:
+        if match["escape"]:
+            return "$"
+        name = match["name"] or match["braced"]
+        # An empty one would turn $SCRATCH/run into /run.
+        if not os.environ.get(name):
             raise ValueError(
-                f"an integer from {low}" + (f" to {high}" if high is not None else " up")
+                f"a path of variables that are set (${name} is not; $$ is a dollar sign)"
             )
-        return int(value)
+        return os.environ[name]
 
-    return check
-
-
-def _choice(*allowed: str) -> Check:
-    def check(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError("one of " + ", ".join(allowed))
-        return value
-
-    return check
+    expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
+    return _keep(expanded)
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+def _keep(text: str) -> str:
+    """Return a text that is not to be expanded, marked if it could be."""
+    return LiteralPath(text) if "$" in text else str(text)
 
 
-def _path(value: Any) -> str:
+def _check_path(value: Any) -> str:
+    """Return the path of a file or folder, or the URL of a store."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ValueError("a path")
-    return text
+        raise ValueError("{rule}")
+    if "://" not in text:
+        return _keep(text) if isinstance(text, LiteralPath) else _expand(text)
+    # Late, as its import takes as long as that of this module.
+    from fsspec import available_protocols
+
+    scheme, _, rest = text.partition("://")
+    stores = set(available_protocols()) - {"http", "https"}
+    if scheme not in stores or not _scheme(text):
+        raise ValueError("{rule}")
+    if isinstance(text, LiteralPath):
+        return _keep(text.rstrip("/"))
+    host, slash, path = rest.rstrip("/").partition("/")
+    return _keep(f"{scheme}://{host}{slash}{_expand(path)}")
 
 
 def _scheme(value: Any) -> str:
@@ -134,551 +118,592 @@ def _scheme(value: Any) -> str:
     return parts.scheme if named else ""
 
 
-def _url(value: Any) -> str:
+def _check_tap_url(value: Any) -> str:
     if _scheme(value) not in ("http", "https"):
-        raise ValueError("an http or https URL")
-    return _plain_url(value)
+        raise ValueError("{rule}")
+    return _normalise(value)
 
 
-def _archive(value: Any) -> str:
+def _check_archive_url(value: Any) -> str:
+    is_mirror = isinstance(value, str) and value[:5].lower() == "file:"
+    if is_mirror and not isinstance(value, LiteralPath):
+        # Before the check, as file://$DATA/mirror has a host until $DATA is expanded.
+        _, slashes, path = re.split("^[^:]*:(//)?", value)
+        value = _keep(f"file:{slashes or ''}{_expand(path)}")
     if _scheme(value) not in ("http", "https", "s3", "file"):
-        raise ValueError("an http, https, s3 or file URL, such as s3://nasa-irsa-spherex")
-    return _plain_url(value)
+        raise ValueError("{rule}")
+    normal = _normalise(value)
+    return _keep(normal) if is_mirror else normal
 
 
-def _plain_url(url: str) -> str:
-    """Write the scheme in lower case, as those who look at it expect, and no slash at the end."""
+def _normalise(url: str) -> str:
+    """Write the scheme in lower case, as those who compare it expect, and no slash at the end."""
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest.rstrip("/")
 
 
-def _file_or_url(value: Any) -> str:
-    text = _path(value)
-    scheme = text.partition("://")[0] if "://" in text else ""
-    stores = set(available_protocols()) - {"http", "https"}
-    if scheme and (scheme not in stores or not _scheme(text)):
-        raise ValueError("a path, or the URL of a store, such as s3://bucket/folder")
-    return text.rstrip("/") if scheme else text
+def _to_degrees(value: Any) -> Any:
+    """Return astropy's angles in degrees, without importing it, and all else as it is."""
+    if hasattr(value, "unit") and hasattr(value, "to_value"):
+        try:
+            value = value.to_value("deg")
+        # UnitConversionError is both.
+        except (TypeError, ValueError):
+            raise ValueError("an angle or a number of degrees") from None
+        # Of an angle, which is an array without dimensions.
+        return value.tolist() if hasattr(value, "tolist") else value
+    return value
 
 
-def _bands(value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    listed = isinstance(value, list | set | frozenset) and len(value) > 0
-    names = {b.upper() if isinstance(b, str) else None for b in value} if listed else set()
-    if not names or not names <= set(BANDS):
-        raise ValueError(f"a list of some of {BANDS[0]} to {BANDS[-1]}, or null for all")
-    return sorted(names)
+def _refuse_sexagesimal(example: str) -> BeforeValidator:
+    """Return a check that explains itself for a text such as an hour angle."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and not _reads_as_number(value):
+            raise ValueError(f"{{rule}}, in decimal degrees (not as {example})")
+        return value
+
+    return BeforeValidator(check)
 
 
-def _mjd_range(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    day = _number(0, 1e6)
+def _reads_as_number(text: str) -> bool:
     try:
-        first, last = (day(v) for v in value) if isinstance(value, list) else ()
+        float(text)
     except ValueError:
-        first, last = 1.0, 0.0
-    if first > last:
-        raise ValueError("two MJDs, the earlier first, or null for all")
-    return first, last
+        return False
+    return True
 
 
-def _window_size(value: Any) -> int | tuple[int, int]:
-    pixels = _integer(3, 500)
-    try:
-        if not isinstance(value, list):
-            return pixels(value)
-        height, width = (pixels(v) for v in value)
-    except ValueError:
-        raise ValueError("an integer from 3 to 500 (pixels), or a pair: height, width") from None
-    return height, width
+def _sort_bands(value: Any) -> Any:
+    """Return the names of bands in upper case, sorted, without those that come twice."""
+    if not isinstance(value, tuple | set | frozenset):
+        return value
+    if not all(isinstance(band, str) for band in value):
+        raise ValueError("{rule}")
+    return tuple(sorted({band.upper() for band in value}))
 
 
-def _bad_flags(value: Any) -> list[int]:
-    bit = _integer(0, 31)
-    try:
-        if not isinstance(value, list | set | frozenset):
-            raise ValueError
-        return sorted({bit(v) for v in value})
-    except ValueError:
-        raise ValueError("a list of flag bits, integers from 0 to 31") from None
+def _check_order(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and value[0] > value[1]:
+        raise ValueError("{rule}")
+    return value
 
 
-def _native(value: Any) -> Any:
-    """Make numpy's scalars and arrays Python's own, and tuples lists, also within others."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [_native(v) for v in value]
-    return {_native(v) for v in value} if isinstance(value, set | frozenset) else value
+def _as_photometry(value: Any) -> Any:
+    # None is, in YAML, what a heading with nothing but comments below it is.
+    if value is None or isinstance(value, Mapping):
+        return PhotometryConfig.from_dict(value or {})
+    return value
 
 
-def _checked(option: Field, value: Any) -> Any:
-    """Return the value of an option in its final type."""
-    try:
-        return option.metadata["check"](_native(value))
-    except ConfigError as error:
-        raise ConfigError(f"{option.name}: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{option.name} is {value!r}; allowed is {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{option.name} has lists within lists without end") from None
+_PATH_RULE = "a path, or the URL of a store, such as s3://bucket/folder"
+_Mjd = Annotated[float, Field(ge=0, le=1_000_000)]
+_Format = Literal["csv", "parquet"]
 
 
-def _refuse_unknown(options: type, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a name that is no option, with the one that may be meant."""
-    known = [option.name for option in fields(options)]
-    for key in values:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(str(key), known, n=1)
-        if options is BatchConfig and key in SHORT_NAMES:
-            hint = f"{key} is {SHORT_NAMES[key]} here"
-        elif options is BatchConfig and key in {o.name for o in fields(PhotometryConfig)}:
-            hint = f"{key} belongs under photometry"
-        elif near:
-            hint = f"did you mean {near[0]}?"
-        else:
-            hint = f"known are {', '.join(known)}"
-        raise ConfigError(f"unknown option {key!r}; {hint}")
+@checked_options
+class BatchConfig(CheckedOptions):
+    """A run: where on the sky, which catalogue, which frames, how.
 
-
-def check_options(options: type, values: Mapping[str, Any]) -> None:
-    """Check some options of a configuration, each by itself.
+    Angles may be numbers of degrees or astropy's Angle, Longitude, Latitude or Quantity;
+    sequences may be lists, tuples or arrays. In paths, ``~`` and ``$VAR`` are expanded.
 
     Raises
     ------
     ConfigError
-        If a name is unknown or a value is not allowed whatever the other options are.
+        If a value is not allowed; the message names the option, the rule and the value.
     """
-    _refuse_unknown(options, values)
-    for option in fields(options):
-        if option.name not in values:
-            continue
-        value = values[option.name]
-        if option.name != "photometry" or not isinstance(value, Mapping):
-            _checked(option, value)
-            continue
-        try:
-            check_options(PhotometryConfig, value)
-        except ConfigError as error:
-            raise ConfigError(f"photometry: {error}") from None
 
+    center_ra: Annotated[
+        float,
+        option(
+            "centre of the field, ICRS",
+            unit="deg",
+            group=FIELD,
+            flag="ra",
+            metavar="DEG",
+            ge=0,
+            le=360,
+        ),
+        _refuse_sexagesimal("00:42:44"),
+        BeforeValidator(_to_degrees),
+    ]
+    center_dec: Annotated[
+        float,
+        option(
+            "centre of the field, ICRS",
+            unit="deg",
+            group=FIELD,
+            flag="dec",
+            metavar="DEG",
+            ge=-90,
+            le=90,
+        ),
+        _refuse_sexagesimal("-66:30:00"),
+        BeforeValidator(_to_degrees),
+    ]
+    radius: Annotated[
+        float,
+        option("radius of the field", unit="deg", group=FIELD, metavar="DEG", gt=0, le=90),
+        BeforeValidator(_to_degrees),
+    ]
+    catalog_path: Annotated[
+        str,
+        option(
+            "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
+            "(s3://...)",
+            group=FIELD,
+            rule=_PATH_RULE,
+            flag="catalog",
+            metavar="FILE",
+        ),
+        PlainValidator(_check_path),
+    ]
+    output_dir: Annotated[
+        str,
+        option(
+            "folder of everything the run writes; a path or a URL (s3://...)",
+            group=OUTPUT,
+            rule=_PATH_RULE,
+            flag="output",
+            metavar="DIR",
+        ),
+        PlainValidator(_check_path),
+    ] = "batch_output"
+    per_image_format: Annotated[
+        _Format, option("'csv' or 'parquet', for the tables in per_image/", group=OUTPUT)
+    ] = "csv"
+    lightcurve_format: Annotated[
+        _Format,
+        option(
+            "'csv' is a file a source; 'parquet' one dataset of num_buckets files, for a million "
+            "sources",
+            group=OUTPUT,
+        ),
+    ] = "csv"
+    keep_images: Annotated[
+        bool,
+        option("keep the frames in images/; else each is deleted once measured", group=OUTPUT),
+    ] = True
+    num_buckets: Annotated[
+        int,
+        option(
+            "output partitions of the shuffle; more if they would be large",
+            group=OUTPUT,
+            ge=1,
+            le=100_000,
+        ),
+    ] = 64
+    keep_bucket_files: Annotated[
+        bool,
+        option(
+            "keep the shuffled, sorted partitions as Parquet beside the light curves",
+            group=OUTPUT,
+        ),
+    ] = False
+    bands: Annotated[
+        Annotated[tuple[Literal["D1", "D2", "D3", "D4", "D5", "D6"], ...], Field(min_length=1)]
+        | None,
+        option(
+            "detectors to use, of D1 to D6, such as [D3, D4]; null for all",
+            group=FRAMES,
+            rule="a list of some of D1 to D6, or null for all",
+            metavar="BAND",
+            nargs="+",
+        ),
+        BeforeValidator(_sort_bands),
+    ] = None
+    mjd_range: Annotated[
+        tuple[_Mjd, _Mjd] | None,
+        option(
+            "first and last mid-exposure time, both included; null for all",
+            unit="MJD",
+            group=FRAMES,
+            rule="two MJDs, the earlier first, or null for all",
+            metavar=("FIRST", "LAST"),
+            nargs=2,
+        ),
+        AfterValidator(_check_order),
+    ] = None
+    release: Annotated[
+        Literal["latest", "qr2", "qr3", "all"],
+        option(
+            "'latest' keeps the newest version of each exposure; 'qr2' or 'qr3' takes one release "
+            "only; 'all' keeps every version",
+            group=FRAMES,
+        ),
+    ] = "latest"
+    coverage_mode: Annotated[
+        Literal["any", "full"],
+        option(
+            "'any' takes frames that touch the field, 'full' those that hold all of it",
+            group=FRAMES,
+            flag="coverage",
+        ),
+    ] = "any"
+    max_images: Annotated[
+        int,
+        option("more frames than this is an error, before any download", group=FRAMES, ge=1),
+    ] = 500
+    max_extract_workers: Annotated[
+        int,
+        option(
+            "worker processes of the embedded cluster, at most one a core",
+            group=WORKERS,
+            ge=1,
+            le=10_000,
+        ),
+    ] = 12
+    scratch_gb: Annotated[
+        float,
+        option(
+            "a worker holds no more frames than this at once, nor than a quarter of its memory",
+            unit="GB",
+            group=WORKERS,
+            gt=0,
+            le=1_000_000,
+        ),
+    ] = 5.0
+    max_download_workers: Annotated[
+        int,
+        option(
+            "connections to the archive at once, for the whole cluster",
+            group=ARCHIVE,
+            ge=1,
+            le=1000,
+        ),
+    ] = 4
+    max_retries: Annotated[
+        int,
+        option("times a failed request to the archive is repeated", group=ARCHIVE, ge=0, le=100),
+    ] = 5
+    stall_timeout: Annotated[
+        float,
+        option(
+            "a transfer without a byte for this long is given up",
+            unit="s",
+            group=ARCHIVE,
+            gt=0,
+            le=3600,
+        ),
+    ] = 30.0
+    tap_url: Annotated[
+        str,
+        option(
+            "the archive's TAP service; the default is SPXDASK_TAP_URL from the environment, or "
+            "IRSA's",
+            group=ARCHIVE,
+            rule="an http or https URL",
+            metavar="URL",
+            default_text=IRSA_TAP_URL,
+        ),
+        PlainValidator(_check_tap_url),
+    ] = field(default_factory=lambda: os.environ.get("SPXDASK_TAP_URL") or IRSA_TAP_URL)
+    archive_url: Annotated[
+        str,
+        option(
+            "a frame is at this URL + '/' + its URI: https, s3 (the public bucket or a copy of it) "
+            "or file (a mirror); the default is SPXDASK_ARCHIVE_URL from the environment, or "
+            "IRSA's",
+            group=ARCHIVE,
+            rule="an http, https, s3 or file URL, such as s3://nasa-irsa-spherex",
+            metavar="URL",
+            default_text=IRSA_ARCHIVE_URL,
+        ),
+        PlainValidator(_check_archive_url),
+    ] = field(default_factory=lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL)
+    photometry: Annotated[
+        PhotometryConfig,
+        option(
+            "how a source is measured",
+            group=PHOTOMETRY,
+            rule="a PhotometryConfig or a mapping of its options",
+        ),
+        BeforeValidator(_as_photometry),
+    ] = PhotometryConfig()
 
-class _Options:
-    """What the two configurations have in common: checks, dictionaries, YAML."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as YAML holds them, such that `from_dict` makes the same of them.
 
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            checked = _checked(option, getattr(self, option.name))
-            object.__setattr__(self, option.name, checked)
+        Returns
+        -------
+        dict
+            Of plain numbers, texts, lists and mappings; a dollar sign in a path is ``$$``.
+        """
+        return {
+            name: value.replace("$", "$$") if isinstance(value, LiteralPath) else value
+            for name, value in super().to_dict().items()
+        }
 
     @classmethod
-    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Make a configuration from a mapping, such as a parsed YAML file.
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a configuration from a YAML file.
+
+        Parameters
+        ----------
+        path : path
+            The file, or its URL.
+
+        Returns
+        -------
+        BatchConfig
 
         Raises
         ------
         ConfigError
-            If a key is unknown, a required one is missing, or a value is not allowed.
+            If it cannot be read, or an option is wrong; the message names the file.
         """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.__name__} needs a mapping of options, got {values!r}")
-        _refuse_unknown(cls, values)
-        missing = [o.name for o in fields(cls) if _required(o) and o.name not in values]
-        if missing:
-            raise ConfigError(f"missing option: {', '.join(missing)}")
-        return cls(**values)
+        return load_yaml(cls, path)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, texts, lists and mappings, as YAML holds them."""
-        return _plain(asdict(self))
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the configuration as YAML; also write it to a file if one is given.
 
-    @classmethod
-    def from_yaml(cls: type[T], path: str | os.PathLike) -> T:
-        """Read a configuration from a YAML file; raise ConfigError naming the file."""
-        values = read_options(path)
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        Parameters
+        ----------
+        path : path, optional
+            The file, which is replaced if it exists.
 
-    def to_yaml(self, path: str | os.PathLike | None = None) -> str:
-        """Return the configuration as YAML; also write it to `path` if one is given."""
-        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        Returns
+        -------
+        str
+            Without comments; see `template` for a file with them.
+        """
+        return to_yaml(self, path)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e3 is a number, 12:30 is not, and no key comes twice."""
+def expand_path(path: str | os.PathLike[str], option: str = "output_dir") -> str:
+    """Return a path as a configuration has it that this path is given to.
 
-    def construct_mapping(self, node, deep=False):
-        if not isinstance(node, yaml.MappingNode):
-            return super().construct_mapping(node, deep)
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                problem = f"line {key.start_mark.line + 1} has a list or mapping for a name"
-                raise yaml.constructor.ConstructorError(problem=problem)
-        keys = [key.value for key, _ in node.value]
-        if len(keys) > len(set(keys)):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(problem=f"{twice} is given more than once")
-        return super().construct_mapping(node, deep)
+    Parameters
+    ----------
+    path : path
+        May hold ``~`` and ``$VAR``.
+    option : str
+        Name of the option that it is for.
 
+    Returns
+    -------
+    str
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number, and escapes rare line breaks."""
-
-    def represent_str(self, text: str) -> yaml.ScalarNode:
-        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": re.compile(r"[-+]?\d+$"),
-    "tag:yaml.org,2002:float": re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-}
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if tag not in _NUMBERS]
-        for first, rules in _class.yaml_implicit_resolvers.items()
-    }
-    for _tag, _rule in _NUMBERS.items():
-        _class.add_implicit_resolver(_tag, _rule, list("-+.0123456789"))
-# A leading zero is no octal number.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
-def read_options(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a YAML file of options; raise ConfigError naming the file when it is none."""
+    Raises
+    ------
+    ConfigError
+        If it is no path, or holds a variable that is not set.
+    """
     try:
-        values = _parsed(read_file(path).decode())
-    # PyYAML lets a ValueError through for a date such as 2026-02-31.
-    except (OSError, StoreError, ValueError, yaml.YAMLError) as error:
-        reason = (error.strerror or error) if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: {reason}") from error
+        return _check_path(path)
+    except ValueError as error:
+        rule = str(error).replace("{rule}", _PATH_RULE)
+        raise ConfigError(option=option, value=path, rule=rule) from None
+
+
+# What the command line calls some options, and what they are called everywhere else.
+SHORT_NAMES = {
+    info.flag.removeprefix("--"): info.name
+    for info in list_options(BatchConfig)
+    if info.flag != "--" + info.name.replace("_", "-")
+}
+
+
+@contextmanager
+def name_file(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Name, in a ConfigError that is raised in the block, the file that the option came from.
+
+    Parameters
+    ----------
+    path : path or None
+        None leaves errors as they are.
+
+    Yields
+    ------
+    None
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if path is not None and error.path is None:
+            error.path = os.fspath(path)
+        raise
+
+
+def load_yaml(model: type[T], path: str | os.PathLike[str]) -> T:
+    """Read options of a class from a YAML file.
+
+    Parameters
+    ----------
+    model : type
+        `BatchConfig` or `PhotometryConfig`.
+    path : path
+        The file, or its URL.
+
+    Returns
+    -------
+    BatchConfig or PhotometryConfig
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or an option is wrong; the message names the file.
+    """
+    values = read_options(path)
+    with name_file(path):
+        return model.from_dict(values)
+
+
+def to_yaml(options: CheckedOptions, path: str | os.PathLike[str] | None = None) -> str:
+    """Return options as YAML; also write them to a file if one is given.
+
+    Parameters
+    ----------
+    options : BatchConfig or PhotometryConfig
+    path : path, optional
+        The file, which is replaced if it exists.
+
+    Returns
+    -------
+    str
+    """
+    text = _dump(options.to_dict())
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _dump(value: Any, *, in_one_line: bool = False) -> str:
+    from ruamel.yaml import YAML
+
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = in_one_line
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    # No line is broken, as spaces at its end would be lost.
+    writer.width = 1_000_000
+    stream = StringIO()
+    writer.dump(value, stream)
+    text = stream.getvalue()
+    if re.search("[\x85\u2028\u2029]", text):
+        # These are line breaks to some readers, unless they are escaped.
+        writer.allow_unicode = False
+        stream = StringIO()
+        writer.dump(value, stream)
+        text = stream.getvalue()
+    return text
+
+
+def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of options: YAML 1.2, where 1e3 is a number, and 12:30 and no are texts.
+
+    Parameters
+    ----------
+    path : path
+        The file, or its URL.
+
+    Returns
+    -------
+    dict
+        Empty for an empty file.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or is not a mapping of options; it has the `path`.
+    """
+    # Late, as ``spxdask --help`` reads no file.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from spxdask.storage import read_file
+
+    try:
+        values = YAML(typ="safe", pure=True).load(read_file(path).decode())
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), path=path) from error
+    except RecursionError:
+        raise ConfigError("lists or mappings within each other without end", path=path) from None
+    except YAMLError as error:
+        raise ConfigError(_explain(error), path=path) from error
+    # What ruamel.yaml lets through for a date such as 2026-02-31 and a tag such as !!bool maybe.
+    except (AttributeError, LookupError, StoreError, TypeError, ValueError) as error:
+        reason = f"unknown value {error}" if isinstance(error, LookupError) else str(error)
+        raise ConfigError(reason, path=path) from error
     if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of options is needed")
+        raise ConfigError("a mapping of options is needed", path=path)
     return values or {}
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError("lists or mappings within each other without end") from None
-    # For a value that does not fit its tag, such as !!bool maybe.
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError("a value is not of the kind that its tag says") from error
-
-
-def _required(option: Field) -> bool:
-    return option.default is MISSING and option.default_factory is MISSING
-
-
-def _unit(option: Field) -> str:
-    return f" [{option.metadata['unit']}]" if "unit" in option.metadata else ""
-
-
-def _documented(options: type[T]) -> type[T]:
-    """Describe every option in the docstring, before what is raised."""
-    lines = ["Parameters", "----------"]
-    for option in fields(options):
-        default = ""
-        if option.default is not MISSING:
-            default = f", default {option.default!r}"
-        elif not _required(option):
-            # As the environment may decide which it is.
-            default = ", optional"
-        text = option.metadata["help"].replace("null for", "None for") + _unit(option)
-        text = text.removesuffix(": the options below")
-        lines.append(f"{option.name} : {option.type}{default}")
-        lines += textwrap.wrap(text, 88, initial_indent="    ", subsequent_indent="    ")
-    head, raises, rest = inspect.cleandoc(options.__doc__).partition("Raises\n")
-    options.__doc__ = head + "\n".join(lines) + "\n\n" + raises + rest
-    return options
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-@_documented
-@dataclass(frozen=True, kw_only=True)
-class PhotometryConfig(_Options):
-    """How a source is measured. Pixels are 6.15 arcsec.
-
-    Raises
-    ------
-    ConfigError
-        If a value is not allowed; the message names the option, the value and the rule.
-    """
-
-    aperture_method: str = _option(
-        "fwhm",
-        _choice("fwhm", "fixed"),
-        "'fwhm' scales the aperture with each frame's PSF, 'fixed' keeps it",
-    )
-    aperture_diameter: float = _option(
-        3.0, _number(0, 200, open_low=True), "diameter of the fixed aperture", unit="pixels"
-    )
-    fwhm_multiplier: float = _option(
-        2.5, _number(0, 50, open_low=True), "diameter of the fwhm aperture", unit="PSF FWHM"
-    )
-    background_method: str = _option(
-        "window",
-        _choice("window", "annulus"),
-        "'window' takes the local background from a rectangle about the source, 'annulus' from "
-        "a ring about the aperture",
-    )
-    window_size: int | tuple[int, int] = _option(
-        50,
-        _window_size,
-        "size of the background window; one number, or height and width",
-        unit="pixels",
-    )
-    subtract_zodi: bool = _option(True, _flag, "fit and subtract the zodiacal light model")
-    zodi_scale_min: float = _option(
-        0.0, _number(-1e6, 1e6), "a fitted zodiacal scale must be above this, or 1 is used"
-    )
-    zodi_scale_max: float = _option(
-        10.0, _number(-1e6, 1e6), "a fitted zodiacal scale must not be above this, or 1 is used"
-    )
-    min_usable_pixels: int = _option(
-        10, _integer(1), "pixels that a background needs before SOURCE pixels are let in"
-    )
-    bg_sigma_clip_sigma: float = _option(
-        3.0,
-        _number(0, 1000, open_low=True),
-        "background clipping limit",
-        unit="standard deviations",
-    )
-    bg_sigma_clip_maxiters: int = _option(
-        3, _integer(0, 1000), "background clipping rounds, at most"
-    )
-    annulus_inner_offset: float = _option(
-        1.414, _number(0, 200), "gap between aperture and annulus", unit="pixels"
-    )
-    min_annulus_area: float = _option(
-        10.0, _number(0, 1e6, open_low=True), "area of the first annulus", unit="pixels"
-    )
-    max_outer_radius: float = _option(
-        5.0, _number(0, 500, open_low=True), "the annulus grows no farther than this", unit="pixels"
-    )
-    max_annulus_attempts: int = _option(
-        5, _integer(0, 1000), "times the annulus is grown before SOURCE pixels are let in"
-    )
-    annulus_expansion_step: float = _option(
-        0.5, _number(0, 100, open_low=True), "growth of the outer radius each time", unit="pixels"
-    )
-    pixel_scale_fallback: float = _option(
-        6.2,
-        _number(0, 1000, open_low=True),
-        "used, with a warning, when a header has no usable scale",
-        unit="arcsec",
-    )
-    bad_flags: list[int] = _option(
-        lambda: [0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19],
-        _bad_flags,
-        "flag bits that make a pixel unusable for background and zodiacal fit",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.zodi_scale_min < self.zodi_scale_max:
-            raise ConfigError(
-                f"zodi_scale_max is {self.zodi_scale_max!r}; allowed is a number above "
-                f"zodi_scale_min, which is {self.zodi_scale_min!r}"
-            )
-
-        radius = self.aperture_diameter / 2
-        height, width = self.window_shape
-        if self.aperture_method == "fixed" and self.background_method == "annulus":
-            if radius + self.annulus_inner_offset >= self.max_outer_radius:
-                raise ConfigError(
-                    f"max_outer_radius is {self.max_outer_radius!r}; allowed is a number above "
-                    "aperture_diameter / 2 + annulus_inner_offset, which is "
-                    f"{radius + self.annulus_inner_offset!r}"
-                )
-        elif self.aperture_method == "fixed":
-            room = height * width - math.pi * (radius + 0.707) ** 2
-            if room < self.min_usable_pixels:
-                raise ConfigError(
-                    f"window_size is {self.window_size!r}; allowed is one that has "
-                    f"min_usable_pixels, {self.min_usable_pixels}, outside the aperture"
-                )
-
-    @property
-    def window_shape(self) -> tuple[int, int]:
-        """Height and width of the background window, pixels."""
-        size = self.window_size
-        return size if isinstance(size, tuple) else (size, size)
-
-
-def _photometry(value: Any) -> PhotometryConfig:
-    if isinstance(value, PhotometryConfig):
-        return value
-    # In YAML, what a heading with nothing but comments below it is.
-    if value is None:
-        return PhotometryConfig()
-    if isinstance(value, Mapping):
-        return PhotometryConfig.from_dict(value)
-    raise ValueError("a PhotometryConfig or a mapping of its options")
-
-
-@_documented
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig(_Options):
-    """A run: where on the sky, which catalogue, which frames, how.
-
-    Raises
-    ------
-    ConfigError
-        If a value is not allowed; the message names the option, the value and the rule.
-    """
-
-    center_ra: float = field(
-        metadata={
-            "check": _degrees(0, 360, "00:42:44"),
-            "help": "centre of the field, ICRS",
-            "unit": "deg",
-        }
-    )
-    center_dec: float = field(
-        metadata={
-            "check": _degrees(-90, 90, "-66:30:00"),
-            "help": "centre of the field, ICRS",
-            "unit": "deg",
-        }
-    )
-    radius: float = field(
-        metadata={
-            "check": _number(0, 90, open_low=True),
-            "help": "radius of the field",
-            "unit": "deg",
-        }
-    )
-    catalog_path: str = field(
-        metadata={
-            "check": _file_or_url,
-            "help": "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
-            "(s3://...)",
-        }
-    )
-    coverage_mode: str = _option(
-        "any",
-        _choice("any", "full"),
-        "'any' takes frames that touch the field, 'full' those that hold all of it",
-    )
-    bands: list[str] | None = _option(
-        None, _bands, "detectors to use, of D1 to D6, such as [D3, D4]; null for all"
-    )
-    mjd_range: tuple[float, float] | None = _option(
-        None,
-        _mjd_range,
-        "first and last mid-exposure time, both included; null for all",
-        unit="MJD",
-    )
-    release: str = _option(
-        "latest",
-        _choice(*RELEASES),
-        "'latest' keeps the newest version of each exposure; 'qr2' or 'qr3' looks at one "
-        "release only; 'all' keeps every version",
-    )
-    max_images: int = _option(
-        500, _integer(1), "more frames than this is an error, before any download"
-    )
-    output_dir: str = _option(
-        "batch_output",
-        _file_or_url,
-        "folder of everything the run writes; a path or a URL (s3://...)",
-    )
-    keep_images: bool = _option(
-        True, _flag, "keep the frames in images/; else each is let go once it is measured"
-    )
-    scratch_gb: float = _option(
-        5.0,
-        _number(0, 1e6, open_low=True),
-        "a worker holds no more frames than this at once, nor than a quarter of its memory",
-        unit="GB",
-    )
-    max_download_workers: int = _option(
-        4, _integer(1, 1000), "connections to the archive at once, for the whole cluster"
-    )
-    max_extract_workers: int = _option(
-        12, _integer(1, 10000), "worker processes of the embedded cluster, at most one a core"
-    )
-    num_buckets: int = _option(
-        64, _integer(1, 100000), "output partitions of the shuffle; more if they would be large"
-    )
-    keep_bucket_files: bool = _option(
-        False, _flag, "keep the shuffled, sorted partitions as Parquet beside the light curves"
-    )
-    per_image_format: str = _option(
-        "csv", _choice("csv", "parquet"), "'csv' or 'parquet', for the tables in per_image/"
-    )
-    lightcurve_format: str = _option(
-        "csv",
-        _choice("csv", "parquet"),
-        "'csv' is a file a source; 'parquet' one dataset of num_buckets files, for a million "
-        "sources",
-    )
-    max_retries: int = _option(
-        5, _integer(0, 100), "times a failed request to the archive is repeated"
-    )
-    stall_timeout: float = _option(
-        30.0,
-        _number(0, 3600, open_low=True),
-        "a transfer without a byte for this long is given up",
-        unit="s",
-    )
-    tap_url: str = _option(
-        lambda: os.environ.get("SPXDASK_TAP_URL") or IRSA_TAP_URL,
-        _url,
-        "the archive's TAP service; the default is SPXDASK_TAP_URL from the environment, or IRSA's",
-    )
-    archive_url: str = _option(
-        lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL,
-        _archive,
-        "a frame is at this URL + '/' + its URI: https, s3 (the public bucket or a copy of it) "
-        "or file (a mirror); the default is SPXDASK_ARCHIVE_URL from the environment, or IRSA's",
-    )
-    photometry: PhotometryConfig = _option(
-        PhotometryConfig, _photometry, "how a source is measured: the options below"
-    )
+def _explain(error: Any) -> str:
+    """Make ruamel.yaml's account of an error one sentence with the line."""
+    problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = f"line {mark.line + 1}: " if mark is not None else ""
+    duplicate = re.match(r'found duplicate key "(.*?)" with value', problem)
+    if duplicate:
+        problem = f"{duplicate[1]} is given more than once"
+    elif problem == "found unhashable key":
+        problem = "a list or mapping cannot be the name of an option"
+    return place + problem
 
 
 def template() -> str:
-    """Return a YAML file of every option with its default, each with a comment."""
+    """Return a YAML file of every option with its default, each with a comment.
+
+    Returns
+    -------
+    str
+        The options without a default have no value.
+    """
     head = "A spxdask run. The four options without a value have to be given."
-    return "\n".join([f"# {head}", *_lines(BatchConfig, ""), ""])
+    return "\n".join([f"# {head}", *_template_lines(BatchConfig, ""), ""])
 
 
-def _lines(options: type, indent: str) -> Iterator[str]:
-    for option in fields(options):
-        text = option.metadata["help"] + _unit(option)
+def _template_lines(model: type[CheckedOptions], indent: str) -> Iterator[str]:
+    group = ""
+    for info in list_options(model):
         yield ""
+        if info.group != group:
+            group = info.group
+            yield from (f"{indent}# --- {group} ---", "")
         yield from textwrap.wrap(
-            text, 88, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            info.description_with_unit,
+            88,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
         )
-        if _required(option):
-            yield f"{indent}{option.name}:"
-        elif option.name == "photometry":
-            yield f"{indent}{option.name}:"
-            yield from _lines(PhotometryConfig, indent + "  ")
+        if info.required:
+            yield f"{indent}{info.name}:"
+        elif info.nested is not None:
+            yield f"{indent}{info.name}:"
+            yield from _template_lines(info.nested, indent + "  ")
         else:
-            value = default_of(option)
-            listed = yaml.safe_dump([_plain(value)], default_flow_style=True, width=1000)
-            yield f"{indent}{option.name}: {listed.strip()[1:-1]}"
+            yield f"{indent}{info.name}: {_as_text(info.default)}"
 
 
-def default_of(option: Field) -> Any:
-    """Return the default of an option that has one."""
-    return option.default if option.default_factory is MISSING else option.default_factory()
+def _as_text(value: Any) -> str:
+    """Return a value as it stands in YAML after its name."""
+    listed = list(value) if isinstance(value, tuple) else value
+    return _dump([listed], in_one_line=True).strip()[1:-1]
+
+
+def option_rows(model: type[CheckedOptions]) -> list[tuple[str, str, str]]:
+    """Return the rows of a table of options, for the documentation.
+
+    Parameters
+    ----------
+    model : type
+        `BatchConfig` or `PhotometryConfig`.
+
+    Returns
+    -------
+    list of (str, str, str)
+        Name, default as YAML has it (``required`` where there is none), and description with
+        its unit in brackets. They do not depend on the environment. Options that stand below
+        another, as those of the photometry, are not among them.
+    """
+    return [
+        (
+            info.name,
+            "required" if info.required else info.default_text or _as_text(info.default),
+            info.description_with_unit,
+        )
+        for info in list_options(model)
+        if info.nested is None
+    ]

@@ -8,6 +8,7 @@ of them survive the way between processes.
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any
 
 __all__ = [
@@ -25,6 +26,21 @@ __all__ = [
 ]
 
 Location = str | os.PathLike[str] | None
+
+
+# Of a value within a sentence; the attribute `value` has all of it.
+MAX_VALUE_CHARACTERS = 100
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as Python writes it, without its middle if it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # Such as an integer of more digits than Python converts.
+        return f"a value of type {type(value).__name__}"
+    if len(text) <= MAX_VALUE_CHARACTERS:
+        return text
+    return f"{text[: MAX_VALUE_CHARACTERS * 2 // 3]}...{text[-MAX_VALUE_CHARACTERS // 3 + 3 :]}"
 
 
 class SpxdaskError(Exception):
@@ -89,11 +105,20 @@ class ConfigError(InputError, ValueError):
         path: Location = None,
     ) -> None:
         if not reason:
-            reason = f"{option} must be {rule}, got {value!r}"
+            reason = f"{option} must be {rule}, got {_shorten(value)}"
         super().__init__(reason, path=path)
         self.option = option
         self.value = value
         self.rule = rule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A value that cannot be pickled must not keep the sentence from arriving.
+        try:
+            pickle.dumps(self.value)
+            value = self.value
+        except Exception:  # Whatever the value's own code raises.
+            value = _shorten(self.value)
+        return type(self), self.args, self.__dict__ | {"value": value}
 
 
 class CatalogueError(InputError, ValueError):

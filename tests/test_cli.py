@@ -10,8 +10,10 @@ import pytest
 import simulated
 import yaml
 
-from spxdask.cli import main
-from spxdask.config import BatchConfig, PhotometryConfig
+import spxdask
+from spxdask.cli import COMMANDS, main
+from spxdask.config import BatchConfig
+from spxdask.science.options import PhotometryConfig, list_options
 from spxdask.simulate.archive import Fault, SimulatedArchive
 
 
@@ -104,7 +106,7 @@ def test_tables_and_light_curves_in_another_format(run, tmp_path):
 def test_bands_as_people_write_them(run, tmp_path, bands):
     assert run("query", *FIELD, "--bands", *bands)[0] == 0
     saved = BatchConfig.from_yaml(tmp_path / "batch_output" / "state" / "config.yaml")
-    assert saved.bands == ["D3", "D5"]
+    assert saved.bands == ("D3", "D5")
 
 
 def test_small_negative_coordinates(run, tmp_path):
@@ -159,21 +161,32 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
     ("arguments", "says"),
     [
         (["run"], "missing --ra, --dec, --radius, --catalog"),
-        (["run", *FIELD[:-1], "-1"], "radius is -1; allowed is a number above 0"),
-        (["run", *FIELD[:-1], "wide"], "radius is 'wide'; allowed is"),
-        (["run", *FIELD, "--ra", "00:42:44"], "center_ra is '00:42:44'; allowed is a number from"),
-        (["run", *FIELD, "--dec", "-66:30:00"], "center_dec is '-66:30:00'; allowed is a number"),
-        (["run", *FIELD, "--dec", "-66d30m"], "degrees as a decimal number, -66:30:00 is not one"),
-        (["run", *FIELD, "--radius", "-.5d"], "radius is '-.5d'; allowed is"),
-        (["run", *FIELD, "--mjd-range", "-1e5", "3"], "mjd_range is [-100000, 3]; allowed is"),
-        (["run", *FIELD, "--dec", "-1e99999999999"], "center_dec is -inf; allowed is a number"),
+        (["run", *FIELD[:-1], "-1"], "radius must be > 0 and <= 90, got -1"),
+        (["run", *FIELD[:-1], "wide"], "radius must be a number > 0 and <= 90, got 'wide'"),
+        (["run", *FIELD, "--ra", "00:42:44"], "decimal degrees (not as 00:42:44), got '00:42:44'"),
+        (["run", *FIELD, "--dec", "-66:30:00"], "center_dec must be a number >= -90 and"),
+        (["run", *FIELD, "--dec", "-66d30m"], "(not as -66:30:00), got '-66d30m'"),
+        (["run", *FIELD, "--radius", "-.5d"], "<= 90, got '-.5d'"),
+        (["run", *FIELD, "--mjd-range", "-1e5", "3"], "or null for all, got [-100000, 3]"),
+        (
+            ["run", *FIELD, "--dec", "-1e99999999999"],
+            ">= -90 and <= 90, got -inf",
+        ),
         (["run", *FIELD, "--dec"], "spxdask: argument --dec: expected one argument"),
         (["run", *FIELD, "--out", "o"], "unrecognized arguments: --out o; see spxdask run --help"),
-        (["run", *FIELD, "--bands", "D7"], "bands is ['D7']; allowed is a list of some of D1 to"),
-        (["run", *FIELD, "--bands", ","], "bands is []; allowed is"),
-        (["run", *FIELD, "--coverage", "some"], "coverage_mode is 'some'; allowed is one of any"),
-        (["run", *FIELD, "--window-size", "2"], "window_size is 2; allowed is"),
-        (["run", *FIELD, "--mjd-range", "3", "1"], "mjd_range is [3, 1]; allowed is two MJDs"),
+        (["run", *FIELD, "--bands", "D7"], "D1 to D6, or null for all, got ['D7']"),
+        (["run", *FIELD, "--bands", ","], "bands must be a list of some of D1 to D6"),
+        (["run", *FIELD, "--coverage", "some"], "coverage_mode must be any or full, got 'some'"),
+        (["run", *FIELD, "--output", "$NOT_SET/o"], "($NOT_SET is not; $$ is a dollar sign), got"),
+        (["download", "--output", "$NOT_SET/o"], "output_dir must be a path of variables that"),
+        (["status", "$NOT_SET/o"], "output_dir must be a path of variables that are set"),
+        (["run", *FIELD, "--bad-flags", "HOTT"], "did you mean HOT?), got ['HOTT']"),
+        (["run", *FIELD, "--bands", "3"], "D1 to D6, or null for all, got ['3']"),
+        (
+            ["run", *FIELD, "--window-size", "2"],
+            "photometry.window_size must be an integer",
+        ),
+        (["run", *FIELD, "--mjd-range", "3", "1"], "mjd_range must be two MJDs, the earlier first"),
         (["run", *FIELD, "--catalog", "no.csv"], "no.csv: No such file"),
         (["run", *FIELD, "--config", "no.yaml"], "no.yaml: No such file"),
         (["run", *FIELD, "--max-images", "1"], "max_images allows 1; raise max_images"),
@@ -201,32 +214,32 @@ def test_wrong_usage_is_one_sentence_and_status_2(run, arguments, says):
 @pytest.mark.parametrize(
     ("content", "flags", "says"),
     [
-        ("ra: 270\n", [], "run.yaml: unknown option 'ra'; ra is center_ra here"),
-        ("output: o\n", FIELD, "run.yaml: unknown option 'output'; output is output_dir here"),
-        ("fwhm_multiplier: 3\n", FIELD, "run.yaml: unknown option 'fwhm_multiplier'; fwhm_mul"),
-        ("radius: 400\n", [], "run.yaml: radius is 400; allowed is"),
-        ("max_images: many\n", FIELD, "run.yaml: max_images is 'many'; allowed is"),
-        ("photometry: fwhm\n", FIELD, "run.yaml: photometry is 'fwhm'; allowed is"),
-        ("photometry: {bad_flags: 3}\n", FIELD, "run.yaml: photometry: bad_flags is 3; allowed"),
-        ("photometry: {window: 3}\n", FIELD, "run.yaml: photometry: unknown option 'window'; did"),
+        ("ra: 270\n", [], "run.yaml: unknown option 'ra': did you mean center_ra?"),
+        ("output: o\n", FIELD, "unknown option 'output': did you mean output_dir?"),
+        ("fwhm_multiplier: 3\n", FIELD, "run.yaml: unknown option 'fwhm_multiplier': it be"),
+        ("radius: 400\n", [], "run.yaml: radius must be > 0 and <= 90, got 400"),
+        ("max_images: many\n", FIELD, "run.yaml: max_images must be an integer >= 1, got"),
+        ("photometry: fwhm\n", FIELD, "run.yaml: photometry must be a PhotometryConfig or"),
+        ("photometry: {bad_flags: 3}\n", FIELD, "run.yaml: photometry.bad_flags must be"),
+        ("photometry: {window: 3}\n", FIELD, "run.yaml: photometry: unknown option 'window': did"),
         (
             "photometry: {aperture_diameter: 10, background_method: annulus}\n",
             [*FIELD, "--aperture-method", "fixed"],
-            "run.yaml: photometry: max_outer_radius is 5.0; allowed is",
+            "run.yaml: photometry.max_outer_radius must be > ",
         ),
-        # What a flag says is none of the file's.
-        ("max_images: 3\n", [*FIELD, "--bands", "D7"], "spxdask: bands is ['D7']; allowed is"),
+        # A mistake in a flag is not one of the file.
+        ("max_images: 3\n", [*FIELD, "--bands", "D7"], "spxdask: bands must be a list of some of"),
         ("max_images: 3\n", FIELD[:-2], "spxdask: missing --radius (or a --config FILE"),
         ("center_ra:\nradius: 1\n", FIELD[:2], "spxdask: missing --ra, --dec (or"),
         (
             "photometry: {window_size: 20}\n",
             [*FIELD, "--fwhm-multiplier", "-1"],
-            "spxdask: photometry: fwhm_multiplier is -1; allowed is",
+            "spxdask: photometry.fwhm_multiplier must be > 0 and <= 50, got -1",
         ),
         (
             "photometry:\n",
             [*FIELD, "--aperture-method", "fixed", "--window-size", "3"],
-            "spxdask: photometry: window_size is 3; allowed is",
+            "spxdask: photometry.window_size must be large enough",
         ),
     ],
 )
@@ -237,7 +250,8 @@ def test_mistakes_in_a_file_name_it(run, tmp_path, content, flags, says):
     assert says in err
     assert err.startswith("spxdask: ")
     assert err.count("\n") == 1
-    assert ("run.yaml" in err) == ("run.yaml" in says)
+    # A mistake in a flag is not one of the file.
+    assert ("run.yaml: " in err) == (not says.startswith("spxdask: "))
 
 
 def test_flags_overrule_mistakes_in_a_file(run, tmp_path):
@@ -278,21 +292,72 @@ def test_config_template_is_a_run(run, tmp_path):
     assert run("config", scheduler=False)[1].startswith("# A spxdask run")
 
 
-def test_help_shows_commands_and_every_option(run):
+def test_paths_and_flags_by_name(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NAME", "r1")
+    query = ["query", *FIELD[2:], "--catalog", "~/sources.csv", "--output", "~/$NAME"]
+    assert run(*query, "--bad-flags", "hot", "COLD", "3")[0] == 0
+    saved = BatchConfig.from_yaml(tmp_path / "r1" / "state" / "config.yaml")
+    assert saved.photometry.bad_flags == (3, 10, 11)
+    assert saved.catalog_path == str(tmp_path / "sources.csv")
+    assert run("download", "--output", "~/$NAME")[0] == 0
+    assert run("status", "~/$NAME", scheduler=False)[0] == 0
+
+
+def test_a_folder_with_a_dollar_sign_in_its_name(run, tmp_path, monkeypatch):
+    (tmp_path / "a$HOME").mkdir()
+    monkeypatch.chdir(tmp_path / "a$HOME")
+    assert run("query", *FIELD[2:], "--catalog", "../sources.csv", "--output", "o")[0] == 0
+    assert run("download", "--output", "o")[0] == 0
+    assert list((tmp_path / "a$HOME" / "o" / "images").iterdir())
+
+
+def test_help_shows_the_commands_in_groups(run):
     status, out, _ = run("--help", scheduler=False)
     assert status == 0
-    assert "spxdask demo" in out
-    status, out, _ = run("run", "--help", scheduler=False)
-    for flag in (
-        "--ra",
-        "--bands",
-        "--mjd-range",
-        "--no-subtract-zodi",
-        "--bad-flags",
-        "--release",
-    ):
-        assert flag in out
+    positions = [out.index(f"\n  {command} ") for command in COMMANDS]
+    assert positions == sorted(positions)
+    for group in ("every day", "first steps", "one stage"):
+        assert f"\n{group}:\n" in out
     assert run(scheduler=False)[0] == 2
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_terminal_of_80_columns(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(*command.split(), "--help", scheduler=False)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith(f"usage: spxdask {command}")
+    assert out.rstrip().endswith("130 stopped" if not command else "show this help and exit")
+
+
+def test_help_of_run_shows_every_option_in_groups(run):
+    _, out, _ = run("run", "--help", scheduler=False)
+    for info in [*list_options(BatchConfig), *list_options(PhotometryConfig)]:
+        if info.nested is None:
+            assert f"\n  {info.flag}" in out
+            assert out.index(f"\n{info.group}:\n") < out.index(f"\n  {info.flag}")
+    for flag in ("--config", "--scheduler", "--jobqueue", "--retry-failed", "--no-subtract-zodi"):
+        assert flag in out
+    headings = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[:5] == ["field and catalogue:", "output:", "frames:", "workers:", "archive:"]
+    assert headings[-1] == "general:"
+
+
+def test_unsupported_platform_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["status"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("spxdask: spxdask runs on Linux, macOS and WSL; ")
+    assert said.count("\n") == 1
+    with pytest.raises(ImportError, match="runs on Linux, macOS and WSL"):
+        _ = spxdask.BatchPipeline
+
+
+def test_the_command_line_is_there_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import spxdask.cli as c; c._parser()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_module_and_entry_point():

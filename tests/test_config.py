@@ -6,12 +6,15 @@ import pickle
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
+import astropy.units as u
 import numpy as np
 import pytest
 import yaml
+from astropy.coordinates import Angle, Latitude, Longitude
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +25,18 @@ from spxdask.config import (
     RELEASES,
     SHORT_NAMES,
     BatchConfig,
-    PhotometryConfig,
+    LiteralPath,
+    check_options,
+    expand_path,
+    load_yaml,
+    option_rows,
+    read_options,
     template,
+    to_yaml,
 )
 from spxdask.errors import ConfigError
+from spxdask.science.flags import FLAGS
+from spxdask.science.options import PhotometryConfig, list_options
 
 REQUIRED = {"center_ra": 10.0, "center_dec": -20.0, "radius": 0.5, "catalog_path": "sources.csv"}
 PHOTOMETRY_DEFAULTS = {
@@ -46,7 +57,7 @@ PHOTOMETRY_DEFAULTS = {
     "max_annulus_attempts": 5,
     "annulus_expansion_step": 0.5,
     "pixel_scale_fallback": 6.2,
-    "bad_flags": [0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19],
+    "bad_flags": (0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19),
 }
 BATCH_DEFAULTS = {
     "coverage_mode": "any",
@@ -90,17 +101,15 @@ def test_defaults():
     assert PhotometryConfig().window_shape == (50, 50)
     photometry = PhotometryConfig()
     assert as_written(batch()) == REQUIRED | BATCH_DEFAULTS | {"photometry": photometry}
-    assert batch().to_dict() == REQUIRED | BATCH_DEFAULTS
+    plain = PHOTOMETRY_DEFAULTS | {"bad_flags": list(PHOTOMETRY_DEFAULTS["bad_flags"])}
+    assert batch().to_dict() == REQUIRED | BATCH_DEFAULTS | {"photometry": plain}
 
 
 def test_default_types():
     for config in (batch(), PhotometryConfig()):
-        for option in fields(config):
-            value = getattr(config, option.name)
-            if option.type == "float":
-                assert type(value) is float, option.name
-            elif option.type in ("int", "bool", "str"):
-                assert type(value).__name__ == option.type, option.name
+        for option in list_options(type(config)):
+            if option.annotation in (float, int, bool, str):
+                assert type(getattr(config, option.name)) is option.annotation, option.name
 
 
 def test_irsa_addresses():
@@ -118,9 +127,8 @@ def test_environment_gives_the_addresses(monkeypatch):
     assert batch().tap_url == IRSA_TAP_URL
 
 
-def test_the_default_list_is_not_shared():
-    PhotometryConfig().bad_flags.append(3)
-    assert PhotometryConfig().bad_flags == PHOTOMETRY_DEFAULTS["bad_flags"]
+def test_the_default_flags_are_those_of_the_registry():
+    assert PhotometryConfig().bad_flags == tuple(flag.bit for flag in FLAGS if flag.bad)
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -132,41 +140,52 @@ def test_required_options(name):
         BatchConfig.from_dict(rest)
 
 
+def refuses(error: ConfigError, name: str, value, rule: str) -> None:
+    """Assert what an error says; a number of the right type breaks only the limits."""
+    assert error.option == name
+    assert error.value is value or error.value == value
+    assert error.rule in rule or rule in error.rule
+    assert str(error).startswith(f"{name} must be {error.rule}, got ")
+    assert len(str(error)) < 300
+    assert "\n" not in str(error)
+
+
 NOT_NUMBERS = ["3", True, None, float("nan"), float("inf"), -float("inf"), 10**400, [1.0], 1j]
 NOT_INTEGERS = ["3", True, None, 3.0, float("nan"), [1]]
 POSITIVE = [0, 0.0, -0.1, *NOT_NUMBERS]
 AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
+PIXELS = "an integer from 3 to 500 (pixels), or a pair of them"
 NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3:///x", "s3://["]
 
 
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("center_ra", [-0.1, 360.1, *NOT_NUMBERS], "a number from 0 to 360"),
-        ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number from -90 to 90"),
-        ("radius", [90.1, *POSITIVE], "a number above 0 to 90"),
+        ("center_ra", [-0.1, 360.1, *NOT_NUMBERS], "a number >= 0 and <= 360"),
+        ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number >= -90 and <= 90"),
+        ("radius", [90.1, *POSITIVE], "a number > 0 and <= 90"),
         ("catalog_path", ["", b"x", None, 3, "a\0b"], "a path"),
         ("catalog_path", NO_STORES, "a path, or the URL of a store, such as s3://"),
-        ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "one of any, full"),
+        ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "any or full"),
         ("bands", [[], "D1", ["D7"], [1], [["D1"]], [None], 3, {"D1": 1}, ["all"]], "D1 to D6"),
         (
             "mjd_range",
             [[], [61000], [61001, 61000], [1, 2, 3], ["a", "b"], 61000, {61000, 61001}, [[1], 2]],
             "two MJDs",
         ),
-        ("release", ["qr1", "QR2", None, 2], "one of latest, qr2, qr3, all"),
-        ("max_images", AT_LEAST_ONE, "an integer from 1 up"),
+        ("release", ["qr1", "QR2", None, 2], "latest, qr2, qr3 or all"),
+        ("max_images", AT_LEAST_ONE, "an integer >= 1"),
         ("output_dir", ["", None, 3], "a path"),
         ("output_dir", NO_STORES, "a path, or the URL of a store, such as s3://"),
-        ("scratch_gb", [1e7, *POSITIVE], "a number above 0 to 1e+06"),
-        ("max_download_workers", [1001, *AT_LEAST_ONE], "an integer from 1 to 1000"),
-        ("max_extract_workers", [10001, *AT_LEAST_ONE], "an integer from 1 to 10000"),
-        ("num_buckets", [100001, *AT_LEAST_ONE], "an integer from 1 to 100000"),
+        ("scratch_gb", [1e7, *POSITIVE], "a number > 0 and <= 1000000"),
+        ("max_download_workers", [1001, *AT_LEAST_ONE], "an integer >= 1 and <= 1000"),
+        ("max_extract_workers", [10001, *AT_LEAST_ONE], "an integer >= 1 and <= 10000"),
+        ("num_buckets", [100001, *AT_LEAST_ONE], "an integer >= 1 and <= 100000"),
         ("keep_bucket_files", [0, 1, None, "true"], "true or false"),
-        ("per_image_format", ["CSV", "fits", "", None, 1, True], "one of csv, parquet"),
-        ("lightcurve_format", ["Parquet", "both", None, ["csv"]], "one of csv, parquet"),
-        ("max_retries", [-1, 101, *NOT_INTEGERS], "an integer from 0 to 100"),
-        ("stall_timeout", [3601, *POSITIVE], "a number above 0 to 3600"),
+        ("per_image_format", ["CSV", "fits", "", None, 1, True], "csv or parquet"),
+        ("lightcurve_format", ["Parquet", "both", None, ["csv"]], "csv or parquet"),
+        ("max_retries", [-1, 101, *NOT_INTEGERS], "an integer >= 0 and <= 100"),
+        ("stall_timeout", [3601, *POSITIVE], "a number > 0 and <= 3600"),
         ("tap_url", ["", "irsa", "ftp://x", "http://", "http://[", None, 3], "http or https URL"),
         ("tap_url", ["s3://bucket/TAP", "file:///TAP"], "http or https URL"),
         (
@@ -177,45 +196,51 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
         ("photometry", [3, [], "fwhm", False], "a PhotometryConfig or a mapping"),
     ],
 )
-def test_batch_options_say_what_is_allowed(name, values, allowed):
+def test_batch_options_have_rules(name, values, allowed):
     for value in values:
-        with pytest.raises(ConfigError, match=re.escape(allowed)) as caught:
-            batch(**{name: value})
-        assert str(caught.value).startswith(f"{name} is {value!r}; allowed is ")
+        for attempt in (batch, lambda **options: check_options(BatchConfig, options)):
+            with pytest.raises(ConfigError) as caught:
+                attempt(**{name: value})
+            refuses(caught.value, name, value, allowed)
 
 
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("aperture_method", ["FWHM", None, 1], "one of fwhm, fixed"),
-        ("aperture_diameter", [200.1, *POSITIVE], "a number above 0 to 200"),
-        ("fwhm_multiplier", [50.1, *POSITIVE], "a number above 0 to 50"),
-        ("background_method", ["", "sky", None], "one of window, annulus"),
-        ("window_size", [2, 501, 50.0, "50", True, None, [], [50], [50, 2], [5, 5, 5]], "a pair"),
-        ("window_size", [{50, 40}, (50.0, 40), (True, 40)], "an integer from 3 to 500"),
+        ("aperture_method", ["FWHM", None, 1], "fwhm or fixed"),
+        ("aperture_diameter", [200.1, *POSITIVE], "a number > 0 and <= 200"),
+        ("fwhm_multiplier", [50.1, *POSITIVE], "a number > 0 and <= 50"),
+        ("background_method", ["", "sky", None], "window or annulus"),
+        ("window_size", [2, 501, 50.0, "50", True, None, [], [50], [50, 2], [5, 5, 5]], PIXELS),
+        ("window_size", [{50, 40}, (50.0, 40), (True, 40)], PIXELS),
         ("subtract_zodi", [0, 1, "yes", None], "true or false"),
-        ("zodi_scale_min", NOT_NUMBERS, "a number from"),
-        ("zodi_scale_max", NOT_NUMBERS, "a number from"),
-        ("zodi_scale_max", [0, -1], "above zodi_scale_min, which is 0.0"),
-        ("min_usable_pixels", AT_LEAST_ONE, "an integer from 1 up"),
-        ("bg_sigma_clip_sigma", POSITIVE, "a number above 0 to 1000"),
-        ("bg_sigma_clip_maxiters", [-1, *NOT_INTEGERS], "an integer from 0 to 1000"),
-        ("annulus_inner_offset", [-1, *NOT_NUMBERS], "a number from 0 to 200"),
-        ("min_annulus_area", POSITIVE, "a number above 0"),
-        ("max_outer_radius", [501, *POSITIVE], "a number above 0 to 500"),
-        ("max_annulus_attempts", [-1, *NOT_INTEGERS], "an integer from 0 to 1000"),
-        ("annulus_expansion_step", POSITIVE, "a number above 0 to 100"),
-        ("pixel_scale_fallback", POSITIVE, "a number above 0 to 1000"),
-        ("bad_flags", [None, 3, "012", [32], [-1], [1.0], [True], ["1"], {1: 2}], "flag bits"),
+        ("zodi_scale_min", NOT_NUMBERS, "a number >= -1000000 and <= 1000000"),
+        ("zodi_scale_max", NOT_NUMBERS, "a number >= -1000000 and <= 1000000"),
+        ("zodi_scale_max", [0, -1], "> zodi_scale_min, which is 0.0"),
+        ("min_usable_pixels", AT_LEAST_ONE, "an integer >= 1"),
+        ("bg_sigma_clip_sigma", POSITIVE, "a number > 0 and <= 1000"),
+        ("bg_sigma_clip_maxiters", [-1, *NOT_INTEGERS], "an integer >= 0 and <= 1000"),
+        ("annulus_inner_offset", [-1, *NOT_NUMBERS], "a number >= 0 and <= 200"),
+        ("min_annulus_area", POSITIVE, "a number > 0 and <= 1000000"),
+        ("max_outer_radius", [501, *POSITIVE], "a number > 0 and <= 500"),
+        ("max_annulus_attempts", [-1, *NOT_INTEGERS], "an integer >= 0 and <= 1000"),
+        ("annulus_expansion_step", POSITIVE, "a number > 0 and <= 100"),
+        ("pixel_scale_fallback", POSITIVE, "a number > 0 and <= 1000"),
+        (
+            "bad_flags",
+            [None, 3, "012", [32], [-1], [1.0], [True], ["1"], {1: 2}],
+            "of flags",
+        ),
     ],
 )
-def test_photometry_options_say_what_is_allowed(name, values, allowed):
+def test_photometry_options_have_rules(name, values, allowed):
     for value in values:
-        with pytest.raises(ConfigError, match=re.escape(allowed)) as caught:
+        with pytest.raises(ConfigError) as caught:
             PhotometryConfig(**{name: value})
-        assert re.match(rf"{name} is .+; allowed is ", str(caught.value))
-        with pytest.raises(ConfigError, match=f"^photometry: {name} is "):
+        refuses(caught.value, name, value, allowed)
+        with pytest.raises(ConfigError) as caught:
             batch(photometry={name: value})
+        refuses(caught.value, f"photometry.{name}", value, allowed)
 
 
 @pytest.mark.parametrize("name", ["center_ra", "center_dec"])
@@ -223,45 +248,68 @@ def test_text_that_is_no_number_of_degrees(name):
     for value in ("00:42:44", "-66:30:00", "10d", "ten", ""):
         with pytest.raises(ConfigError) as caught:
             batch(**{name: value})
-        assert re.search(
-            r"; allowed is a number from -?\d+ to \d+: degrees as a decimal number, "
-            r"[-:\d]+ is not one$",
-            str(caught.value),
-        )
+        assert re.search(r"\d, in decimal degrees \(not as [-:\d]+\)$", caught.value.rule)
     for value in ("3", 400, None):
-        with pytest.raises(ConfigError, match=r"; allowed is a number from -?\d+ to \d+$"):
+        with pytest.raises(ConfigError) as caught:
             batch(**{name: value})
+        assert "decimal degrees" not in caught.value.rule
+
+
+def test_the_sentence_of_an_error():
+    with pytest.raises(ConfigError) as caught:
+        batch(radius=-1)
+    assert str(caught.value) == "radius must be > 0 and <= 90, got -1"
+    with pytest.raises(ConfigError) as caught:
+        batch(radius=np.float64("nan"))
+    assert str(caught.value) == "radius must be a number > 0 and <= 90, got nan"
+    with pytest.raises(ConfigError) as caught:
+        PhotometryConfig(bad_flags=["HOT", "COLDD"])
+    assert "('COLDD' is not a flag, did you mean COLD?), got ['HOT', 'COLDD']" in str(caught.value)
 
 
 def test_lists_within_lists_without_end():
     endless = []
     endless.append(endless)
-    with pytest.raises(ConfigError, match=r"^bands has lists within lists without end$"):
-        batch(bands=endless)
+    for name in ("bands", "mjd_range", "radius"):
+        with pytest.raises(ConfigError, match=rf"^{name} must be .*, got \[\[\.\.\.\]\]$"):
+            batch(**{name: endless})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({s: 1}, f"unknown option '{s}'; {s} is {name} here") for s, name in SHORT_NAMES.items()),
-        ({"fwhm_multiplier": 3}, "'fwhm_multiplier'; fwhm_multiplier belongs under photometry"),
-        ({"window_size": 3}, "unknown option 'window_size'; window_size belongs under photometry"),
-        ({"photometry": {"ra": 3}}, "photometry: unknown option 'ra'; known are aperture_method"),
-        ({"centre_ra": 1.0}, "unknown option 'centre_ra'; did you mean center_ra?"),
-        ({"num_bucket": 1}, "unknown option 'num_bucket'; did you mean num_buckets?"),
-        ({"zzz": 1}, "unknown option 'zzz'; known are center_ra, center_dec, "),
-        ({7: 1}, "unknown option 7; known are "),
-        ({"photometry": {"window": 3}}, "photometry: unknown option 'window'; did you mean "),
+        *(
+            ({s: 1}, f"unknown option '{s}': did you mean {name}?")
+            for s, name in SHORT_NAMES.items()
+        ),
+        ({"fwhm_multiplier": 3}, "option 'fwhm_multiplier': it belongs under photometry"),
+        ({"window_size": 3}, "unknown option 'window_size': it belongs under photometry"),
+        ({"photometry": {"ra": 3}}, "photometry: unknown option 'ra': known options are aperture_"),
+        ({"centre_ra": 1.0}, "unknown option 'centre_ra': did you mean center_ra?"),
+        ({"radus": 1.0}, "unknown option 'radus': did you mean radius?"),
+        ({"num_bucket": 1}, "unknown option 'num_bucket': did you mean num_buckets?"),
+        ({"zzz": 1}, "unknown option 'zzz': known options are center_ra, center_dec, "),
+        ({7: 1}, "unknown option 7: known options are "),
+        ({"photometry": {"window": 3}}, "photometry: unknown option 'window': did you mean "),
         ({"photometry": {"fwhm_mult": 3}}, "did you mean fwhm_multiplier?"),
     ],
 )
 def test_unknown_options_are_errors_with_a_hint(options, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        BatchConfig.from_dict(REQUIRED | options)
+    for attempt in (BatchConfig.from_dict, lambda values: check_options(BatchConfig, values)):
+        with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+            attempt(REQUIRED | options)
+        assert caught.value.option.split(".")[-1] in message
+
+
+def test_unknown_arguments_are_errors_with_a_hint():
+    with pytest.raises(TypeError, match=r"^unknown option 'radus': did you mean radius\?$"):
+        batch(radus=1)
+    with pytest.raises(TypeError, match="positional"):
+        BatchConfig(1.0, 2.0)
 
 
 def test_unknown_options_come_before_missing_ones():
-    with pytest.raises(ConfigError, match=r"^unknown option 'ra'; ra is center_ra here$"):
+    with pytest.raises(ConfigError, match=r"^unknown option 'ra': did you mean center_ra\?$"):
         BatchConfig.from_dict({"ra": 10.0, "dec": -20.0})
 
 
@@ -279,6 +327,15 @@ def test_from_dict_needs_a_mapping():
         ("radius", 2, 2.0),
         ("center_ra", 0, 0.0),
         ("center_ra", 360, 360.0),
+        ("center_ra", np.array(12.5), 12.5),
+        ("max_images", np.array(12), 12),
+        ("center_ra", Longitude("1d"), 1.0),
+        ("center_ra", Angle(1.5, u.deg), 1.5),
+        ("center_ra", 90 * u.arcmin, 1.5),
+        ("center_dec", Latitude("-66d30m"), -66.5),
+        ("center_dec", -0.5 * u.deg, -0.5),
+        ("radius", 30 * u.arcmin, 0.5),
+        ("radius", u.Quantity(np.float32(0.25), "deg"), 0.25),
         ("catalog_path", Path("data") / "sources.csv", "data/sources.csv"),
         ("catalog_path", np.str_("sources.csv"), "sources.csv"),
         ("output_dir", Path("."), "."),
@@ -290,10 +347,10 @@ def test_from_dict_needs_a_mapping():
         ("scratch_gb", np.float32(0.5), 0.5),
         ("lightcurve_format", np.str_("parquet"), "parquet"),
         ("coverage_mode", np.str_("full"), "full"),
-        ("bands", ("D4", "D3", "D4"), ["D3", "D4"]),
-        ("bands", {"D6"}, ["D6"]),
-        ("bands", ["d4", "D3", "D4"], ["D3", "D4"]),
-        ("bands", np.array(["D2", "D1"]), ["D1", "D2"]),
+        ("bands", ("D4", "D3", "D4"), ("D3", "D4")),
+        ("bands", {"D6"}, ("D6",)),
+        ("bands", ["d4", "D3", "D4"], ("D3", "D4")),
+        ("bands", np.array(["D2", "D1"]), ("D1", "D2")),
         ("mjd_range", [np.int32(61000), np.float32(61000.5)], (61000.0, 61000.5)),
         ("mjd_range", np.array([1.0, 1.0]), (1.0, 1.0)),
         ("max_images", np.int16(7), 7),
@@ -318,6 +375,75 @@ def test_values_are_kept_in_their_plain_type(name, value, becomes):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("center_ra", 3 * u.s),
+        ("center_dec", u.Quantity(3)),
+        ("radius", 3 * u.pix),
+        ("radius", [1, 2] * u.deg),
+        ("radius", -1 * u.deg),
+        ("center_ra", Angle("-1d")),
+        ("stall_timeout", 3 * u.s),
+        ("max_images", 3 * u.one),
+    ],
+)
+def test_quantities_that_are_refused(name, value):
+    with pytest.raises(ConfigError) as caught:
+        batch(**{name: value})
+    assert caught.value.option == name
+    assert str(caught.value).endswith(f", got {value!r}")
+    if name.startswith("center") and value.unit != u.deg:
+        assert caught.value.rule == "an angle or a number of degrees"
+
+
+def test_paths_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WORK", "/scratch/me")
+    monkeypatch.setenv("RUN", "r1")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for name in ("catalog_path", "output_dir"):
+        for value, becomes in {
+            "~/x": "/home/me/x",
+            "~": "/home/me",
+            "$WORK/x": "/scratch/me/x",
+            "${WORK}/x_${RUN}.csv": "/scratch/me/x_r1.csv",
+            "s3://$RUN/a/$RUN": "s3://$RUN/a/r1",
+            "file://$WORK/x": "file:///scratch/me/x",
+            "a$$b": "a$b",
+            "a$/b$1": "a$/b$1",
+            "x/~": "x/~",
+        }.items():
+            if value.startswith("file:"):
+                continue
+            assert getattr(batch(**{name: value}), name) == becomes
+            assert expand_path(Path(value) if "://" not in value else value) == becomes
+        for value in ("$NOWHERE/x", "s3://bucket/${NOWHERE}"):
+            with pytest.raises(ConfigError) as caught:
+                batch(**{name: value})
+            assert caught.value.option == name
+            assert "($NOWHERE is not" in caught.value.rule
+            with pytest.raises(ConfigError, match=r"output_dir must be .*\$NOWHERE is not"):
+                expand_path(value)
+    for value, becomes in {
+        "file://$WORK/mirror/": "file:///scratch/me/mirror",
+        "file:~/mirror": "file:/home/me/mirror",
+        "https://$RUN/$RUN": "https://$RUN/$RUN",
+    }.items():
+        assert batch(archive_url=value).archive_url == becomes
+    with pytest.raises(ConfigError, match=r"archive_url must be .*\$NOWHERE is not"):
+        batch(archive_url="file://$NOWHERE/x")
+
+
+def test_paths_are_expanded_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("ODD", "/data/a$HOME")
+    config = batch(output_dir="$ODD/x", catalog_path=LiteralPath("/a$ODD.csv"))
+    assert (config.output_dir, config.catalog_path) == ("/data/a$HOME/x", "/a$ODD.csv")
+    round_trips(config, tmp_path / "run.yaml")
+    assert replace(config, max_images=1).output_dir == config.output_dir
+    assert type(batch(catalog_path=LiteralPath("plain")).catalog_path) is str
+
+
+@pytest.mark.parametrize(
     ("value", "becomes", "shape"),
     [
         (np.int64(31), 31, (31, 31)),
@@ -330,17 +456,19 @@ def test_window_size(value, becomes, shape):
     config = PhotometryConfig(window_size=value)
     assert config.window_size == becomes
     assert config.window_shape == shape
-    assert PhotometryConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+    assert PhotometryConfig.from_dict(yaml.safe_load(to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
     ("value", "becomes"),
     [
-        ([], []),
-        ([21, 0, 21], [0, 21]),
-        ((np.int64(3), np.uint8(31)), [3, 31]),
-        (np.array([5, 4]), [4, 5]),
-        ({9, np.int64(2)}, [2, 9]),
+        ([], ()),
+        ([21, 0, 21], (0, 21)),
+        ((np.int64(3), np.uint8(31)), (3, 31)),
+        (np.array([5, 4]), (4, 5)),
+        ({9, np.int64(2)}, (2, 9)),
+        (["hot", "SOURCE", 10, 0], (0, 10, 21)),
+        (np.array(["COLD"]), (11,)),
     ],
 )
 def test_bad_flags(value, becomes):
@@ -388,12 +516,12 @@ PHOTOMETRY = st.fixed_dictionaries(
     # A fixed aperture has to leave room for its background; that is tested by itself.
     lambda options: {k: v for k, v in options.items() if k != "aperture_method" or v == "fwhm"}
 )
+# Those that are expanded are tested by themselves.
 PATHS = st.text(min_size=1).filter(
-    lambda text: "\0" not in text and "://" not in text
+    lambda text: not set("\0$") & set(text) and "://" not in text and text[0] != "~"
 ) | st.sampled_from(
     [
         "null",
-        "~",
         "2026-01-01",
         "1e3",
         "- a",
@@ -443,15 +571,16 @@ BATCH = st.fixed_dictionaries(
 
 def round_trips(config, path):
     """Through YAML, dictionaries and pickle; repr tells -0.0 from 0.0 and 1 from 1.0."""
-    text = config.to_yaml(path)
+    text = to_yaml(config, path)
     assert path.read_text(encoding="utf-8") == text
     for back in (
-        type(config).from_yaml(path),
+        load_yaml(type(config), path),
         type(config).from_dict(config.to_dict()),
         pickle.loads(pickle.dumps(config)),
     ):
         assert back == config
         assert repr(back) == repr(config)
+        assert hash(back) == hash(config)
 
 
 @given(PHOTOMETRY)
@@ -483,30 +612,77 @@ def test_configurations_differ_by_any_option():
 
 
 def test_options_cannot_be_changed():
-    with pytest.raises(AttributeError):
+    with pytest.raises(FrozenInstanceError):
         batch().radius = 2.0
+
+
+def test_what_dataclasses_offer():
+    config = batch(bands=["D1"])
+    assert replace(config, radius=2).radius == 2.0
+    assert asdict(config)["photometry"]["window_size"] == 50
+    with pytest.raises(ConfigError, match=r"^radius must be"):
+        replace(config, radius="2")
+    assert len({config, batch(bands=("D1",)), batch()}) == 2
+
+
+@pytest.mark.parametrize("options", [BatchConfig, PhotometryConfig])
+def test_the_signature_has_every_option(options):
+    parameters = inspect.signature(options).parameters
+    assert list(parameters) == [option.name for option in fields(options)]
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+    assert required == (set(REQUIRED) if options is BatchConfig else set())
+    assert "FieldInfo" not in str(parameters.values())
+
+
+def test_rows_of_a_table_of_options(monkeypatch):
+    monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
+    rows = {name: rest for name, *rest in option_rows(BatchConfig)}
+    assert [*rows, "photometry"] == [option.name for option in fields(BatchConfig)]
+    assert rows["radius"] == ["required", "radius of the field [deg]"]
+    assert [rows[name][0] for name in ("bands", "keep_images")] == ["null", "true"]
+    assert rows["tap_url"][0] == IRSA_TAP_URL
+    rows = {name: rest for name, *rest in option_rows(PhotometryConfig)}
+    assert list(rows) == [option.name for option in fields(PhotometryConfig)]
+    assert rows["bad_flags"][0] == str(list(PHOTOMETRY_DEFAULTS["bad_flags"]))
+
+
+def test_nothing_heavy_is_imported_for_options():
+    for module, without in {
+        "spxdask.science.options": "numpy ruamel.yaml yaml fsspec upath dask astropy fcntl",
+        "spxdask.config": "ruamel.yaml yaml fsspec upath dask astropy fcntl",
+    }.items():
+        code = f"import sys, {module}; print({set(without.split())} & set(sys.modules))"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert out.stdout.strip() == "set()", out.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"center_ra: [", "while parsing"),
+        (b"center_ra: [", "line 1: expected the node content, but found"),
         (b"- 1\n- 2\n", "a mapping of options is needed"),
         (b"", "missing option: center_ra, center_dec, radius, catalog_path"),
         (b"\xff\xfe\xfa", "decode"),
         (b"output_dir: 2026-02-31\n", "day"),
         (b"max_image: 3\n", "did you mean max_images?"),
-        (b"ra: 3\n", "ra is center_ra here"),
-        (b"? [a, b]\n: 1\n", "line 1 has a list or mapping for a name"),
-        (b"radius: 1\n{a: b}: 1\n", "line 2 has a list or mapping for a name"),
+        (b"ra: 3\n", "did you mean center_ra?"),
+        (b"? [a, b]\n: 1\n", "unknown option ('a', 'b'): known options are"),
+        (b"radius: 1\n{a: b}: 1\n", "line 2: a list or mapping cannot be the name of an option"),
         (b"!!map [a]\n", "expected a mapping node"),
-        (b"[" * 5000, "within each other without end"),
-        (b"a: " + b"{a: " * 5000, "within each other without end"),
-        (b"bands: &all [*all]\n" + yaml.safe_dump(REQUIRED).encode(), "bands has lists within"),
-        (b"x: !!int [1]\n", "not of the kind that its tag says"),
-        (b"x: !!bool maybe\n", "not of the kind that its tag says"),
-        (b"x: !!timestamp soon\n", "not of the kind that its tag says"),
-        (b"center_ra: 400\ncenter_dec: 0\nradius: 1\ncatalog_path: x\n", "center_ra is 400"),
+        (b"[" * 1000, "within each other without end"),
+        (b"a: " + b"{a: " * 1000, "within each other without end"),
+        (
+            b"bands: &all [*all]\n" + yaml.safe_dump(REQUIRED).encode(),
+            "bands must be a list of some of D1 to D6, or null for all, got [[...]]",
+        ),
+        (b"x: !!int [1]\n", "line 1: expected a scalar node, but found sequence"),
+        (b"x: !!bool maybe\n", "unknown value 'maybe'"),
+        (b"x: !!timestamp soon\n", "line 1: failed to construct timestamp"),
+        (
+            b"center_ra: 400\ncenter_dec: 0\nradius: 1\ncatalog_path: x\n",
+            "<= 360, got 400",
+        ),
         (b"x: !!python/object:os.system {}\n", "could not determine a constructor"),
     ],
 )
@@ -515,7 +691,9 @@ def test_bad_files_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         BatchConfig.from_yaml(path)
+    assert caught.value.path == str(path)
     assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_heading_with_nothing_below_it_means_the_defaults(tmp_path):
@@ -534,7 +712,8 @@ def test_errors_survive_the_way_between_processes():
         batch(radius=-1)
     back = pickle.loads(pickle.dumps(caught.value))
     assert type(back) is ConfigError
-    assert str(back) == str(caught.value) == "radius is -1; allowed is a number above 0 to 90"
+    assert str(back) == str(caught.value)
+    assert (back.option, back.value, back.rule) == ("radius", -1, "> 0 and <= 90")
     assert isinstance(back, ValueError)
 
 
@@ -567,17 +746,14 @@ def test_every_option_of_the_template_is_explained():
     ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
-    found = {}
-    for option in fields(options):
-        try:
-            option.metadata["check"]("?")
-        except ValueError as error:
-            if str(error).startswith("one of "):
-                found[option.name] = str(error).removeprefix("one of ").split(", ")
+    found = {
+        option.name: (option, get_args(option.annotation))
+        for option in list_options(options)
+        if get_origin(option.annotation) is Literal
+    }
     assert len(found) == n_choices
-    help_texts = {option.name: option.metadata["help"] for option in fields(options)}
-    for name, choices in found.items():
-        assert all(f"'{choice}'" in help_texts[name] for choice in choices), name
+    for name, (option, choices) in found.items():
+        assert all(f"'{choice}'" in option.description for choice in choices), name
 
 
 @pytest.mark.parametrize("options", [BatchConfig, PhotometryConfig])
@@ -611,7 +787,7 @@ def test_filled_template_is_the_defaults(tmp_path):
 def test_unfilled_template_asks_for_what_is_missing(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(template(), encoding="utf-8")
-    with pytest.raises(ConfigError, match="center_ra is None; allowed is a number from 0 to 360"):
+    with pytest.raises(ConfigError, match="center_ra must be a number >= 0 and <= 360, got None"):
         BatchConfig.from_yaml(path)
 
 
@@ -628,10 +804,10 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     assert (config.center_ra, config.center_dec, config.radius) == (10.0, -5.0, 0.5)
     assert config.catalog_path == "007.csv"
     path.write_text("\n".join(["center_dec: -1:30", *lines[:1], *lines[2:]]))
-    with pytest.raises(ConfigError, match=r"center_dec is '-1:30'; allowed is a number"):
+    with pytest.raises(ConfigError, match=r"center_dec must be .*, got '-1:30'$"):
         BatchConfig.from_yaml(path)
     path.write_text("\n".join([*lines, "radius: 2"]))
-    with pytest.raises(ConfigError, match="radius is given more than once"):
+    with pytest.raises(ConfigError, match=r"line 5: radius is given more than once$"):
         BatchConfig.from_yaml(path)
 
 
@@ -640,12 +816,31 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     [
         (
             {"aperture_diameter": 10.0, "background_method": "annulus"},
-            "max_outer_radius is 5.0; allowed is a number above",
+            "max_outer_radius must be > aperture_diameter / 2 + annulus_inner_offset, which",
         ),
-        ({"aperture_diameter": 8.0, "window_size": 8}, "window_size is 8; allowed is one that has"),
+        (
+            {"aperture_diameter": 8.0, "window_size": 8},
+            "window_size must be large enough",
+        ),
     ],
 )
 def test_fixed_apertures_leave_room_for_their_background(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         PhotometryConfig(aperture_method="fixed", **options)
+    check_options(PhotometryConfig, {"aperture_method": "fixed", **options})
     assert PhotometryConfig(aperture_method="fwhm", **options)
+
+
+def test_yaml_is_version_1_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: 010\nb: 12:30\nc: no\nd: 1e3\ne: true\nf: 01:00:00\ng:\n")
+    expected = {"a": 10, "b": "12:30", "c": "no", "d": 1e3, "e": True, "f": "01:00:00", "g": None}
+    found = read_options(path)
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(v) for v in expected.values()]
+    path.write_text("keep_images: no\n")
+    with pytest.raises(ConfigError, match="keep_images must be true or false, got 'no'"):
+        check_options(BatchConfig, read_options(path))
+    path.write_text("output_dir: 2026-01-01\n")
+    with pytest.raises(ConfigError, match=r"output_dir must be a path, .*got datetime.date"):
+        check_options(BatchConfig, read_options(path))

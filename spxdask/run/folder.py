@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from spxdask.archive.observation import Observation
-from spxdask.config import BatchConfig
+from spxdask.config import BatchConfig, LiteralPath
 from spxdask.errors import RunFolderError, StoreError
 from spxdask.run.ledger import Ledger, open_ledger
 from spxdask.run.lock import RunLock, open_lock
@@ -142,8 +142,8 @@ class RunFolder:
         catalogue_folder, catalogue_name = locate_file(config.catalog_path)
         config = dataclasses.replace(
             config,
-            output_dir=self.path,
-            catalog_path=catalogue_folder.path_to(catalogue_name),
+            output_dir=LiteralPath(self.path),
+            catalog_path=LiteralPath(catalogue_folder.path_to(catalogue_name)),
         )
         with self.state.atomic_path(CONFIG_NAME) as part:
             config.to_yaml(part)
@@ -170,8 +170,8 @@ class RunFolder:
                 f"{self.path} is not the output folder of a run: start with `spxdask run` or "
                 "`spxdask query`, or name the folder with --output"
             )
-        config = BatchConfig.from_yaml(self.state.path_to(CONFIG_NAME))
-        return dataclasses.replace(config, output_dir=self.path)
+        saved = BatchConfig.from_yaml(LiteralPath(self.state.path_to(CONFIG_NAME)))
+        return dataclasses.replace(saved, output_dir=LiteralPath(self.path))
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 import astropy.units as u
 import numpy as np
 
-from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels
 from spxdask.science.level2.frame import Frame
+from spxdask.science.options import PhotometryConfig
 
 # From the planes' MJy/sr to uJy/arcsec^2.
 UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)

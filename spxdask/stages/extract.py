@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from spxdask.archive.observation import is_level2_name, parse_filename
-from spxdask.config import PhotometryConfig
 from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import Frame, open_frame
+from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables import rows as tables
@@ -72,8 +72,25 @@ def sources_fingerprint(catalogue: Catalogue, near: np.ndarray, photometry) -> s
 
 
 def _hash(sources: str | bytes, photometry: PhotometryConfig) -> str:
-    parts = (MEASUREMENT_VERSION, sources, photometry)
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    text = f"({MEASUREMENT_VERSION!r}, {sources!r}, {_legacy_repr(photometry)})"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# In the order that they once had, which older fingerprints depend on.
+_LEGACY_OPTIONS = (
+    *("aperture_method", "aperture_diameter", "fwhm_multiplier", "background_method"),
+    *("window_size", "subtract_zodi", "zodi_scale_min", "zodi_scale_max", "min_usable_pixels"),
+    *("bg_sigma_clip_sigma", "bg_sigma_clip_maxiters", "annulus_inner_offset"),
+    *("min_annulus_area", "max_outer_radius", "max_annulus_attempts", "annulus_expansion_step"),
+    *("pixel_scale_fallback", "bad_flags"),
+)
+
+
+def _legacy_repr(photometry: PhotometryConfig) -> str:
+    """Return the text of the options that fingerprints of earlier runs were made from."""
+    values = {name: getattr(photometry, name) for name in _LEGACY_OPTIONS}
+    values["bad_flags"] = list(values["bad_flags"])
+    return f"PhotometryConfig({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def table_name(filename: str, format: str = "csv") -> str:

@@ -12,10 +12,11 @@ import pytest
 import simulated
 
 from spxdask.cli import main
-from spxdask.config import BatchConfig, PhotometryConfig
+from spxdask.config import BatchConfig
 from spxdask.errors import RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.status import status, watch
+from spxdask.science.options import PhotometryConfig
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.extract import table_name
 

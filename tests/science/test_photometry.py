@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from photutils.aperture import CircularAperture
 from scipy.interpolate import RegularGridInterpolator
 
-from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science import kernels, photometry
 from spxdask.science.level2.frame import Frame, WavelengthTable
 from spxdask.science.level2.wcs import TanSip
+from spxdask.science.options import PhotometryConfig
 
 SIZE = 160
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,9 @@ import pytest
 import simulated
 from astropy.io import fits
 
-from spxdask.config import PhotometryConfig
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
+from spxdask.science.options import PhotometryConfig
 from spxdask.stages.extract import (
     ExtractOptions,
     extract,
@@ -178,6 +179,27 @@ def test_missing_frame_and_full_folder(frames, options, tmp_path):
     assert "No such file" in outcome.reason
     outcome = extract(str(frames[1][0].path), str(tmp_path / "nowhere"), options)
     assert outcome.status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "927806c4d7480eca230c9e7ad7930c13"),
+        (
+            {
+                "window_size": (20, 40),
+                "bad_flags": [3, 0],
+                "aperture_diameter": 4,
+                "aperture_method": "fixed",
+            },
+            "c03ee99403e8b504d4b41085eda4c7a8",
+        ),
+    ],
+)
+def test_fingerprints_of_earlier_versions_still_hold(options, digest):
+    # Made by spxdask when options were kept in lists, as in folders that are resumed.
+    catalogue = SimpleNamespace(fingerprint="catalogue")
+    assert fingerprint(catalogue, PhotometryConfig(**options)) == digest
 
 
 def test_fingerprint_depends_on_catalogue_and_every_option(catalogue):

@@ -14,11 +14,11 @@ from astropy.coordinates import angular_separation
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science.flags import FLAG_BITS
 from spxdask.science.level2.fits import BLOCK, scan
 from spxdask.science.level2.frame import NEEDED, angular_distance, open_frame
+from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 
@@ -150,7 +150,7 @@ def test_a_file_and_its_content_are_one_frame(path, kind):
 COUNT_SIGNATURES = """
 import json, sys
 from pathlib import Path
-from spxdask.config import PhotometryConfig
+from spxdask.science.options import PhotometryConfig
 from spxdask.science import kernels
 from spxdask.science.level2 import rice
 from spxdask.science.level2.frame import open_frame

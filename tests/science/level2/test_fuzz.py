@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
-from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.fits import BLOCK, CARD, verify
+from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import margin
 from spxdask.simulate.frames import make_planes, write_frame
 from spxdask.stages.extract import ExtractOptions, extract, fingerprint, table_name
