@@ -53,6 +53,7 @@ from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
 from spxdask.storage.files import as_path, is_local, raise_disk_full, sizes
+from spxdask.tables.catalogue import read_catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class BatchPipeline:
         """The catalogue, read and checked; each stage reads it again if its file has changed."""
         self.folder.refuse_within(self.config.catalog_path)
         self._catalogue_was = self._catalogue_is()
-        return Catalogue.from_csv(self.config.catalog_path)
+        return read_catalogue(self.config.catalog_path)
 
     @property
     def observations(self) -> db.Bag:

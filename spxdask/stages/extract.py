@@ -32,7 +32,7 @@ from spxdask.storage.files import (
     raise_disk_full,
     read_bytes,
 )
-from spxdask.tables import rows as tables
+from spxdask.tables.per_image import encode_rows
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +124,14 @@ def _extract(
     try:
         with _one_at_a_time if options.serial else nullcontext():
             frame, catalogue = opened(), _catalogue(options.catalogue)
-            cap = frame.cap
+            cap = frame.bounding_circle
             near = catalogue.within(*cap)
             sources = sources_fingerprint(catalogue, near, options.photometry)
             columns, skipped, warnings = measure_catalogue(
                 frame, catalogue, near, options.photometry
             )
             rows = len(columns["target_id"])
-            content = tables.to_bytes(columns, options.format)
+            content = encode_rows(columns, options.format)
         table = as_path(per_image) / table_name(filename, options.format)
         with raise_disk_full(per_image), atomic_path(table) as part:
             size = part.write_bytes(content)

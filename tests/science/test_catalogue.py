@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from spxdask.errors import CatalogueError
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.level2.frame import angular_distance
+from spxdask.science.sphere import angular_distance
 
 
 def write(tmp_path, text, encoding="utf-8"):
