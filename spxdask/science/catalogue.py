@@ -64,8 +64,9 @@ class Catalogue:
         Catalogue
             The same sources, sorted.
         """
+        ra, dec = np.ascontiguousarray(ra, float), np.ascontiguousarray(dec, float)
         digest = hashlib.blake2b(digest_size=16)
-        for part in (target_id.buffers()[1], target_id.buffers()[2], ra, dec):
+        for part in (target_id.buffers()[1], target_id.buffers()[2], ra.data, dec.data):
             digest.update(part)
         key = _sky_key(ra, dec)
         row = np.argsort(key, kind="stable")

@@ -46,16 +46,10 @@ def read_lines(text: bytearray) -> pa.Table:
         If a Parquet file lacks a column.
     """
     if text.startswith(PARQUET_MARK):
-        rows = read_parquet(text, ("target_id", *LIGHT_CURVE))
-        columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
-        if any(columns[name].null_count for name in SORT_KEYS):
-            raise pa.ArrowInvalid(f"each row needs {', '.join(SORT_KEYS)}")
-        lines = render_lines({name: columns[name] for name in LIGHT_CURVE})
-        found = {name: columns[name] for name in SORT_KEYS}
-        return pa.table(found | {"line": pc.cast(lines, pa.string())})
+        return _read_parquet_lines(text)
     header = render_header(PER_IMAGE)
     body = np.frombuffer(text, np.uint8)[len(header) :]
-    columns = None
+    columns: dict[str, pa.Array] | None = None
     # Without quotes, each comma separates fields and each line feed ends a row.
     if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
         columns = _cut_lines(body)
@@ -63,6 +57,16 @@ def read_lines(text: bytearray) -> pa.Table:
         columns = _parse_lines(pa.BufferReader(text), PER_IMAGE)
     columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
     return pa.table(columns)
+
+
+def _read_parquet_lines(content: bytearray) -> pa.Table:
+    rows = read_parquet(content, ("target_id", *LIGHT_CURVE))
+    columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
+    if any(columns[name].null_count for name in SORT_KEYS):
+        raise pa.ArrowInvalid(f"each row needs {', '.join(SORT_KEYS)}")
+    lines = render_lines({name: columns[name] for name in LIGHT_CURVE})
+    found = {name: columns[name] for name in SORT_KEYS}
+    return pa.table(found | {"line": pc.cast(lines, pa.string())})
 
 
 def sort_lines(text: bytes | memoryview) -> bytes:
@@ -118,7 +122,7 @@ def _cut_lines(body: np.ndarray) -> dict[str, pa.Array] | None:
 
 
 @compiled
-def _find_commas(body, marks):
+def _find_commas(body: np.ndarray, marks: np.ndarray) -> bool:
     """Fill in, for each row, the position before each field and after the last one.
 
     Returns whether every row has as many fields as `marks` has columns for.
@@ -144,7 +148,9 @@ def _find_commas(body, marks):
 
 
 @compiled
-def _copy_pieces(body, starts, offsets, out):
+def _copy_pieces(
+    body: np.ndarray, starts: np.ndarray, offsets: np.ndarray, out: np.ndarray
+) -> None:
     """Copy pieces of `body`, which begin at `starts`, one after the other."""
     for row in range(len(starts)):
         shift = starts[row] - offsets[row]

@@ -112,7 +112,7 @@ COLUMNS = (
         name="flux",
         type=pa.float64(),
         unit="uJy",
-        description="flux in the aperture, background and zodiacal light subtracted; empty where a pixel has no value",
+        description="flux in the aperture, background and zodiacal light subtracted",
     ),
     Column(
         name="flux_error",

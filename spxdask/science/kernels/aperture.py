@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled_helper, compiled_inline
-from spxdask.science.kernels.pixels import is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
 
 # Fractions up to this are what rounding leaves of a pixel that lies outside.
 SMALLEST_FRACTION = 1e-14
 
 
 @compiled_helper
-def _prepare_edges(first, count, centre, r, position, arc):
+def _prepare_edges(
+    first: int, count: int, centre: float, r: float, position: np.ndarray, arc: np.ndarray
+) -> None:
     """Prepare `_corner_area` for the edges of pixels along one axis.
 
     `position` gets the distances from the centre to the edges `first` - 0.5, `first` + 0.5
@@ -29,7 +32,7 @@ def _prepare_edges(first, count, centre, r, position, arc):
 
 
 @compiled_inline
-def _corner_area(x, x_arc, y, y_arc, r):
+def _corner_area(x: float, x_arc: float, y: float, y_arc: float, r: float) -> float:
     """Return the area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
     if x * x + y * y <= r * r:
         return x * y
@@ -38,14 +41,16 @@ def _corner_area(x, x_arc, y, y_arc, r):
 
 
 @compiled_helper
-def make_aperture_buffers(ny, nx, r):
+def make_aperture_buffers(ny: int, nx: int, r: float) -> Any:
     """Return the working memory of `sum_aperture` for circles of radius r on a frame."""
     n = min(int(2.0 * r), max(ny, nx)) + 3
     return np.empty((5, n + 1)), np.empty((2, n, n)), np.empty((n, n), np.uint32)
 
 
 @compiled_helper
-def sum_aperture(planes, conversion, x, y, r, buffers):
+def sum_aperture(
+    planes: Planes, conversion: Conversion, x: float, y: float, r: float, buffers: Any
+) -> tuple[float, float, uint32, bool]:
     """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
 
     The result is the sum of brightness, the sum of variance, the flags, and whether the

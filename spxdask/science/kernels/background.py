@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled_helper, compiled_inline
-from spxdask.science.kernels.pixels import is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
 from spxdask.science.kernels.statistics import LANES
 
 
@@ -62,7 +63,9 @@ class Region(NamedTuple):
 
 
 @compiled_inline
-def _bound_box(ny, nx, y, x, half_height, half_width):
+def _bound_box(
+    ny: int, nx: int, y: float, x: float, half_height: float, half_width: float
+) -> tuple[int, int, int, int]:
     """Return first and last row, first and last column of a rectangle, within the frame."""
     return (
         max(math.floor(y - half_height), 0),
@@ -73,7 +76,18 @@ def _bound_box(ny, nx, y, x, half_height, half_width):
 
 
 @compiled_helper
-def _gather_ring(planes, conversion, x, y, beyond, within, box, excluded, check_variance, values):
+def _gather_ring(
+    planes: Planes,
+    conversion: Conversion,
+    x: float,
+    y: float,
+    beyond: float,
+    within: float,
+    box: Any,
+    excluded: uint32,
+    check_variance: bool,
+    values: np.ndarray,
+) -> tuple[int, int]:
     """Put the brightness of the pixels of a box into `values`, and NaN for unusable ones.
 
     Usable are pixels with none of the excluded bits, a finite value and beyond <
@@ -114,7 +128,15 @@ def _gather_ring(planes, conversion, x, y, beyond, within, box, excluded, check_
 
 
 @compiled_helper
-def gather_background(planes, conversion, masks, region, x, y, values):
+def gather_background(
+    planes: Planes,
+    conversion: Conversion,
+    masks: Masks,
+    region: Region,
+    x: float,
+    y: float,
+    values: np.ndarray,
+) -> tuple[int, int]:
     """Gather the usable pixels of a region about a source.
 
     While there are fewer than needed, the region grows as far as it may; then pixels with

@@ -9,7 +9,7 @@ from spxdask.science.kernels.pixels import swap_word
 
 
 @compiled
-def sum_words(words):
+def sum_words(words: np.ndarray) -> np.uint64:
     """Return the ones' complement sum of big-endian 32-bit words.
 
     Parameters

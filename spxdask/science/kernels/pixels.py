@@ -6,7 +6,7 @@ frame with ten sources costs ten windows and one pass for the zodiacal fit, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import uint32
@@ -48,7 +48,7 @@ class Conversion(NamedTuple):
 
 
 @compiled_inline
-def swap_word(word):
+def swap_word(word: Any) -> uint32:
     """Return a big-endian word in the byte order of the machine."""
     word = uint32(word)
     return uint32(
@@ -60,13 +60,13 @@ def swap_word(word):
 
 
 @compiled_inline
-def read_real(word):
+def read_real(word: Any) -> np.float64:
     """Return a big-endian float32 as a double."""
     return np.float64(swap_word(word).view(np.float32))
 
 
 @compiled_inline
-def is_finite(value):
+def is_finite(value: float) -> bool:
     """Return whether a number is neither infinite nor NaN."""
     # An infinity or a NaN times zero is a NaN; unlike math.isfinite, this vectorises.
     return value * 0.0 == 0.0

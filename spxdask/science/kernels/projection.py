@@ -18,7 +18,7 @@ MAX_ITERATIONS = 50
 
 
 @compiled_helper
-def _evaluate_polynomial(coefficients, u, v):
+def _evaluate_polynomial(coefficients: np.ndarray, u: float, v: float) -> float:
     """Return the sum of coefficients[p, q] u^p v^q over p + q <= order, by Horner's rule."""
     order = len(coefficients) - 1
     total = 0.0
@@ -31,7 +31,9 @@ def _evaluate_polynomial(coefficients, u, v):
 
 
 @compiled
-def distort(u, v, a, b):
+def distort(
+    u: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Add the SIP distortion to offsets from the reference pixel.
 
     Parameters
@@ -54,7 +56,15 @@ def distort(u, v, a, b):
 
 
 @compiled
-def project_to_pixels(ra, dec, rotation, inverse, crpix, a, b):
+def project_to_pixels(
+    ra: np.ndarray,
+    dec: np.ndarray,
+    rotation: np.ndarray,
+    inverse: np.ndarray,
+    crpix: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """Project positions onto the detector.
 
     Parameters

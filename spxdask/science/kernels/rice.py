@@ -8,6 +8,7 @@ while the rest of a number is a run of zeros.
 
 from __future__ import annotations
 
+import numpy as np
 from numpy import uint32, uint64
 
 from spxdask.science.compiled import compiled
@@ -22,7 +23,9 @@ UNCOMPRESSED = 25
 
 
 @compiled
-def decompress_rows(heap, starts, lengths, out):
+def decompress_rows(
+    heap: np.ndarray, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray
+) -> int:
     """Decompress tiles of one row each.
 
     Parameters

@@ -12,12 +12,22 @@ import numpy as np
 
 from spxdask.science.compiled import compiled
 from spxdask.science.kernels.aperture import make_aperture_buffers, sum_aperture
-from spxdask.science.kernels.background import gather_background
-from spxdask.science.kernels.statistics import LANES, find_clipped_median
+from spxdask.science.kernels.background import Masks, Region, gather_background
+from spxdask.science.kernels.pixels import Conversion, Planes
+from spxdask.science.kernels.statistics import LANES, Clipping, find_clipped_median
 
 
 @compiled
-def measure_sources(planes, conversion, masks, region, clipping, radius, x, y):
+def measure_sources(
+    planes: Planes,
+    conversion: Conversion,
+    masks: Masks,
+    region: Region,
+    clipping: Clipping,
+    radius: float,
+    x: np.ndarray,
+    y: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Measure background and aperture of every source.
 
     Parameters

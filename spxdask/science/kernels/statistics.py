@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import uint32
@@ -36,7 +36,7 @@ class Clipping(NamedTuple):
 
 
 @compiled_helper
-def _select(values, n, k):
+def _select(values: np.ndarray, n: int, k: int) -> Any:
     """Return the k-th smallest of values[:n] (Hoare's selection); reorders them."""
     low, high = 0, n - 1
     while low < high:
@@ -61,7 +61,7 @@ def _select(values, n, k):
 
 
 @compiled_helper
-def _select_two(values, n, lower, upper):
+def _select_two(values: np.ndarray, n: int, lower: int, upper: int) -> Any:
     """Return the values of two ranks that are one and the same or neighbours; reorders them."""
     second = first = _select(values, n, upper)
     if lower < upper:
@@ -72,7 +72,15 @@ def _select_two(values, n, lower, upper):
 
 
 @compiled_helper
-def _compute_moments(values, size, low, high, pivot, first, second):
+def _compute_moments(
+    values: np.ndarray,
+    size: int,
+    low: float,
+    high: float,
+    pivot: float,
+    first: np.ndarray,
+    second: np.ndarray,
+) -> tuple[int, float, float]:
     """Return number, mean and standard deviation of the values from low to high.
 
     `pivot` should be near the mean, so that its square does not swallow the spread. NaNs
@@ -100,7 +108,15 @@ def _compute_moments(values, size, low, high, pivot, first, second):
 
 
 @compiled_helper
-def _find_median(values, size, count, below, mean, deviation, scratch):
+def _find_median(
+    values: np.ndarray,
+    size: int,
+    count: int,
+    below: int,
+    mean: float,
+    deviation: float,
+    scratch: np.ndarray,
+) -> float:
     """Return the median of values, of which `count` are not NaN and `below` below the mean.
 
     The count and the density of a Gaussian give a guess close to the median. The values
@@ -128,7 +144,9 @@ def _find_median(values, size, count, below, mean, deviation, scratch):
 
 
 @compiled_helper
-def find_clipped_median(values, size, clipping, scratch):
+def find_clipped_median(
+    values: np.ndarray, size: int, clipping: Clipping, scratch: np.ndarray
+) -> tuple[float, float]:
     """Return median and standard deviation after clipping about the mean.
 
     `values` is filled up with NaN to `size`, a multiple of `LANES`, and is written over.
@@ -161,7 +179,7 @@ def find_clipped_median(values, size, clipping, scratch):
 
 
 @compiled
-def find_positive_median(plane):
+def find_positive_median(plane: np.ndarray) -> float:
     """Return the median of the finite positive values of a plane.
 
     The bits of positive floats sort as the floats do. A sample brackets the median, one

@@ -6,9 +6,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy import uint32
 
 from spxdask.science.compiled import compiled
-from spxdask.science.kernels.pixels import is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import Planes, is_finite, read_real, swap_word
 
 # Sums that run side by side.
 LANES = 128
@@ -43,7 +44,7 @@ class ZodiSums(NamedTuple):
 
 
 @compiled
-def sum_zodi(planes, excluded):
+def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
     """Return the sums behind the weighted fit of ZODI to IMAGE.
 
     Parameters

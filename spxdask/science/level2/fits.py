@@ -321,6 +321,8 @@ def _value(raw: bytes) -> Any:
     if field in (b"T", b"F"):
         return field == b"T"
     if _NUMBER.match(field):
-        text = field.decode("ascii")
-        return int(text) if text.lstrip("+-").isdigit() else float(text.upper().replace("D", "E"))
+        number = field.decode("ascii")
+        if number.lstrip("+-").isdigit():
+            return int(number)
+        return float(number.upper().replace("D", "E"))
     return field.decode("latin-1") or None

@@ -490,7 +490,7 @@ def test_compressed_flags_with_a_spoilt_header(scene, tmp_path, monkeypatch, car
     for keyword, value in cards.items():
         replace_card(path, keyword, value, name="FLAGS")
     # None of this is for the decoder to find.
-    monkeypatch.delattr("spxdask.science.level2.frame._compressed_flags")
+    monkeypatch.delattr("spxdask.science.level2.flags._decompress_with_astropy")
     assert_refused(path, message)
 
 
