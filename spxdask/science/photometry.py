@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import astropy.units as u
@@ -258,7 +258,7 @@ def _view_planes(frame: Frame) -> Planes:
     return Planes(*map(view, (frame.image, frame.variance, frame.zodi, frame.flags)))
 
 
-def _mask(bits: list[int]) -> np.uint32:
+def _mask(bits: Iterable[int]) -> np.uint32:
     return np.uint32(sum(1 << bit for bit in bits))
 
 

@@ -86,9 +86,8 @@ def test_cached_code_is_not_older_than_the_functions_that_it_calls(tmp_path):
     (tmp_path / "caller.py").write_text(CALLER)
 
     def compute() -> list[str]:
-        code = (
-            "import caller as c; print(c.compute(1), sum(c.compute.dispatcher.stats.{}.values()))"
-        )
+        code = "from caller import compute; print(compute(1))\n"
+        code += "print(sum(compute.dispatcher.stats.cache_hits.values()))"
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
             "PYTHONDONTWRITEBYTECODE": "1",
