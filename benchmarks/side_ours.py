@@ -14,9 +14,9 @@ import numpy as np
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
 from spxdask.cluster.embedded import embedded_client
-from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
+from spxdask.tables.catalogue import read_catalogue
 
 answers, sys.stdout = sys.stdout, sys.stderr
 
@@ -32,7 +32,7 @@ class Ours:
     def load(self, catalogue: str) -> dict:
         """Read the catalogue and lay out its index, once a run."""
         started = time.perf_counter()
-        Catalogue.from_csv(catalogue).save(f"{catalogue}.arrow")
+        read_catalogue(catalogue).save(f"{catalogue}.arrow")
         return {"seconds": time.perf_counter() - started}
 
     def floor(self, image: str) -> dict:

@@ -35,13 +35,14 @@ from matplotlib.figure import Figure
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.run.ledger import Outcome
-from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
 from spxdask.science.photometry import measure
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.stages.extract import table_name
 from spxdask.storage import open_store
-from spxdask.tables import rows as tables
+from spxdask.tables.catalogue import read_catalogue
+from spxdask.tables.per_image import encode_rows
+from spxdask.tables.schema import PER_IMAGE
 
 HERE = Path(__file__).parent
 MB = 1e6
@@ -93,13 +94,13 @@ class Stubs(WorkerPlugin):
                 "band": observation.band,
                 "mjd": observation.mjd,
             }
-            for name in tables.PER_IMAGE[6:-1]:
+            for name in PER_IMAGE[6:-1]:
                 whole = name == "flag"
                 columns[name] = (
                     rng.integers(0, 1 << 22, rows) if whole else rng.lognormal(size=rows)
                 )
             columns["filename"] = observation.filename
-            content = tables.to_bytes(columns, options.format)
+            content = encode_rows(columns, options.format)
             open_store(per_image).put(table_name(observation.filename), content)
             return Outcome(
                 stage="extract",
@@ -335,7 +336,7 @@ def soak(options: argparse.Namespace, work: Path) -> dict:
         watch.close()
     # Each file by itself, without the pipeline.
     expected: Counter[str] = Counter()
-    known = Catalogue.from_csv(catalogue)
+    known = read_catalogue(catalogue)
     for i, path in enumerate(files):
         measured = measure(open_frame(path), known.ra, known.dec, options_.photometry)
         times = len(range(i, n, len(files)))

@@ -44,6 +44,8 @@ from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, download, extract, query, stream
 from spxdask.storage import locate_file, raise_disk_full
+from spxdask.storage.files import raise_disk_full
+from spxdask.tables.catalogue import read_catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +161,7 @@ class BatchPipeline:
         """The catalogue, read and checked; each stage reads it again if its file has changed."""
         self.folder.refuse_within(self.config.catalog_path)
         self._catalogue_was = self._catalogue_is()
-        return Catalogue.from_csv(self.config.catalog_path)
+        return read_catalogue(self.config.catalog_path)
 
     @property
     def observations(self) -> db.Bag:

@@ -46,12 +46,14 @@ from spxdask.errors import (
 from spxdask.progress import Silent
 from spxdask.run.folder import RunFolder
 from spxdask.run.status import status
-from spxdask.science.level2.frame import angular_distance
+from spxdask.science.sphere import angular_distance
 from spxdask.simulate.archive import Fault, SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 from spxdask.stages.extract import table_name
 from spxdask.storage import open_store
-from spxdask.tables.rows import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
+from spxdask.tables.csv import read_csv
+from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS
 
 IDS = [
     "39633458707826492",
@@ -934,7 +936,7 @@ def test_light_curves_in_another_format_replace_the_old(
     users = {
         "notes.txt": b"mine",
         "star.csv": b"a,b\n1,2\n",
-        "stars.parquet": parquet_bytes(pa.table({"a": [1]})),
+        "stars.parquet": encode_parquet(pa.table({"a": [1]})),
     }
     for name, content in users.items():
         (folder / name).write_bytes(content)

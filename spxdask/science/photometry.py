@@ -1,11 +1,11 @@
 """Aperture photometry of many sources in one frame, and what each number means.
 
 Brightness is in uJy/arcsec^2 once read, fluxes are in uJy, x and y are 0-based pixel
-coordinates with (0, 0) at the centre of the first pixel, "bad" means one of the
-configured flag bits.
+coordinates with (0, 0) at the centre of the first pixel, r is the radius of the aperture,
+and "bad" means that a pixel has one of the configured flag bits.
 
 - **Variance**: an invalid one (not finite, not positive) of a flagged pixel is replaced
-  by the median valid variance of the frame; with no flag, the pixel counts as bad.
+  by the median valid variance of the frame; without any flag, the pixel counts as bad.
 - **Zodiacal light**: I' = I - s ZODI with s = sum(w I Z) / sum(w Z^2), w = 1/variance,
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
@@ -23,13 +23,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import astropy.units as u
 import numpy as np
 
 from spxdask.errors import FrameError
-from spxdask.science import kernels
+from spxdask.science.kernels.background import Masks, Region
+from spxdask.science.kernels.pixels import Conversion, Planes
+from spxdask.science.kernels.sources import measure_sources
+from spxdask.science.kernels.statistics import Clipping, find_positive_median
+from spxdask.science.kernels.zodi import sum_zodi
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 
@@ -38,38 +43,27 @@ UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
 # AB magnitude of 1 uJy, which is 1e-29 erg/s/cm2/Hz: 2.5 x 29 - 48.6.
 AB_ZERO_POINT_UJY = 23.9
 FWHM_FALLBACK_ARCSEC = 6.0
-# SPHEREx pixels are 6.15 arcsec; a header that says something outside this says nothing.
+# SPHEREx pixels are 6.15 arcsec wide; a scale outside of these limits is an error in the header.
 USABLE_SCALE_ARCSEC = (1.0, 60.0)
-# Sources are measured in bands of this many rows, from left to right.
-TILE_ROWS = 32
-
-MEASURED = (
-    "x",
-    "y",
-    "flux",
-    "flux_error",
-    "mag_ab",
-    "mag_ab_error",
-    "wavelength",
-    "bandwidth",
-    "flag",
-    "bg_level",
-    "bg_error",
-    "aperture_radius",
-)
+# The background window leaves out pixels whose centre is this close to the aperture, pixels:
+# half the diagonal of a pixel.
+WINDOW_GAP_PIXELS = 0.707
+# Sources are measured in strips of this many rows, from left to right, so that neighbours,
+# which need the same pixels, follow one another.
+STRIP_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a frame gave.
+    """What was measured in a frame.
 
     Attributes
     ----------
     index : (n,) int array
-        Which of the given positions each row is of, in their order.
+        Which of the given positions each row belongs to, in their order.
     columns : dict of str to (n,) array
-        One array for each name in `MEASURED`, in their order. Pixels, uJy, AB mag, um,
-        uJy/arcsec^2; `flag` is int64; NaN where a number is missing.
+        One array for each measured column of `spxdask.tables.schema`, in its order and
+        units; `flag` is int64; NaN where a number is missing.
     radius : float
         Of the aperture, pixels.
     zodi_scale : float
@@ -89,22 +83,36 @@ class Measurement:
 
 
 def margin(config: PhotometryConfig) -> float:
-    """Return the distance in pixels that a source must keep from every edge."""
+    """Return the distance that a source must keep from every edge.
+
+    Parameters
+    ----------
+    config : PhotometryConfig
+        Its aperture, window and annulus.
+
+    Returns
+    -------
+    float
+        Pixels.
+    """
     height, width = config.window_shape
     return float(
         max(config.aperture_diameter / 2, config.max_outer_radius, height // 2 + 1, width // 2 + 1)
     )
 
 
-def on_frame(frame: Frame, ra, dec, config: PhotometryConfig):
+def on_frame(
+    frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the sources that truly lie on a frame.
 
     Parameters
     ----------
     frame : Frame
+        The frame.
     ra, dec : (n,) float array
-        ICRS, deg. They must lie within `frame.cap`: farther away, the projection can
-        put a source on the detector that is not there.
+        ICRS, deg. They must lie within `frame.bounding_circle`: farther away, the
+        projection can put a source on the detector that is not there.
     config : PhotometryConfig
         Its margin to the edges is kept.
 
@@ -122,15 +130,17 @@ def on_frame(frame: Frame, ra, dec, config: PhotometryConfig):
     return index, x[index], y[index]
 
 
-def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
+def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryConfig) -> Measurement:
     """Measure every given source that lies on a frame.
 
     Parameters
     ----------
     frame : Frame
+        The frame.
     ra, dec : (n,) float array
-        ICRS, deg, within `frame.cap`.
+        ICRS, deg, within `frame.bounding_circle`.
     config : PhotometryConfig
+        How a source is measured.
 
     Returns
     -------
@@ -140,48 +150,29 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
     Raises
     ------
     FrameError
-        If no pixel of the frame has a value, or none a variance.
+        If no pixel of the frame has a finite value, or none a valid variance.
     """
     warnings = list(frame.warnings)
-    pixel_area = frame.wcs.pixel_area_arcsec2
-    if not USABLE_SCALE_ARCSEC[0] <= math.sqrt(pixel_area) <= USABLE_SCALE_ARCSEC[1]:
-        warnings.append(
-            f"pixel scale of {math.sqrt(pixel_area):.4g} arcsec is not usable, "
-            f"{config.pixel_scale_fallback} arcsec taken"
-        )
-        pixel_area = config.pixel_scale_fallback**2
-    radius = _aperture_radius(frame, math.sqrt(pixel_area), config, warnings)
+    pixel_area = _choose_pixel_area(frame, config, warnings)
+    radius = _choose_aperture_radius(frame, math.sqrt(pixel_area), config, warnings)
 
-    words = [_words(p) for p in (frame.image, frame.variance, frame.zodi, frame.flags)]
-    bad = _mask(config.bad_flags)
-    source = _mask([frame.flag_bits["SOURCE"]])
+    planes = _view_planes(frame)
+    bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.
-    median_variance = functools.cache(lambda: kernels.positive_median(words[1]))
-    scale, unflagged = _zodi_scale(frame, words, bad | source, median_variance, config)
+    median_variance = functools.cache(lambda: find_positive_median(planes.variance))
+    zodi_scale, unflagged = _fit_zodi(planes, bad | source, median_variance, config)
     if unflagged:
-        warnings.append(f"{unflagged} unflagged pixels with an invalid variance taken as bad")
+        warnings.append(f"{unflagged} unflagged pixels with an invalid variance, treated as bad")
 
     index, x, y = on_frame(frame, ra, dec, config)
-
-    def measure_some(some: np.ndarray, median: float) -> list[np.ndarray]:
-        # Neighbours one after the other, as they look at the same pixels.
-        order = some[np.lexsort((x[some], y[some] // TILE_ROWS))]
-        results = _measure_sources(
-            words, x[order], y[order], radius, scale, median, bad, source, unflagged > 0, config
-        )
-        back = np.argsort(order)
-        return [result[back] for result in results]
-
-    sums, flag, repaired = measure_some(np.arange(len(index)), math.nan)
-    if repaired.any():
-        again = np.flatnonzero(repaired)
-        sums[again] = measure_some(again, median_variance())[0]
+    masks = Masks(bad, source, unflagged > 0)
+    sums, flag = _sum_sources(planes, x, y, radius, zodi_scale, median_variance, masks, config)
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
     skipped = {}
     if len(kept) < len(index):
         skipped["too few usable background pixels"] = len(index) - len(kept)
-    index, x, y, flag = index[kept], x[kept], y[kept], flag[kept]
+    index, x, y = index[kept], x[kept], y[kept]
     total, variance, level, level_error = sums[kept].T
 
     circle = math.pi * radius**2
@@ -189,113 +180,180 @@ def measure(frame: Frame, ra, dec, config: PhotometryConfig) -> Measurement:
     flux_error = np.sqrt(variance + (level_error * circle) ** 2) * pixel_area
     magnitude, magnitude_error = ab_magnitude(flux, flux_error)
     wavelength, bandwidth = frame.wavelength_at(x, y)
-    values = (
-        x,
-        y,
-        flux,
-        flux_error,
-        magnitude,
-        magnitude_error,
-        wavelength,
-        bandwidth,
-        flag.astype(np.int64),
-        level,
-        level_error,
-        np.full(len(index), radius),
-    )
     return Measurement(
         index=index,
-        columns=dict(zip(MEASURED, values, strict=True)),
+        columns={
+            "x": x,
+            "y": y,
+            "flux": flux,
+            "flux_error": flux_error,
+            "mag_ab": magnitude,
+            "mag_ab_error": magnitude_error,
+            "wavelength": wavelength,
+            "bandwidth": bandwidth,
+            "flag": flag[kept].astype(np.int64),
+            "bg_level": level,
+            "bg_error": level_error,
+            "aperture_radius": np.full(len(index), radius),
+        },
         radius=radius,
-        zodi_scale=scale,
+        zodi_scale=zodi_scale,
         skipped=skipped,
         warnings=tuple(warnings),
     )
 
 
-def ab_magnitude(flux, flux_error) -> tuple[np.ndarray, np.ndarray]:
-    """Return AB magnitudes and errors of fluxes in uJy; NaN where a flux is not positive."""
+def ab_magnitude(flux: np.ndarray, flux_error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert fluxes to AB magnitudes.
+
+    Parameters
+    ----------
+    flux, flux_error : (n,) float array
+        In uJy.
+
+    Returns
+    -------
+    magnitude, magnitude_error : (n,) float array
+        NaN where the flux is not positive.
+    """
     flux = np.where(np.asarray(flux, float) > 0, flux, np.nan)
     magnitude = AB_ZERO_POINT_UJY - 2.5 * np.log10(flux)
     return magnitude, 2.5 / math.log(10) * flux_error / flux
 
 
-def _aperture_radius(frame: Frame, pixel_scale: float, config, warnings: list[str]) -> float:
+def _choose_pixel_area(frame: Frame, config: PhotometryConfig, warnings: list[str]) -> float:
+    """Return the area of a pixel in arcsec^2: the header's, or the fallback with a warning."""
+    pixel_area = frame.wcs.pixel_area_arcsec2
+    if USABLE_SCALE_ARCSEC[0] <= math.sqrt(pixel_area) <= USABLE_SCALE_ARCSEC[1]:
+        return pixel_area
+    warnings.append(
+        f"pixel scale of {math.sqrt(pixel_area):.4g} arcsec is not usable, "
+        f"used {config.pixel_scale_fallback} arcsec instead"
+    )
+    return config.pixel_scale_fallback**2
+
+
+def _choose_aperture_radius(
+    frame: Frame, pixel_scale: float, config: PhotometryConfig, warnings: list[str]
+) -> float:
+    """Return the radius of the aperture in pixels; `pixel_scale` is in arcsec."""
     if config.aperture_method == "fixed":
         return config.aperture_diameter / 2
     fwhm = frame.psf_fwhm
     if fwhm is None:
         fwhm = FWHM_FALLBACK_ARCSEC
-        warnings.append(f"no usable PSF_FWHM, {FWHM_FALLBACK_ARCSEC} arcsec taken")
+        warnings.append(f"no usable PSF_FWHM, used {FWHM_FALLBACK_ARCSEC} arcsec instead")
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
 
 
-def _words(plane: np.ndarray) -> np.ndarray:
-    words = np.asarray(plane).view("<u4")
-    # Like those of a mapped file, so that one compiled form serves all.
-    words.flags.writeable = False
-    return words
+def _view_planes(frame: Frame) -> Planes:
+    """Return the planes of a frame as words."""
+
+    def view(plane: np.ndarray) -> np.ndarray:
+        words = np.asarray(plane).view("<u4")
+        # Read-only as those of a mapped file are, so that one compiled form serves all.
+        words.flags.writeable = False
+        return words
+
+    return Planes(*map(view, (frame.image, frame.variance, frame.zodi, frame.flags)))
 
 
-def _mask(bits: list[int]) -> np.uint32:
+def _mask(bits: Iterable[int]) -> np.uint32:
     return np.uint32(sum(1 << bit for bit in bits))
 
 
-def _zodi_scale(frame: Frame, words, excluded, median_variance, config) -> tuple[float, int]:
-    """Scale of ZODI (0 when it is not subtracted), and the count of unflagged bad variances."""
-    izw, zzw, iz, zz, clear, unflagged, finite, valid = kernels.zodi_sums(*words, excluded)
-    if not finite:
+def _fit_zodi(
+    planes: Planes,
+    excluded: np.uint32,
+    median_variance: Callable[[], float],
+    config: PhotometryConfig,
+) -> tuple[float, int]:
+    """Return the scale of ZODI, 0 if it is not subtracted, and the unflagged bad variances."""
+    sums = sum_zodi(planes, excluded)
+    if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")
-    if not valid:
+    if not sums.valid:
         raise FrameError("VARIANCE has no finite positive pixel")
     if not config.subtract_zodi:
-        return 0.0, unflagged
-    if zz > 0:
+        return 0.0, sums.unflagged
+    izw, zzw = sums.weighted_iz, sums.weighted_zz
+    if sums.zz > 0:
         weight = 1.0 / median_variance()
-        izw, zzw = izw + weight * iz, zzw + weight * zz
+        izw, zzw = izw + weight * sums.iz, zzw + weight * sums.zz
     scale = izw / zzw if zzw > 0 else math.nan
-    if 2 * clear < frame.image.size or not config.zodi_scale_min < scale <= config.zodi_scale_max:
+    mostly_excluded = 2 * sums.clear < planes.image.size
+    if mostly_excluded or not config.zodi_scale_min < scale <= config.zodi_scale_max:
         scale = 1.0
-    return scale, unflagged
+    return scale, sums.unflagged
 
 
-def _measure_sources(words, x, y, radius, scale, median, bad, source, check, config):
-    height, width = config.window_shape
-    annulus = np.empty(0)
+def _sum_sources(
+    planes: Planes,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: float,
+    zodi_scale: float,
+    median_variance: Callable[[], float],
+    masks: Masks,
+    config: PhotometryConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums and flags of `measure_sources`, in the order of the sources.
+
+    Sources are measured as if no variance had to be replaced. Those for which this was
+    wrong are measured again with the median variance, which is expensive to find.
+    """
+    if not config.subtract_zodi:
+        # Nothing of ZODI may enter, not even its NaNs.
+        planes = planes._replace(zodi=planes.image)
+    region = _make_region(radius, config)
+    clipping = Clipping(config.bg_sigma_clip_sigma, config.bg_sigma_clip_maxiters)
+
+    def sum_some(some: np.ndarray, median: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        order = some[np.lexsort((x[some], y[some] // STRIP_ROWS))]
+        conversion = Conversion(zodi_scale, UJY_PER_ARCSEC2, median)
+        sums, flag, repaired = measure_sources(
+            planes, conversion, masks, region, clipping, radius, x[order], y[order]
+        )
+        back = np.argsort(order)
+        return sums[back], flag[back], repaired[back]
+
+    sums, flag, repaired = sum_some(np.arange(len(x)), math.nan)
+    if repaired.any():
+        again = np.flatnonzero(repaired)
+        sums[again] = sum_some(again, median_variance())[0]
+    return sums, flag
+
+
+def _make_region(radius: float, config: PhotometryConfig) -> Region:
+    """Return where the background is taken from about an aperture of this radius, pixels."""
     if config.background_method == "annulus":
-        inner = radius + config.annulus_inner_offset
-        outer = min(
-            math.sqrt(config.min_annulus_area / math.pi + inner**2), config.max_outer_radius
-        )
-        annulus = np.array(
-            [
-                inner,
-                outer,
-                config.max_outer_radius,
-                config.annulus_expansion_step,
-                config.max_annulus_attempts,
-            ]
-        )
-    image, variance, zodi, flags = words
-    return kernels.measure_sources(
-        image,
-        variance,
-        # Nothing of ZODI, not even its NaNs, when it is not subtracted.
-        zodi if config.subtract_zodi else image,
-        flags,
-        x,
-        y,
-        radius,
-        scale,
-        UJY_PER_ARCSEC2,
-        median,
-        bad,
-        source,
-        check,
-        config.min_usable_pixels,
-        config.bg_sigma_clip_sigma,
-        config.bg_sigma_clip_maxiters,
-        float(height),
-        float(width),
-        annulus,
+        return _make_annulus(radius, config)
+    height, width = config.window_shape
+    beyond = radius + WINDOW_GAP_PIXELS
+    return Region(
+        height=float(height),
+        width=float(width),
+        beyond_squared=beyond * beyond,
+        outer_radius=math.inf,
+        max_outer_radius=math.inf,
+        growth=0.0,
+        max_growths=0,
+        min_pixels=config.min_usable_pixels,
+    )
+
+
+def _make_annulus(radius: float, config: PhotometryConfig) -> Region:
+    """Return an annulus of the least area, which may grow."""
+    inner = radius + config.annulus_inner_offset
+    outer = math.sqrt(config.min_annulus_area / math.pi + inner**2)
+    return Region(
+        height=2.0 * config.max_outer_radius,
+        width=2.0 * config.max_outer_radius,
+        # The inner edge belongs to an annulus, the outer edge does not, as in photutils.
+        beyond_squared=math.nextafter(inner * inner, 0.0),
+        outer_radius=min(outer, config.max_outer_radius),
+        max_outer_radius=config.max_outer_radius,
+        growth=config.annulus_expansion_step,
+        max_growths=config.max_annulus_attempts,
+        min_pixels=config.min_usable_pixels,
     )

@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 
 from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.storage import Store, file_stem, locate_file, open_store
-from spxdask.tables import rows as tables
+from spxdask.tables.csv import read_csv, render_header, slice_lines
+from spxdask.tables.lines import read_lines, sort_lines
+from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
 
 TEXT = pd.ArrowDtype(pa.string())
 # A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
@@ -185,7 +188,7 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
     contents = folder.get_many(found["name"])
     for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
         try:
-            rows = tables.read_lines(content)
+            rows = read_lines(content)
         except (pa.ArrowException, KeyError, OSError) as error:
             raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
@@ -200,7 +203,7 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
 def _bundled(rows: pa.Table) -> pa.Table:
     """Put the lines of each source into one piece, in order."""
     columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
-    ranks = [_rank(columns[key]) for key in tables.SORT_KEYS]
+    ranks = [_rank(columns[key]) for key in SORT_KEYS]
     order = np.lexsort(ranks[::-1])
     starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
     bounds = np.append(starts, len(order))
@@ -261,11 +264,9 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     mixed = set(target[one][(target[one] == target[next_]) & ends_later].tolist())
 
     lines = pc.cast(columns["lines"], pa.large_string()).take(pa.array(order))
-    texts = [
-        tables.lines_to_bytes(lines, start, stop) for start, stop in zip(starts, stops, strict=True)
-    ]
+    texts = [slice_lines(lines, start, stop) for start, stop in zip(starts, stops, strict=True)]
     for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))):
-        texts[i] = tables.sort_lines(texts[i])
+        texts[i] = sort_lines(texts[i])
     targets = columns["target_id"].take(pa.array(order[starts]))
     rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)
     as_parquet = [options.lightcurves] if options.format == "parquet" else []
@@ -275,7 +276,7 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
         for folder in as_parquet:
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
-        header = tables.csv_header(tables.LIGHT_CURVE)
+        header = render_header(LIGHT_CURVE)
         file_names = map(light_curve_name, targets.to_pylist())
         curves = (
             (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
@@ -294,11 +295,11 @@ def _rank(column: pa.Array) -> np.ndarray:
 
 def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[memoryview]) -> bytes:
     """Return the light curves of a partition as Parquet, their numbers as numbers."""
-    text = b"".join((tables.csv_header(tables.LIGHT_CURVE), *texts))
-    found = tables.read_csv(pa.BufferReader(text), tables.LIGHT_CURVE)
+    text = b"".join((render_header(LIGHT_CURVE), *texts))
+    found = read_csv(pa.BufferReader(text), LIGHT_CURVE)
     ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
     found = found.add_column(0, "target_id", ids)
-    return tables.parquet_bytes(found.replace_schema_metadata({"sources": str(len(targets))}))
+    return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
 
 
 def light_curve_name(target_id: str) -> str:
@@ -351,7 +352,7 @@ def find_light_curves(folder: Store, names: set[str]) -> set[str]:
     set of str
     """
     texts = sorted(name for name in names if PurePath(name).suffix == ".csv")
-    header = tables.csv_header(tables.LIGHT_CURVE)
+    header = render_header(LIGHT_CURVE)
     return folder.find_starting_with(texts, header) | find_buckets(folder, names)
 
 

@@ -23,7 +23,7 @@ from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.storage import Store, locate_file, open_store
-from spxdask.tables import rows as tables
+from spxdask.tables.per_image import encode_rows
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,14 @@ def _extract(
     try:
         with _one_at_a_time if options.serial else nullcontext():
             frame, catalogue = opened(), _catalogue(options.catalogue)
-            cap = frame.cap
+            cap = frame.bounding_circle
             near = catalogue.within(*cap)
             sources = sources_fingerprint(catalogue, near, options.photometry)
             columns, skipped, warnings = measure_catalogue(
                 frame, catalogue, near, options.photometry
             )
             rows = len(columns["target_id"])
-            content = tables.to_bytes(columns, options.format)
+            content = encode_rows(columns, options.format)
         open_store(per_image).put(table_name(filename, options.format), content)
         size = len(content)
     except DiskFullError:

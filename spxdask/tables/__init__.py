@@ -1,1 +1,1 @@
-"""The tables a run writes."""
+"""The tables that a run writes, and the catalogue that it reads."""

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from spxdask.errors import DiskFullError, FrameError
 from spxdask.stages import aggregate
-from spxdask.tables import rows as tables
+from spxdask.tables.csv import render_header
+from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
+from spxdask.tables.per_image import encode_rows
+from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA
 
 
 def make_rows(rng, ids, number) -> pd.DataFrame:
@@ -24,19 +27,19 @@ def make_rows(rng, ids, number) -> pd.DataFrame:
     rows = {"target_id": ids, "ra": rng.uniform(0, 360, n), "dec": rng.uniform(-90, 90, n)}
     rows |= {"obs_id": f"2025W51_1A_{number % 7:04d}_1", "band": f"D{1 + number % 6}"}
     rows |= {"mjd": 61000.0 + number // 3}
-    for name in tables.PER_IMAGE[6:-1]:
+    for name in PER_IMAGE[6:-1]:
         rows[name] = rng.integers(0, 1 << 30, n) if name == "flag" else rng.standard_normal(n)
     rows["filename"] = f"level2_{number}.fits"
     frame = pd.DataFrame(rows)
     frame.loc[frame["flux"] < 0, ["mag_ab", "mag_ab_error"]] = np.nan
     frame.loc[frame["flux"] > 2.0, ["flux", "flux_error"]] = np.nan
-    return frame[list(tables.PER_IMAGE)]
+    return frame[list(PER_IMAGE)]
 
 
 def write(folder, rows: pd.DataFrame, number: int, how: str = "csv") -> aggregate.Table:
     path = folder / f"level2_{number}_photometry.{how}"
     columns = {name: rows[name].to_numpy() for name in rows}
-    size = path.write_bytes(tables.to_bytes(columns, how))
+    size = path.write_bytes(encode_rows(columns, how))
     return aggregate.Table(name=path.name, bytes=size, rows=len(rows))
 
 
@@ -84,7 +87,7 @@ def test_light_curves_equal_a_sort_in_pandas(client, tmp_path, monkeypatch):
     assert sorted(written["target_id"]) == sorted(everything["target_id"].unique())
     for target, expected in everything.groupby("target_id"):
         curve = pd.read_csv(tmp_path / "lightcurves" / f"{target}.csv")
-        expected = expected[list(tables.LIGHT_CURVE)].reset_index(drop=True)
+        expected = expected[list(LIGHT_CURVE)].reset_index(drop=True)
         pd.testing.assert_frame_equal(curve, expected, check_dtype=False, check_exact=True)
 
 
@@ -152,7 +155,7 @@ def test_frames_in_any_order(client, tmp_path, monkeypatch, seed):
     for target, expected in pd.concat(frames).groupby("target_id"):
         curve = pd.read_csv(tmp_path / "lc" / aggregate.light_curve_name(target))
         expected = expected.sort_values(["mjd", "obs_id", "band"]).reset_index(drop=True)
-        expected = expected[list(tables.LIGHT_CURVE)]
+        expected = expected[list(LIGHT_CURVE)]
         pd.testing.assert_frame_equal(curve, expected, check_dtype=False, check_exact=True)
 
 
@@ -271,7 +274,7 @@ def test_a_light_curve_that_cannot_be_written(tmp_path, how, monkeypatch):
 
 
 def test_keep_only_spares_what_is_not_ours(tmp_path):
-    ours = tables.csv_header(tables.LIGHT_CURVE)
+    ours = render_header(LIGHT_CURVE)
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_bytes(ours + b"x\n")
     for name in ("bucket-00001.parquet", "bucket-00002.parquet", "stars.parquet"):
@@ -297,9 +300,9 @@ def test_keep_only_spares_what_is_not_ours(tmp_path):
     [
         b"a,b\n1,2\n",
         b"",
-        tables.parquet_bytes(pa.table({"a": [1]})),
-        tables.parquet_bytes(tables.SCHEMA.empty_table())[:-9],
-        tables.PARQUET_MARK,
+        encode_parquet(pa.table({"a": [1]})),
+        encode_parquet(SCHEMA.empty_table())[:-9],
+        PARQUET_MARK,
     ],
 )
 def test_table_of_another_kind_is_named(tmp_path, content):

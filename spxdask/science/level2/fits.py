@@ -1,25 +1,29 @@
-"""Where things are in a FITS file: headers as cards, data as byte ranges.
+"""The layout of a FITS file: headers as cards, data as byte ranges.
 
-A frame is opened millions of times, so its headers are scanned once and its planes are
-mapped where they lie; everything that is not on that path is left to `astropy.io.fits`.
+Frames are opened millions of times. Therefore headers are scanned once and planes are
+mapped from the file; `astropy.io.fits` does everything that is not on that path.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from spxdask.errors import FrameError
-from spxdask.science.kernels import word_sum
+from spxdask.science.kernels.checksum import sum_words
 
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+
+# Bytes of a block and of a card (FITS 4.0, sections 3.1 and 4.1).
 BLOCK = 2880
 CARD = 80
-# Level 2 headers have some hundred cards; one without an END within this many is no header.
+# Level 2 headers have a few hundred cards; without END in this many blocks it is no header.
 MAX_HEADER_BLOCKS = 4096
 
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([EeDd][+-]?\d+)?$")
@@ -27,7 +31,17 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([EeDd][+-]?\d+)?$")
 
 @dataclass(frozen=True, slots=True)
 class Hdu:
-    """One header-data unit: its header and where its data lie in the file."""
+    """One header-data unit of a FITS file.
+
+    Attributes
+    ----------
+    name : str
+        EXTNAME, in upper case.
+    header : Header
+        Its cards.
+    data_start, data_size : int
+        Where its data begin in the file, and their length without padding, bytes.
+    """
 
     name: str
     header: Header
@@ -36,12 +50,18 @@ class Hdu:
 
 
 class Header(Mapping[str, Any]):
-    """The cards of one header by keyword; values are parsed when they are asked for."""
+    """The cards of one header by keyword; a value is parsed when it is read.
+
+    Parameters
+    ----------
+    cards : dict of bytes to bytes
+        Value field by keyword, padded to eight bytes.
+    """
 
     __slots__ = ("_cards",)
 
     def __init__(self, cards: dict[bytes, bytes]) -> None:
-        # By keyword as it stands, filled up to eight bytes: hardly any is ever looked at.
+        # Not decoded or parsed here, as hardly any card is ever read.
         self._cards = cards
 
     def __getitem__(self, keyword: str) -> Any:
@@ -50,28 +70,64 @@ class Header(Mapping[str, Any]):
     def __contains__(self, keyword: object) -> bool:
         return isinstance(keyword, str) and _key(keyword) in self._cards
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return (key.decode("latin-1").rstrip() for key in self._cards)
 
     def __len__(self) -> int:
         return len(self._cards)
 
     def integer(self, keyword: str, default: int | None = None) -> int:
-        """Return an integer; raise FrameError when it is missing or another thing."""
+        """Return the value of a card that must be an integer.
+
+        Parameters
+        ----------
+        keyword : str
+            Name of the card.
+        default : int, optional
+            Returned when there is no such card.
+
+        Returns
+        -------
+        int
+            The value.
+
+        Raises
+        ------
+        FrameError
+            If it is missing, without a default, or not an integer.
+        """
         value = self.get(keyword, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise FrameError(f"header keyword {keyword} is {value!r}, an integer is needed")
+            raise FrameError(f"header keyword {keyword} must be an integer, got {value!r}")
         return value
 
     def number(self, keyword: str, default: float | None = None) -> float:
-        """Return a float; raise FrameError when it is missing or not a finite number."""
+        """Return the value of a card that must be a number.
+
+        Parameters
+        ----------
+        keyword : str
+            Name of the card.
+        default : float, optional
+            Returned when there is no such card.
+
+        Returns
+        -------
+        float
+            The value, finite.
+
+        Raises
+        ------
+        FrameError
+            If it is missing, without a default, or not a finite number.
+        """
         value = self.get(keyword, default)
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise FrameError(f"header keyword {keyword} is {value!r}, a number is needed")
+            raise FrameError(f"header keyword {keyword} must be a number, got {value!r}")
         return float(value)
 
 
@@ -79,7 +135,7 @@ def _key(keyword: str) -> bytes:
     return keyword.encode("latin-1", "replace").ljust(8)
 
 
-def scan(buffer) -> list[Hdu]:
+def scan(buffer: Buffer) -> list[Hdu]:
     """Find every header-data unit of a FITS file.
 
     Parameters
@@ -90,7 +146,7 @@ def scan(buffer) -> list[Hdu]:
     Returns
     -------
     list of Hdu
-        In file order, the primary first (name ``"PRIMARY"`` unless it says otherwise).
+        In file order, the primary first, named ``"PRIMARY"`` if it has no EXTNAME.
 
     Raises
     ------
@@ -102,7 +158,7 @@ def scan(buffer) -> list[Hdu]:
         raise FrameError("not a FITS file")
     hdus: list[Hdu] = []
     start = 0
-    # What follows the last unit may be padding; FITS says a unit starts with XTENSION.
+    # Padding may follow the last unit; every later unit starts with XTENSION.
     while start < size and (not hdus or bytes(buffer[start : start + 8]) == b"XTENSION"):
         header, data_start = _read_header(buffer, start)
         data_size = _data_size(header)
@@ -117,8 +173,8 @@ def scan(buffer) -> list[Hdu]:
     return hdus
 
 
-def verify(buffer) -> int:
-    """Check the sums that a file carries, and return its own.
+def verify(buffer: Buffer) -> int:
+    """Check the sums that a file contains, and return the sum of the whole file.
 
     Parameters
     ----------
@@ -128,36 +184,89 @@ def verify(buffer) -> int:
     Returns
     -------
     int
-        Ones' complement sum of all its 32-bit words.
+        Ones' complement sum of all 32-bit words.
 
     Raises
     ------
     FrameError
-        If a DATASUM or CHECKSUM card says otherwise (FITS 4.0, section 4.4.2.7).
+        If a DATASUM or CHECKSUM card disagrees (FITS 4.0, section 4.4.2.7).
     """
     words = np.frombuffer(buffer, "<u4", len(buffer) // 4)
     total, start = 0, 0
     for hdu in scan(buffer):
         stop = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
-        head = word_sum(words[start // 4 : hdu.data_start // 4])
-        data = word_sum(words[hdu.data_start // 4 : stop // 4])
-        says = str(hdu.header.get("DATASUM") or "").strip()
-        if says and says != str(data):
-            raise FrameError(f"the data of {hdu.name!r} have the sum {data}, DATASUM says {says!r}")
+        head = sum_words(words[start // 4 : hdu.data_start // 4])
+        data = sum_words(words[hdu.data_start // 4 : stop // 4])
+        expected = str(hdu.header.get("DATASUM") or "").strip()
+        if expected and expected != str(data):
+            raise FrameError(
+                f"the data of {hdu.name!r} have the sum {data}, DATASUM is {expected!r}"
+            )
         whole = add_sums(head, data)
         if hdu.header.get("CHECKSUM") and whole not in (0, 0xFFFFFFFF):
-            raise FrameError(f"{hdu.name!r} does not have the sum that CHECKSUM makes it have")
+            raise FrameError(f"{hdu.name!r} does not have the sum that its CHECKSUM stands for")
         total, start = add_sums(total, whole), stop
-    return add_sums(total, word_sum(words[start // 4 :]))
+    return add_sums(total, sum_words(words[start // 4 :]))
+
+
+def map_image(buffer: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
+    """Map a two-dimensional image where it lies in the file.
+
+    Parameters
+    ----------
+    buffer : memoryview
+        The whole file.
+    hdu : Hdu
+        The extension.
+    bitpix : int
+        The BITPIX that it must have.
+    dtype : str
+        The numpy type of such pixels.
+
+    Returns
+    -------
+    (ny, nx) array
+        Nothing is copied, and nothing is read before it is used.
+
+    Raises
+    ------
+    FrameError
+        If the extension is not such an image.
+    """
+    header = hdu.header
+    if header.get("XTENSION", "IMAGE") != "IMAGE":
+        raise FrameError(f"{hdu.name} must be an 'IMAGE' extension, got {header['XTENSION']!r}")
+    if header.get("NAXIS") != 2 or header.get("BITPIX") != bitpix:
+        raise FrameError(
+            f"{hdu.name} must have NAXIS 2 and BITPIX {bitpix}, "
+            f"got {header.get('NAXIS')} and {header.get('BITPIX')}"
+        )
+    if header.number("BZERO", 0.0) != 0 or header.number("BSCALE", 1.0) != 1:
+        raise FrameError(f"{hdu.name} is scaled by BZERO and BSCALE, which Level 2 files do not do")
+    shape = header.integer("NAXIS2"), header.integer("NAXIS1")
+    if min(shape) < 2:
+        raise FrameError(f"{hdu.name} is only {shape} pixels")
+    return np.frombuffer(buffer, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
 
 
 def add_sums(one: int, other: int) -> int:
-    """Add 32-bit numbers, the carry at the low end."""
+    """Add ones' complement sums.
+
+    Parameters
+    ----------
+    one, other : int
+        32-bit numbers.
+
+    Returns
+    -------
+    int
+        Their sum, with the carry added at the low end.
+    """
     total = one + other
     return (total & 0xFFFFFFFF) + (total >> 32)
 
 
-def _read_header(buffer, start: int) -> tuple[Header, int]:
+def _read_header(buffer: Buffer, start: int) -> tuple[Header, int]:
     cards: dict[bytes, bytes] = {}
     for block_number in range(MAX_HEADER_BLOCKS):
         offset = start + block_number * BLOCK
@@ -212,6 +321,8 @@ def _value(raw: bytes) -> Any:
     if field in (b"T", b"F"):
         return field == b"T"
     if _NUMBER.match(field):
-        text = field.decode("ascii")
-        return int(text) if text.lstrip("+-").isdigit() else float(text.upper().replace("D", "E"))
+        number = field.decode("ascii")
+        if number.lstrip("+-").isdigit():
+            return int(number)
+        return float(number.upper().replace("D", "E"))
     return field.decode("latin-1") or None

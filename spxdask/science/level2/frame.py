@@ -1,8 +1,7 @@
-"""Reading a SPHEREx Level 2 file: four planes, the projection, the wavelength table."""
+"""A SPHEREx Level 2 file: four planes, the projection, the wavelength table."""
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -13,54 +12,20 @@ import numpy as np
 
 from spxdask.errors import FrameError
 from spxdask.science.flags import FLAG_BITS
-from spxdask.science.level2.fits import Hdu, Header, scan
-from spxdask.science.level2.rice import decompress, is_row_compressed
+from spxdask.science.level2.fits import Hdu, Header, map_image, scan
+from spxdask.science.level2.flags import read_flag_bits, read_flags
+from spxdask.science.level2.wavelength import WavelengthTable, read_wavelength_table
 from spxdask.science.level2.wcs import TanSip
+from spxdask.science.sphere import angular_distance
+
+__all__ = ["Frame", "open_frame"]
 
 NEEDED = ("IMAGE", "FLAGS", "VARIANCE", "ZODI", "WCS-WAVE")
-# Outside of these, a header says nothing: the PSF is 5 to 6 arcsec wide.
+# The PSF is 5 to 6 arcsec wide; a width outside of these limits is an error in the header.
 USABLE_FWHM_ARCSEC = (1.0, 60.0)
+# Times, in days, and offsets of a cut-out, in pixels, beyond these are errors in the header.
 LAST_MJD = 1e6
 LARGEST_ORIGIN = 1e5
-
-
-@dataclass(frozen=True, kw_only=True)
-class WavelengthTable:
-    """The WCS-WAVE lattice of a frame.
-
-    Attributes
-    ----------
-    x : (nx,) float array
-        Control points, 1-based pixels of the full frame, increasing.
-    y : (ny,) float array
-        The same along y.
-    values : (ny, nx, 2) float array
-        Wavelength and bandwidth, um.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    values: np.ndarray
-
-    def at(self, x, y) -> tuple[np.ndarray, np.ndarray]:
-        """Return wavelength and bandwidth (um) at 1-based full-frame pixels, bilinear.
-
-        This is what the WAVE-TAB alternate WCS says (FITS Paper III, section 6) with the
-        SIP terms, which do not belong to it, left out.
-        """
-        i, fx = _cell(self.x, x)
-        j, fy = _cell(self.y, y)
-        fx, fy = fx[:, None], fy[:, None]
-        below = (1 - fx) * self.values[j, i] + fx * self.values[j, i + 1]
-        above = (1 - fx) * self.values[j + 1, i] + fx * self.values[j + 1, i + 1]
-        wavelength, bandwidth = ((1 - fy) * below + fy * above).T
-        return wavelength, bandwidth
-
-
-def _cell(points: np.ndarray, position) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the lattice cell of each position and the fraction of the way through it."""
-    index = np.clip(np.searchsorted(points, position, side="right") - 1, 0, len(points) - 2)
-    return index, (position - points[index]) / (points[index + 1] - points[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +49,7 @@ class Frame:
     wavelengths : WavelengthTable
         Wavelength over the full frame.
     origin : (float, float)
-        Full-frame 0-based pixel of this file's pixel (0, 0); zero but for cut-outs.
+        Full-frame 0-based pixel of this file's pixel (0, 0); zero except for cut-outs.
     psf_fwhm : float or None
         Median PSF FWHM, arcsec.
     flag_bits : dict of str to int
@@ -111,14 +76,26 @@ class Frame:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, (ny, nx)."""
-        return self.image.shape
+        ny, nx = self.image.shape
+        return ny, nx
 
-    def wavelength_at(self, x, y) -> tuple[np.ndarray, np.ndarray]:
-        """Return wavelength and bandwidth (um) at 0-based pixels of this file."""
+    def wavelength_at(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Interpolate wavelength and bandwidth.
+
+        Parameters
+        ----------
+        x, y : (n,) float array
+            0-based pixels of this file.
+
+        Returns
+        -------
+        wavelength, bandwidth : (n,) float array
+            In um.
+        """
         return self.wavelengths.at(x + self.origin[0] + 1.0, y + self.origin[1] + 1.0)
 
     @cached_property
-    def cap(self) -> tuple[float, float, float]:
+    def bounding_circle(self) -> tuple[float, float, float]:
         """Centre (ra, dec) and radius of the smallest circle about it that holds the frame, deg."""
         ny, nx = self.shape
         left, right, low, high = -0.5, nx - 0.5, -0.5, ny - 0.5
@@ -130,15 +107,6 @@ class Frame:
         farthest = angular_distance(ra[0], dec[0], ra[1:], dec[1:]).max()
         # The edges bulge by far less than this beyond the corners.
         return float(ra[0]), float(dec[0]), float(farthest) * 1.001
-
-
-def angular_distance(ra1, dec1, ra2, dec2) -> np.ndarray:
-    """Great-circle distance in deg of positions in deg, by the haversine formula."""
-    ra1, dec1, ra2, dec2 = (np.deg2rad(a) for a in (ra1, dec1, ra2, dec2))
-    chord = (
-        np.sin((dec2 - dec1) / 2) ** 2 + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
-    )
-    return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
 
 
 def open_frame(source: str | os.PathLike | memoryview, filename: str | None = None) -> Frame:
@@ -155,8 +123,8 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     Returns
     -------
     Frame
-        Its planes lie where they are, in the mapped file or the memory given: nothing is
-        read before it is used.
+        Its planes are not copied: they refer to the mapped file or the memory given, and
+        nothing is read before it is used.
 
     Raises
     ------
@@ -166,197 +134,113 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         If the file cannot be opened.
     """
     if isinstance(source, memoryview):
-        mapped = source.toreadonly()
+        buffer = source.toreadonly()
     else:
         filename = filename or Path(source).name
-        mapped = _map(source)
-    hdus: dict[str, Hdu] = {}
-    for hdu in scan(mapped):
-        hdus.setdefault(hdu.name, hdu)
-    missing = [name for name in NEEDED if name not in hdus]
-    if missing:
-        raise FrameError(f"no extension named {', '.join(missing)}")
-
+        buffer = _map_file(source)
+    hdus = _find_extensions(buffer)
     header = hdus["IMAGE"].header
-    unit = str(header.get("BUNIT", "")).replace(" ", "")
-    if unit != "MJy/sr":
-        raise FrameError(f"BUNIT of IMAGE is {header.get('BUNIT')!r}, 'MJy / sr' is needed")
-    detector = header.integer("DETECTOR")
-    if not 1 <= detector <= 6:
-        raise FrameError(f"DETECTOR is {detector}, 1 to 6 is allowed")
-    obs_id = header.get("OBSID")
-    if not isinstance(obs_id, str) or not obs_id or not obs_id.isprintable():
-        raise FrameError(f"OBSID is {obs_id!r}, a name is needed")
-    warnings = []
-    fwhm = header.get("PSF_FWHM")
-    low, high = USABLE_FWHM_ARCSEC
-    if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not low <= fwhm <= high:
-        fwhm = None
-    mjd = (header.number("MJD-BEG") + header.number("MJD-END")) / 2
-    if not 0 <= mjd <= LAST_MJD:
-        raise FrameError(f"MJD-BEG and MJD-END give the time {mjd}, which is no MJD")
-    origin = (1.0 - header.number("CRPIX1A", 1.0), 1.0 - header.number("CRPIX2A", 1.0))
-    if not max(map(abs, origin)) <= LARGEST_ORIGIN:
-        raise FrameError(f"CRPIX1A and CRPIX2A put the cut-out at {origin}")
-    if header.get("FINAST", 0) != 0:
-        warnings.append(f"astrometric solution not good: FINAST is {header['FINAST']!r}")
-    if header.get("L2DQAFLG", "Pass") != "Pass":
-        warnings.append(f"archive's quality check: L2DQAFLG is {header['L2DQAFLG']!r}")
+    _check_unit(header)
+    band, obs_id = _read_band(header), _read_obs_id(header)
+    mjd, origin = _read_mjd(header), _read_origin(header)
 
-    image = _plane(mapped, hdus["IMAGE"], -32, ">f4")
-    flags_hdu = hdus["FLAGS"]
-    if is_row_compressed(flags_hdu):
-        _check_compressed(flags_hdu.header, image.shape)
-        flags = decompress(mapped, flags_hdu)
-    elif flags_hdu.header.get("ZIMAGE") is True:
-        _check_compressed(flags_hdu.header, image.shape)
-        flags = _compressed_flags(mapped)
-    else:
-        flags = _plane(mapped, flags_hdu, 32, ">i4")
+    image = map_image(buffer, hdus["IMAGE"], -32, ">f4")
+    ny, nx = image.shape
     planes = {
-        "FLAGS": flags,
-        "VARIANCE": _plane(mapped, hdus["VARIANCE"], -32, ">f4"),
-        "ZODI": _plane(mapped, hdus["ZODI"], -32, ">f4"),
+        "FLAGS": read_flags(buffer, hdus["FLAGS"], (ny, nx)),
+        "VARIANCE": map_image(buffer, hdus["VARIANCE"], -32, ">f4"),
+        "ZODI": map_image(buffer, hdus["ZODI"], -32, ">f4"),
     }
     for name, plane in planes.items():
         if plane.shape != image.shape:
             raise FrameError(f"{name} is {plane.shape} pixels, IMAGE is {image.shape}")
 
     frame = Frame(
-        filename=filename,
+        filename=filename or "",
         obs_id=obs_id,
-        band=f"D{detector}",
+        band=band,
         mjd=mjd,
         image=image,
         variance=planes["VARIANCE"],
         zodi=planes["ZODI"],
-        flags=flags,
+        flags=planes["FLAGS"],
         wcs=TanSip.from_header(header),
-        wavelengths=_wavelength_table(mapped, hdus["WCS-WAVE"]),
+        wavelengths=read_wavelength_table(buffer, hdus["WCS-WAVE"]),
         origin=origin,
-        psf_fwhm=None if fwhm is None else float(fwhm),
-        flag_bits=_flag_bits(flags_hdu.header),
-        warnings=tuple(warnings),
+        psf_fwhm=_read_psf_fwhm(header),
+        flag_bits=read_flag_bits(hdus["FLAGS"].header),
+        warnings=_list_warnings(header),
     )
-    if not np.isfinite(frame.cap).all():
+    if not np.isfinite(frame.bounding_circle).all():
         raise FrameError("no usable celestial WCS: the frame is nowhere on the sky")
     return frame
 
 
-def _map(path: str | os.PathLike) -> memoryview:
+def _map_file(path: str | os.PathLike) -> memoryview:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise FrameError("the file is empty")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _plane(mapped: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
-    """Map a two-dimensional image where it lies in the file."""
-    header = hdu.header
-    if header.get("XTENSION", "IMAGE") != "IMAGE":
-        raise FrameError(f"{hdu.name} is a {header['XTENSION']!r} extension, 'IMAGE' is needed")
-    if header.get("NAXIS") != 2 or header.get("BITPIX") != bitpix:
-        raise FrameError(
-            f"{hdu.name} has NAXIS {header.get('NAXIS')} and BITPIX {header.get('BITPIX')}, "
-            f"2 and {bitpix} are needed"
-        )
-    if header.number("BZERO", 0.0) != 0 or header.number("BSCALE", 1.0) != 1:
-        raise FrameError(f"{hdu.name} is scaled by BZERO and BSCALE, which Level 2 files do not do")
-    shape = header.integer("NAXIS2"), header.integer("NAXIS1")
-    if min(shape) < 2:
-        raise FrameError(f"{hdu.name} is only {shape} pixels")
-    return np.frombuffer(mapped, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
-
-
-def _check_compressed(header: Header, shape: tuple[int, int]) -> None:
-    """Refuse what a decoder would trust: sizes, and numbers that it does not look at."""
-    found = header.get("ZNAXIS2"), header.get("ZNAXIS1")
-    if found != shape:
-        raise FrameError(f"FLAGS is {found} pixels, IMAGE is {shape}")
-    tile = header.get("ZTILE1", shape[1]), header.get("ZTILE2", 1)
-    # All that a decoder may take for its parameters, in whatever case and however often.
-    parameters = [
-        (str(header[name]).upper(), header.get(f"ZVAL{name[5:]}"))
-        for name in header
-        if name.upper().startswith("ZNAME")
-    ]
-    sound = (
-        header.get("XTENSION") == "BINTABLE"
-        and header.get("ZCMPTYPE") in ("RICE_1", "GZIP_1", "GZIP_2")
-        and (header.get("ZNAXIS"), header.get("ZBITPIX")) == (2, 32)
-        and header.get("TFIELDS") in (1, 2, 3, 4)
-        and all(isinstance(length, int) for length in tile)
-        and 1 <= tile[0] <= shape[1]
-        and 1 <= tile[1] <= shape[0]
-        and all(value in (16, 32) for name, value in parameters if name == "BLOCKSIZE")
-        and all(value in (1, 2, 4) for name, value in parameters if name == "BYTEPIX")
-    )
-    if not sound:
-        raise FrameError("FLAGS cannot be decompressed: not compressed integers of a known kind")
-
-
-def _compressed_flags(mapped: memoryview) -> np.ndarray:
-    """Read flags that are compressed in another way than QR3's, which is possible."""
-    from astropy.io import fits  # slow to import, and hardly ever needed
-
-    try:
-        with fits.open(io.BytesIO(mapped)) as hdus:
-            flags = hdus["FLAGS"].data
-    except Exception as error:
-        # The decoder has errors of its own, derived from Exception and from nothing nearer.
-        reason = " ".join(str(error).split())
-        raise FrameError(f"FLAGS cannot be decompressed: {reason}") from error
-    if flags is None or flags.ndim != 2 or flags.dtype.kind != "i":
-        raise FrameError("FLAGS cannot be decompressed: not a two-dimensional integer image")
-    return flags.astype(">i4")
-
-
-def _wavelength_table(mapped: memoryview, hdu: Hdu) -> WavelengthTable:
-    """Read the one row of WCS-WAVE: control points X and Y, VALUES (2, nx, ny)."""
-    header = hdu.header
-    types = {"J": ">i4", "I": ">i2", "K": ">i8", "E": ">f4", "D": ">f8"}
-    columns: dict[str, np.ndarray] = {}
-    offset = hdu.data_start
-    if header.get("XTENSION") != "BINTABLE" or header.get("NAXIS2") != 1:
-        raise FrameError(f"WCS-WAVE has {header.get('NAXIS2')} rows, a table of one is needed")
-    for number in range(1, header.integer("TFIELDS") + 1):
-        form = str(header.get(f"TFORM{number}", "")).strip()
-        if form[-1:] not in types or not (form[:-1] or "1").isdecimal():
-            raise FrameError(f"WCS-WAVE column {number} has the unreadable form {form!r}")
-        count, dtype = int(form[:-1] or 1), np.dtype(types[form[-1]])
-        if offset + count * dtype.itemsize > hdu.data_start + hdu.data_size:
-            raise FrameError(f"WCS-WAVE column {number} reaches beyond its row")
-        if header.get(f"TSCAL{number}", 1) != 1 or header.get(f"TZERO{number}", 0) != 0:
-            raise FrameError(f"WCS-WAVE column {number} is scaled by TSCAL and TZERO")
-        name = str(header.get(f"TTYPE{number}", "")).strip().upper()
-        columns[name] = np.frombuffer(mapped, dtype, count, offset).astype(float)
-        offset += count * dtype.itemsize
-    missing = [name for name in ("X", "Y", "VALUES") if name not in columns]
+def _find_extensions(buffer: memoryview) -> dict[str, Hdu]:
+    """Return the extensions by name, the first of each; all that are needed are there."""
+    hdus: dict[str, Hdu] = {}
+    for hdu in scan(buffer):
+        hdus.setdefault(hdu.name, hdu)
+    missing = [name for name in NEEDED if name not in hdus]
     if missing:
-        raise FrameError(f"WCS-WAVE has no column {', '.join(missing)}")
-    x, y, values = columns["X"], columns["Y"], columns["VALUES"]
-    if len(x) < 2 or len(y) < 2 or len(values) != 2 * len(x) * len(y):
-        raise FrameError(
-            f"WCS-WAVE has {len(x)} x {len(y)} control points and {len(values)} values"
-        )
-    values = values.reshape(len(y), len(x), 2)
-    finite = all(np.isfinite(column).all() for column in (x, y, values))
-    if not finite or not (np.diff(x) > 0).all() or not (np.diff(y) > 0).all():
-        raise FrameError("WCS-WAVE has control points out of order or values that are not finite")
-    if not (values > 0).all():
-        raise FrameError("WCS-WAVE has wavelengths or bandwidths that are not positive")
-    return WavelengthTable(x=x, y=y, values=values)
+        raise FrameError(f"no extension named {', '.join(missing)}")
+    return hdus
 
 
-def _flag_bits(header: Header) -> dict[str, int]:
-    """Bit of each flag: `MP_<NAME> = bit` in QR2, `MSKN<bit> = '<NAME>'` in QR3."""
-    bits = {}
-    for keyword in header:
-        if keyword.startswith("MP_"):
-            bits[keyword[3:]] = header.integer(keyword)
-        elif keyword.startswith("MSKN") and keyword[4:].isdecimal():
-            bits[str(header[keyword])] = int(keyword[4:])
-    wrong = {name: bit for name, bit in bits.items() if not 0 <= bit <= 31}
-    if wrong:
-        raise FrameError(f"FLAGS header gives bits outside 0 to 31: {wrong}")
-    return FLAG_BITS | bits
+def _check_unit(header: Header) -> None:
+    if str(header.get("BUNIT", "")).replace(" ", "") != "MJy/sr":
+        raise FrameError(f"BUNIT of IMAGE must be 'MJy / sr', got {header.get('BUNIT')!r}")
+
+
+def _read_band(header: Header) -> str:
+    detector = header.integer("DETECTOR")
+    if not 1 <= detector <= 6:
+        raise FrameError(f"DETECTOR must be 1 to 6, got {detector}")
+    return f"D{detector}"
+
+
+def _read_obs_id(header: Header) -> str:
+    obs_id = header.get("OBSID")
+    if not isinstance(obs_id, str) or not obs_id or not obs_id.isprintable():
+        raise FrameError(f"OBSID must be a name, got {obs_id!r}")
+    return obs_id
+
+
+def _read_mjd(header: Header) -> float:
+    mjd = (header.number("MJD-BEG") + header.number("MJD-END")) / 2
+    if not 0 <= mjd <= LAST_MJD:
+        raise FrameError(f"MJD-BEG and MJD-END give the time {mjd}, which is no MJD")
+    return mjd
+
+
+def _read_origin(header: Header) -> tuple[float, float]:
+    """Return the full-frame 0-based pixel of the first pixel."""
+    origin = (1.0 - header.number("CRPIX1A", 1.0), 1.0 - header.number("CRPIX2A", 1.0))
+    if not max(map(abs, origin)) <= LARGEST_ORIGIN:
+        raise FrameError(f"CRPIX1A and CRPIX2A put the cut-out at {origin}")
+    return origin
+
+
+def _read_psf_fwhm(header: Header) -> float | None:
+    """Return the width of the PSF in arcsec, None where the header has no usable one."""
+    fwhm = header.get("PSF_FWHM")
+    low, high = USABLE_FWHM_ARCSEC
+    if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not low <= fwhm <= high:
+        return None
+    return float(fwhm)
+
+
+def _list_warnings(header: Header) -> tuple[str, ...]:
+    warnings = []
+    if header.get("FINAST", 0) != 0:
+        warnings.append(f"astrometric solution not good: FINAST is {header['FINAST']!r}")
+    if header.get("L2DQAFLG", "Pass") != "Pass":
+        warnings.append(f"archive's quality check: L2DQAFLG is {header['L2DQAFLG']!r}")
+    return tuple(warnings)

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spxdask.errors import FrameError
-from spxdask.science import kernels
+from spxdask.science.kernels.projection import distort, project_to_pixels
 from spxdask.science.level2.fits import Header
 
 _MATRIX_OR_PARAMETER = re.compile(r"(CD|PC)[12]_[12]|PV[12]_\d+|CROTA[12]")
@@ -48,6 +49,16 @@ class TanSip:
     def from_header(cls, header: Header) -> TanSip:
         """Read the projection from the cards of an image extension.
 
+        Parameters
+        ----------
+        header : Header
+            Of IMAGE.
+
+        Returns
+        -------
+        TanSip
+            The projection.
+
         Raises
         ------
         FrameError
@@ -57,7 +68,7 @@ class TanSip:
         if types not in (("RA---TAN-SIP", "DEC--TAN-SIP"), ("RA---TAN", "DEC--TAN")):
             raise FrameError(f"no usable celestial WCS: CTYPE1, CTYPE2 are {types}")
         if not any(name in header for name in ("CD1_1", "PC1_1", "CDELT1")):
-            raise FrameError("no usable celestial WCS: none of CD1_1, PC1_1 and CDELT1 is there")
+            raise FrameError("no usable celestial WCS: it has none of CD1_1, PC1_1 and CDELT1")
         units = tuple(header.get(name, "deg") for name in ("CUNIT1", "CUNIT2"))
         if units != ("deg", "deg"):
             raise FrameError(f"no usable celestial WCS: CUNIT1, CUNIT2 are {units}")
@@ -98,13 +109,24 @@ class TanSip:
         """Area of the reference pixel on the projection plane, arcsec^2."""
         return abs(float(np.linalg.det(self.matrix))) * 3600.0**2
 
-    def pixel_to_sky(self, x, y) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ICRS position (deg) of 0-based pixel coordinates, arrays of one shape."""
+    def pixel_to_sky(self, x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of pixel coordinates.
+
+        Parameters
+        ----------
+        x, y : float or float array
+            0-based pixels; shapes are broadcast.
+
+        Returns
+        -------
+        ra, dec : float array
+            ICRS, deg.
+        """
         u = np.asarray(x, float) - self.crpix[0]
         v = np.asarray(y, float) - self.crpix[1]
         shape = np.broadcast_shapes(u.shape, v.shape)
         u, v = (np.broadcast_to(offset, shape).ravel() for offset in (u, v))
-        u, v = (offset.reshape(shape) for offset in kernels.distort(u, v, self.a, self.b))
+        u, v = (offset.reshape(shape) for offset in distort(u, v, self.a, self.b))
         xi, eta = np.deg2rad(np.tensordot(self.matrix, np.stack([u, v]), axes=1))
         direction = np.tensordot(self._rotation().T, np.stack([-eta, xi, np.ones_like(xi)]), axes=1)
         return (
@@ -112,12 +134,12 @@ class TanSip:
             np.rad2deg(np.arctan2(direction[2], np.hypot(direction[0], direction[1]))),
         )
 
-    def sky_to_pixel(self, ra, dec) -> tuple[np.ndarray, np.ndarray]:
+    def sky_to_pixel(self, ra: ArrayLike, dec: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Return the 0-based pixel coordinates of ICRS positions.
 
         The forward distortion is inverted by fixed-point iteration, as astropy's
-        ``all_world2pix`` does, each source on its own, so that its position does not
-        depend on which others are asked for.
+        ``all_world2pix`` does, but separately for each source, so that the result does not
+        depend on the other sources.
 
         Parameters
         ----------
@@ -131,7 +153,7 @@ class TanSip:
             NaN for what lies 90 deg or more from the reference point, or where the
             inversion does not converge.
         """
-        return kernels.sky_to_pixel(
+        return project_to_pixels(
             np.asarray(ra, float),
             np.asarray(dec, float),
             self._rotation(),
@@ -162,7 +184,7 @@ class TanSip:
 def _coefficients(header: Header, name: str) -> np.ndarray:
     order = header.integer(f"{name}_ORDER")
     if not 2 <= order <= 9:
-        raise FrameError(f"header keyword {name}_ORDER is {order}, 2 to 9 is allowed")
+        raise FrameError(f"header keyword {name}_ORDER must be 2 to 9, got {order}")
     matrix = np.zeros((order + 1, order + 1))
     for p in range(order + 1):
         for q in range(order + 1 - p):

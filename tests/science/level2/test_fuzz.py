@@ -25,7 +25,7 @@ from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import margin
 from spxdask.simulate.frames import make_planes, write_frame
 from spxdask.stages.extract import ExtractOptions, extract, fingerprint, table_name
-from spxdask.tables import rows as tables
+from spxdask.tables.csv import read_csv
 
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
 SANE_SECONDS = 5.0
@@ -205,7 +205,7 @@ class Bench:
         return self.table.read_bytes() == self.sound[layout]
 
     def compare(self, outcome) -> None:
-        found = tables.read_csv(self.table)
+        found = read_csv(self.table)
         assert len(found) == outcome.rows
         rows = {name: found.column(name).to_numpy() for name in found.column_names}
         for name, column in rows.items():

@@ -13,15 +13,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from spxdask.tables import rows as tables
-from spxdask.tables.rows import (
-    LIGHT_CURVE,
-    PER_IMAGE,
-    SCHEMA,
-    csv_header,
-    csv_lines,
-    lines_to_bytes,
-)
+from spxdask.tables.csv import read_csv, render_header, render_lines, slice_lines
+from spxdask.tables.lines import read_lines, sort_lines
+from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
+from spxdask.tables.per_image import encode_rows
+from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS
 
 # The columns of PHOTOMETRY, spelt out: this is a file format.
 NAMES = [
@@ -119,7 +115,7 @@ def arrays(table: dict[str, list]) -> dict[str, pa.Array]:
 
 
 def written(path, table: dict) -> bytes:
-    content = csv_header(table) + lines_to_bytes(csv_lines(table))
+    content = render_header(table) + slice_lines(render_lines(table))
     path.write_bytes(content)
     return content
 
@@ -138,14 +134,14 @@ def test_columns():
     assert tuple(NAMES) == PER_IMAGE
     assert tuple(SCHEMA.names) == tuple(NAMES)
     assert tuple(n for n in NAMES if n not in ("target_id", "ra", "dec", "filename")) == LIGHT_CURVE
-    assert csv_header(NAMES) == ",".join(NAMES).encode() + b"\n"
+    assert render_header(NAMES) == ",".join(NAMES).encode() + b"\n"
 
 
 @given(rows())
 @settings(max_examples=80, deadline=None)
 def test_round_trip(path, table):
     written(path, arrays(table))
-    back = tables.read_csv(path)
+    back = read_csv(path)
     assert back.schema == SCHEMA
     assert back.num_rows == len(table["target_id"])
     for name, values in table.items():
@@ -179,7 +175,7 @@ def test_other_readers_see_the_same(path, table):
 
 @pytest.mark.parametrize("value", TRICKY_FLOATS)
 def test_numbers_have_no_digit_too_many(value):
-    line = csv_lines({"flux": np.array([value])})[0].as_py()
+    line = render_lines({"flux": np.array([value])})[0].as_py()
     text = line.removesuffix("\n")
     if math.isnan(value):
         assert text == ""
@@ -193,16 +189,16 @@ def test_numbers_have_no_digit_too_many(value):
 @settings(max_examples=60, deadline=None)
 def test_any_run_of_lines_is_what_rendering_the_run_gives(table, data):
     columns = arrays(table)
-    lines = csv_lines(columns)
+    lines = render_lines(columns)
     n = len(table["target_id"])
     assert len(lines) == n
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
     run = {name: column[start:stop] for name, column in columns.items()}
-    expected = bytes(lines_to_bytes(csv_lines(run)))
-    assert bytes(lines_to_bytes(lines, start, stop)) == expected
+    expected = bytes(slice_lines(render_lines(run)))
+    assert bytes(slice_lines(lines, start, stop)) == expected
     # Neither an array that starts inside its buffers nor one that is a slice of lines is new.
-    assert bytes(lines_to_bytes(lines[start:stop])) == expected
+    assert bytes(slice_lines(lines[start:stop])) == expected
     assert expected == "".join(lines[start:stop].to_pylist()).encode()
 
 
@@ -217,19 +213,19 @@ def test_arrays_with_an_offset(table, start, length):
         for name, values in table.items()
     }
     plain = {name: values[start : start + length] for name, values in table.items()}
-    assert csv_lines(columns).equals(csv_lines(arrays(plain)))
+    assert render_lines(columns).equals(render_lines(arrays(plain)))
 
 
 def test_zero_rows(path):
-    assert written(path, arrays({name: [] for name in NAMES})) == csv_header(NAMES)
-    back = tables.read_csv(path)
+    assert written(path, arrays({name: [] for name in NAMES})) == render_header(NAMES)
+    back = read_csv(path)
     assert back.schema == SCHEMA
     assert back.num_rows == 0
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.int64(), pa.float64()])
 def test_null_is_missing_and_its_row_stays(kind):
-    lines = csv_lines({"a": pa.array([None, None], kind), "b": np.array([1, 2])})
+    lines = render_lines({"a": pa.array([None, None], kind), "b": np.array([1, 2])})
     assert lines.to_pylist() == [",1\n", ",2\n"]
 
 
@@ -243,7 +239,7 @@ def test_every_line_of_a_large_table_comes_back(path):
     columns |= {"target_id": pa.array(ids), "flag": np.arange(n)}
     columns |= {name: pa.repeat("t", n) for name in ("obs_id", "band", "filename")}
     assert len(written(path, columns)) > 4 << 20
-    back = tables.read_csv(path)
+    back = read_csv(path)
     assert back.column("target_id").to_pylist() == ids
     assert back.column("flag").to_pylist() == list(range(n))
     for name in FLOATS:
@@ -254,15 +250,15 @@ def test_every_line_of_a_large_table_comes_back(path):
 @given(st.integers(0, 2**32 - 1))
 @settings(deadline=None)
 def test_unsigned_flags(flag):
-    assert csv_lines({"flag": np.array([flag], np.uint32)}).to_pylist() == [f"{flag}\n"]
+    assert render_lines({"flag": np.array([flag], np.uint32)}).to_pylist() == [f"{flag}\n"]
 
 
 # For regrouping
 
 
-def read_lines(text: bytes) -> pa.Table:
-    """What is read may be written over."""
-    return tables.read_lines(bytearray(text))
+def lines_of(text: bytes) -> pa.Table:
+    """Read the lines of a table, which the reader may overwrite."""
+    return read_lines(bytearray(text))
 
 
 @pytest.mark.parametrize("quoted", [False, True])
@@ -274,8 +270,8 @@ def test_lines_for_regrouping_are_the_text_of_the_table(quoted):
     if quoted:
         rows[0][0], rows[1][0] = 'say "a, b"', "two\nlines"
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([tables.PER_IMAGE, *rows])
-    got = read_lines(text.getvalue().encode())
+    csv.writer(text, lineterminator="\n").writerows([PER_IMAGE, *rows])
+    got = lines_of(text.getvalue().encode())
     assert got.column_names == ["target_id", "mjd", "obs_id", "band", "line"]
     assert got.column("target_id").to_pylist() == [row[0] for row in rows]
     assert got.column("mjd").to_pylist() == [61000.25, 61000.5]
@@ -294,19 +290,19 @@ def test_lines_for_regrouping_are_the_text_of_the_table(quoted):
 )
 def test_lines_of_tables_by_other_writers(change):
     row = ["7", "8", "9", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"]
-    text = change((",".join(tables.PER_IMAGE) + "\n" + ",".join(row) + "\n").encode())
-    got = read_lines(text)
+    text = change((",".join(PER_IMAGE) + "\n" + ",".join(row) + "\n").encode())
+    got = lines_of(text)
     assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n"]
     assert got.column("target_id").to_pylist() == (["9"] if text.startswith(b"ra,") else ["7"])
 
 
 def test_lines_of_an_empty_table_and_of_a_broken_one():
-    header = tables.csv_header(tables.PER_IMAGE)
-    assert len(read_lines(header)) == 0
+    header = render_header(PER_IMAGE)
+    assert len(lines_of(header)) == 0
     with pytest.raises(pa.ArrowInvalid, match="Expected 19 columns, got 3"):
-        read_lines(header + b"a,1,2\n")
+        lines_of(header + b"a,1,2\n")
     with pytest.raises(pa.ArrowInvalid):
-        read_lines(b"")
+        lines_of(b"")
 
 
 # Parquet
@@ -324,11 +320,11 @@ def as_values(table: pa.Table) -> dict[str, list]:
 @settings(max_examples=80, deadline=None)
 def test_both_formats_hold_the_same(path, table):
     columns = arrays(table)
-    text, data = (tables.to_bytes(columns, how) for how in ("csv", "parquet"))
-    assert text == csv_header(NAMES) + lines_to_bytes(csv_lines(columns))
+    text, data = (encode_rows(columns, how) for how in ("csv", "parquet"))
+    assert text == render_header(NAMES) + slice_lines(render_lines(columns))
     back = pq.read_table(pa.BufferReader(data))
     assert back.schema.equals(SCHEMA, check_metadata=True)
-    assert as_values(back) == as_values(tables.read_csv(pa.BufferReader(text)))
+    assert as_values(back) == as_values(read_csv(pa.BufferReader(text)))
     # Not a number is missing in both.
     assert back.column("flux").null_count == sum(map(math.isnan, table["flux"]))
 
@@ -341,7 +337,7 @@ def timed(table: dict[str, list]) -> dict[str, list]:
 @given(rows(max_rows=8).map(timed))
 @settings(max_examples=80, deadline=None)
 def test_lines_for_regrouping_are_the_same_from_both_formats(table):
-    one, other = (read_lines(tables.to_bytes(arrays(table), how)) for how in ("csv", "parquet"))
+    one, other = (lines_of(encode_rows(arrays(table), how)) for how in ("csv", "parquet"))
     assert one.schema == other.schema
     assert as_values(one) == as_values(other)
 
@@ -355,8 +351,8 @@ def test_one_value_for_all_rows(how):
     columns |= {name: np.array([0.5, math.nan]) for name in FLOATS}
     columns |= {"target_id": pa.array(["a", "b"], pa.large_string())}
     columns |= {"flag": np.array([0, 2**32 - 1], np.uint32)} | one
-    data = pa.BufferReader(tables.to_bytes(columns, how))
-    back = tables.read_csv(data) if how == "csv" else pq.read_table(data)
+    data = pa.BufferReader(encode_rows(columns, how))
+    back = read_csv(data) if how == "csv" else pq.read_table(data)
     assert back.schema.equals(SCHEMA)
     assert back.column("target_id").to_pylist() == ["a", "b"]
     assert back.column("flag").to_pylist() == [0, 2**32 - 1]
@@ -368,8 +364,8 @@ def test_one_value_for_all_rows(how):
         )
     # And of no row at all.
     empty = {name: value if name in one else columns[name][:0] for name, value in columns.items()}
-    data = pa.BufferReader(tables.to_bytes(empty, how))
-    back = tables.read_csv(data) if how == "csv" else pq.read_table(data)
+    data = pa.BufferReader(encode_rows(empty, how))
+    back = read_csv(data) if how == "csv" else pq.read_table(data)
     assert (back.schema, back.num_rows) == (SCHEMA, 0)
 
 
@@ -382,38 +378,38 @@ def two_rows():
 
 def test_parquet_by_other_writers(two_rows):
     """With other types, in another order, with columns of their own."""
-    lines = read_lines(tables.to_bytes(two_rows, "parquet"))
-    table = pq.read_table(pa.BufferReader(tables.to_bytes(two_rows, "parquet")))
+    lines = lines_of(encode_rows(two_rows, "parquet"))
+    table = pq.read_table(pa.BufferReader(encode_rows(two_rows, "parquet")))
     other = table.select(sorted(table.column_names)).to_pandas()
     other = other.astype({"target_id": int, "flag": "uint32", "band": "category"})
     other = other.assign(more="x")
-    data = tables.parquet_bytes(pa.Table.from_pandas(other))
-    assert read_lines(data) == lines
+    data = encode_parquet(pa.Table.from_pandas(other))
+    assert lines_of(data) == lines
 
 
-@pytest.mark.parametrize("name", tables.SORT_KEYS)
+@pytest.mark.parametrize("name", SORT_KEYS)
 def test_rows_without_what_orders_them_are_refused(two_rows, name):
-    table = pq.read_table(pa.BufferReader(tables.to_bytes(two_rows, "parquet")))
+    table = pq.read_table(pa.BufferReader(encode_rows(two_rows, "parquet")))
     field = SCHEMA.field(name)
     some = pa.array([table.column(name)[0].as_py(), None], field.type)
     table = table.set_column(SCHEMA.names.index(name), field, some)
     with pytest.raises(pa.ArrowInvalid, match="each row needs target_id, mjd, obs_id, band"):
-        read_lines(tables.parquet_bytes(table))
+        lines_of(encode_parquet(table))
 
 
 def test_parquet_of_another_kind_and_damaged_parquet(two_rows):
     with pytest.raises(KeyError, match="target_id"):
-        read_lines(tables.parquet_bytes(pa.table({"a": [1, 2]})))
-    whole = tables.to_bytes(two_rows, "parquet")
-    for bad in (whole[:-1], whole[:100], whole[:4], tables.PARQUET_MARK + b"\0" * 100):
+        lines_of(encode_parquet(pa.table({"a": [1, 2]})))
+    whole = encode_rows(two_rows, "parquet")
+    for bad in (whole[:-1], whole[:100], whole[:4], PARQUET_MARK + b"\0" * 100):
         with pytest.raises((pa.ArrowException, OSError)):
-            read_lines(bad)
+            lines_of(bad)
 
 
 @given(rows(max_rows=6).map(timed))
 @settings(max_examples=60, deadline=None)
 def test_sorting_the_lines_of_a_light_curve(table):
-    lines = csv_lines(arrays({name: table[name] for name in LIGHT_CURVE})).to_pylist()
+    lines = render_lines(arrays({name: table[name] for name in LIGHT_CURVE})).to_pylist()
     keyed = zip(table["mjd"], table["obs_id"], table["band"], lines, strict=True)
     expected = [line for *_, line in sorted(keyed)]
-    assert tables.sort_lines("".join(lines).encode()) == "".join(expected).encode()
+    assert sort_lines("".join(lines).encode()) == "".join(expected).encode()

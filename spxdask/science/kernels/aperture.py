@@ -1,0 +1,105 @@
+"""Sums over a circle, each pixel with the exact fraction of it that lies inside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy import uint32
+
+from spxdask.science.compiled import compiled_helper, compiled_inline
+from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
+
+# Fractions up to this are what rounding leaves of a pixel that lies outside.
+SMALLEST_FRACTION = 1e-14
+
+
+@compiled_helper
+def _prepare_edges(
+    first: int, count: int, centre: float, r: float, position: np.ndarray, arc: np.ndarray
+) -> None:
+    """Prepare `_corner_area` for the edges of pixels along one axis.
+
+    `position` gets the distances from the centre to the edges `first` - 0.5, `first` + 0.5
+    and so on, no farther than r, and `arc` the areas under the circle from the centre to there.
+    """
+    for k in range(count):
+        t = min(max(first - 0.5 + k - centre, -r), r)
+        position[k] = t
+        t = abs(t)
+        arc[k] = 0.5 * (t * math.sqrt(max(r * r - t * t, 0.0)) + r * r * math.asin(t / r))
+
+
+@compiled_inline
+def _corner_area(x: float, x_arc: float, y: float, y_arc: float, r: float) -> float:
+    """Return the area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
+    if x * x + y * y <= r * r:
+        return x * y
+    # Up to x and up to y, the quarter of the disc is covered; what is covered twice is the area.
+    return math.copysign(x_arc + y_arc - 0.25 * math.pi * r * r, x * y)
+
+
+@compiled_helper
+def make_aperture_buffers(ny: int, nx: int, r: float) -> Any:
+    """Return the working memory of `sum_aperture` for circles of radius r on a frame."""
+    n = min(int(2.0 * r), max(ny, nx)) + 3
+    return np.empty((5, n + 1)), np.empty((2, n, n)), np.empty((n, n), np.uint32)
+
+
+@compiled_helper
+def sum_aperture(
+    planes: Planes, conversion: Conversion, x: float, y: float, r: float, buffers: Any
+) -> tuple[float, float, uint32, bool]:
+    """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
+
+    The result is the sum of brightness, the sum of variance, the flags, and whether the
+    median variance was used. The sums are NaN when a pixel inside is not finite, or the
+    circle leaves the frame.
+    """
+    image, variance, zodi, flags = planes
+    scale, unit, median_variance = conversion
+    (xs, x_arcs, ys, y_arcs, corners), (values, variances), masks = buffers
+    ny, nx = image.shape
+    low_column, high_column = max(math.floor(x - r + 0.5), 0), min(math.ceil(x + r - 0.5), nx - 1)
+    low_row, high_row = max(math.floor(y - r + 0.5), 0), min(math.ceil(y + r - 0.5), ny - 1)
+    rows, columns = high_row - low_row + 1, high_column - low_column + 1
+    # Pixels are copied first, so that waits for the memory of several rows overlap.
+    for j in range(rows):
+        for k in range(columns):
+            row, column = low_row + j, low_column + k
+            values[j, k] = read_real(image[row, column]) - scale * read_real(zodi[row, column])
+            variances[j, k] = read_real(variance[row, column])
+            masks[j, k] = swap_word(flags[row, column])
+    _prepare_edges(low_column, columns + 1, x, r, xs, x_arcs)
+    _prepare_edges(low_row, rows + 1, y, r, ys, y_arcs)
+    total = total_variance = 0.0
+    flag_or = uint32(0)
+    repaired = False
+    for k in range(columns + 1):
+        corners[k] = _corner_area(xs[k], x_arcs[k], ys[0], y_arcs[0], r)
+    for j in range(rows):
+        left = corners[0]
+        corners[0] = _corner_area(xs[0], x_arcs[0], ys[j + 1], y_arcs[j + 1], r)
+        for k in range(columns):
+            below = corners[k + 1]
+            corners[k + 1] = _corner_area(xs[k + 1], x_arcs[k + 1], ys[j + 1], y_arcs[j + 1], r)
+            fraction = corners[k + 1] - corners[k] - below + left
+            left = below
+            flag = masks[j, k]
+            dx, dy = low_column + k - x, low_row + j - y
+            if dx * dx + dy * dy <= r * r:
+                flag_or |= flag
+            # The NaN of a pixel outside must not enter the sum.
+            if fraction <= SMALLEST_FRACTION:
+                continue
+            v = variances[j, k]
+            if not (v > 0.0 and v < math.inf):
+                v = median_variance if flag else math.nan
+                repaired = repaired or flag != 0
+            total += fraction * (values[j, k] * unit)
+            total_variance += fraction * (v * unit * unit)
+    outside = x - r < -0.5 or y - r < -0.5 or x + r > nx - 0.5 or y + r > ny - 0.5
+    if outside or not (is_finite(total) and is_finite(total_variance)):
+        total = total_variance = math.nan
+    return total, total_variance, flag_or, repaired

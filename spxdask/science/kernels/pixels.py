@@ -1,0 +1,72 @@
+"""Pixels as they are stored in a FITS file: big-endian words, swapped one at a time.
+
+Planes are mapped files seen as uint32. A pixel is swapped when it is used, so that a
+frame with ten sources costs ten windows and one pass for the zodiacal fit, and no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import uint32
+
+from spxdask.science.compiled import compiled_inline
+
+
+class Planes(NamedTuple):
+    """The four planes of a frame.
+
+    Attributes
+    ----------
+    image, variance, zodi, flags : (ny, nx) uint32 array
+        Words as in the file; the first three are float32.
+    """
+
+    image: np.ndarray
+    variance: np.ndarray
+    zodi: np.ndarray
+    flags: np.ndarray
+
+
+class Conversion(NamedTuple):
+    """How pixels of the planes become brightness and its variance.
+
+    Attributes
+    ----------
+    zodi_scale : float
+        ZODI times this is subtracted from IMAGE; nothing is when it is 0.
+    unit : float
+        Factor from the unit of the planes to that of the results.
+    median_variance : float
+        Replaces invalid variances of flagged pixels, in the unit of the plane.
+    """
+
+    zodi_scale: float
+    unit: float
+    median_variance: float
+
+
+@compiled_inline
+def swap_word(word: Any) -> uint32:
+    """Return a big-endian word in the byte order of the machine."""
+    word = uint32(word)
+    return uint32(
+        (word >> uint32(24))
+        | ((word >> uint32(8)) & uint32(0xFF00))
+        | ((word << uint32(8)) & uint32(0xFF0000))
+        | (word << uint32(24))
+    )
+
+
+@compiled_inline
+def read_real(word: Any) -> np.float64:
+    """Return a big-endian float32 as a double."""
+    return np.float64(swap_word(word).view(np.float32))
+
+
+@compiled_inline
+def is_finite(value: float) -> bool:
+    """Return whether a number is neither infinite nor NaN."""
+    # An infinity or a NaN times zero is a NaN; unlike math.isfinite, this vectorises.
+    return value * 0.0 == 0.0

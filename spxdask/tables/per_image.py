@@ -1,0 +1,37 @@
+"""The per-image table: what was measured in one frame, as a file."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spxdask.tables.csv import Columns, nan_as_null, render_header, render_lines, slice_lines
+from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.schema import PER_IMAGE, SCHEMA
+
+__all__ = ["encode_rows"]
+
+
+def encode_rows(columns: Columns, format: str) -> bytes:
+    """Return rows as a whole file.
+
+    Parameters
+    ----------
+    columns : mapping of str to (n,) array or to one value for all rows
+        The columns of `PER_IMAGE`, in their order; see `spxdask.tables.csv.render_lines`.
+    format : str
+        ``csv`` or ``parquet``.
+
+    Returns
+    -------
+    bytes
+        The file.
+    """
+    if format == "csv":
+        return render_header(PER_IMAGE) + slice_lines(render_lines(columns))
+    n = max(len(column) for column in columns.values() if not isinstance(column, str | float))
+    arrays = {}
+    for name, column in columns.items():
+        array = pa.repeat(column, n) if isinstance(column, str | float) else pa.array(column)
+        arrays[name] = pc.cast(nan_as_null(array), SCHEMA.field(name).type)
+    return encode_parquet(pa.table(arrays, schema=SCHEMA))

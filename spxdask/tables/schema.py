@@ -1,0 +1,198 @@
+"""The columns of the tables that a run writes: names, types, units, meanings.
+
+This is the only place where columns are listed; the tables, their readers and their
+documentation are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+__all__ = [
+    "COLUMNS",
+    "LIGHT_CURVE",
+    "PER_IMAGE",
+    "SCHEMA",
+    "SORT_KEYS",
+    "TEXT",
+    "Column",
+    "column_rows",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of the per-image tables, in which all columns are.
+
+    Attributes
+    ----------
+    name : str
+        As in the header of a table.
+    type : pyarrow.DataType
+        Text, integer or double.
+    unit : str
+        As `astropy.units` reads it; empty for text and numbers without a unit.
+    description : str
+        What it is, for people.
+    is_measured : bool
+        Whether photometry measures it; otherwise it comes from catalogue or file.
+    in_light_curve : bool
+        Whether light curves have it, too.
+    """
+
+    name: str
+    type: pa.DataType
+    unit: str
+    description: str
+    is_measured: bool = True
+    in_light_curve: bool = True
+
+
+COLUMNS = (
+    Column(
+        name="target_id",
+        type=pa.string(),
+        unit="",
+        description="id of the source as in the catalogue (per image only)",
+        is_measured=False,
+        in_light_curve=False,
+    ),
+    Column(
+        name="ra",
+        type=pa.float64(),
+        unit="deg",
+        description="right ascension as in the catalogue, ICRS (per image only)",
+        is_measured=False,
+        in_light_curve=False,
+    ),
+    Column(
+        name="dec",
+        type=pa.float64(),
+        unit="deg",
+        description="declination as in the catalogue, ICRS (per image only)",
+        is_measured=False,
+        in_light_curve=False,
+    ),
+    Column(
+        name="obs_id",
+        type=pa.string(),
+        unit="",
+        description="exposure, such as 2025W51_1A_0684_2",
+        is_measured=False,
+    ),
+    Column(
+        name="band",
+        type=pa.string(),
+        unit="",
+        description="detector, such as D3",
+        is_measured=False,
+    ),
+    Column(
+        name="mjd",
+        type=pa.float64(),
+        unit="d",
+        description="middle of the exposure, modified Julian date, UTC",
+        is_measured=False,
+    ),
+    Column(
+        name="x",
+        type=pa.float64(),
+        unit="pix",
+        description="column on the frame; the centre of the first pixel is 0",
+    ),
+    Column(
+        name="y",
+        type=pa.float64(),
+        unit="pix",
+        description="row on the frame; the centre of the first pixel is 0",
+    ),
+    Column(
+        name="flux",
+        type=pa.float64(),
+        unit="uJy",
+        description="flux in the aperture, background and zodiacal light subtracted",
+    ),
+    Column(
+        name="flux_error",
+        type=pa.float64(),
+        unit="uJy",
+        description="error of flux, from the variances of the pixels and of the background",
+    ),
+    Column(
+        name="mag_ab",
+        type=pa.float64(),
+        unit="mag(AB)",
+        description="AB magnitude; empty where the flux is not positive",
+    ),
+    Column(
+        name="mag_ab_error",
+        type=pa.float64(),
+        unit="mag",
+        description="error of mag_ab",
+    ),
+    Column(
+        name="wavelength",
+        type=pa.float64(),
+        unit="um",
+        description="wavelength of the filter at the position",
+    ),
+    Column(
+        name="bandwidth",
+        type=pa.float64(),
+        unit="um",
+        description="bandwidth of the filter at the position",
+    ),
+    Column(
+        name="flag",
+        type=pa.int64(),
+        unit="",
+        description="bitwise OR of the flags of pixels whose centres are in the aperture",
+    ),
+    Column(
+        name="bg_level",
+        type=pa.float64(),
+        unit="uJy / arcsec2",
+        description="local background",
+    ),
+    Column(
+        name="bg_error",
+        type=pa.float64(),
+        unit="uJy / arcsec2",
+        description="error of bg_level",
+    ),
+    Column(
+        name="aperture_radius",
+        type=pa.float64(),
+        unit="pix",
+        description="radius of the aperture",
+    ),
+    Column(
+        name="filename",
+        type=pa.string(),
+        unit="",
+        description="name of the frame's file (per image only)",
+        is_measured=False,
+        in_light_curve=False,
+    ),
+)
+
+PER_IMAGE = tuple(column.name for column in COLUMNS)
+LIGHT_CURVE = tuple(column.name for column in COLUMNS if column.in_light_curve)
+TEXT = tuple(column.name for column in COLUMNS if column.type == pa.string())
+# Total order of the rows of a light curve.
+SORT_KEYS = ("target_id", "mjd", "obs_id", "band")
+
+SCHEMA = pa.schema([(column.name, column.type) for column in COLUMNS])
+
+
+def column_rows() -> list[tuple[str, str, str]]:
+    """List the columns for the documentation.
+
+    Returns
+    -------
+    list of (str, str, str)
+        Name, unit and description of each column, in their order.
+    """
+    return [(column.name, column.unit, column.description) for column in COLUMNS]

@@ -1,0 +1,50 @@
+"""The columns, spelt out: they are a file format."""
+
+from __future__ import annotations
+
+import astropy.units as u
+import pyarrow as pa
+import pytest
+
+from spxdask.tables.schema import (
+    COLUMNS,
+    LIGHT_CURVE,
+    PER_IMAGE,
+    SCHEMA,
+    SORT_KEYS,
+    TEXT,
+    column_rows,
+)
+
+
+def test_names_and_types():
+    assert ",".join(PER_IMAGE) == (
+        "target_id,ra,dec,obs_id,band,mjd,x,y,flux,flux_error,mag_ab,mag_ab_error,wavelength,"
+        "bandwidth,flag,bg_level,bg_error,aperture_radius,filename"
+    )
+    assert tuple(SCHEMA.names) == PER_IMAGE
+    assert TEXT == ("target_id", "obs_id", "band", "filename")
+    assert SCHEMA.field("flag").type == pa.int64()
+    assert {SCHEMA.field(name).type for name in set(PER_IMAGE) - {*TEXT, "flag"}} == {pa.float64()}
+
+
+def test_columns_of_a_light_curve_are_neighbours():
+    """Its lines are cut out of those of the per-image tables."""
+    first = PER_IMAGE.index(LIGHT_CURVE[0])
+    assert PER_IMAGE[first : first + len(LIGHT_CURVE)] == LIGHT_CURVE
+    assert set(SORT_KEYS) <= {"target_id", *LIGHT_CURVE}
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+def test_a_column_has_a_unit_and_a_description(column):
+    assert column.description
+    unit = u.Unit(column.unit)
+    assert (column.name in TEXT or column.name == "flag") == (column.unit == "")
+    if column.name.startswith("bg_"):
+        assert unit.is_equivalent(u.uJy / u.arcsec**2)
+
+
+def test_rows_for_the_documentation():
+    rows = column_rows()
+    assert [name for name, _, _ in rows] == list(PER_IMAGE)
+    assert rows[1] == ("ra", "deg", COLUMNS[1].description)
