@@ -441,7 +441,6 @@ def _run(options: argparse.Namespace) -> int:
     # Read now, so that a mistake in it is reported before a cluster is started.
     _ = pipeline.catalogue
     with pipeline:
-        print(pipeline.links, file=sys.stderr)
         summary = pipeline.run_all(retry_failed=options.retry_failed)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
@@ -452,7 +451,6 @@ def _stage(options: argparse.Namespace) -> int:
 
     pipeline = _pipeline(options, saved=options.command != "query")
     with pipeline:
-        print(pipeline.links, file=sys.stderr)
         if options.command == "extract":
             pipeline.run_extract(skip_existing=not options.all)
         else:
@@ -465,14 +463,14 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from spxdask.run.status import status, watch
+    from spxdask.run.status import read_status, watch_status
 
     output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
     if not options.watch:
-        print(status(output))
+        print(read_status(output))
         return EXIT_DONE
     with suppress(KeyboardInterrupt):
-        for found in watch(output):
+        for found in watch_status(output):
             # Move the cursor to the top left, and clear the screen below it.
             clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
             print(f"{clear}{found}\n", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,6 @@ def run_demo(output: str) -> RunSummary:
             )
             pipeline = BatchPipeline(config, progress=True)
             with pipeline:
-                print(pipeline.links, file=sys.stderr)
                 summary = pipeline.run_all()
     print(summary)
     measured = _compare(folder, pd.concat([frame.truth for frame in frames]))

@@ -76,14 +76,17 @@ class ProgressPublisher:
             "process": f"process {os.getpid()} on {socket.gethostname()}",
         }
 
-    def connect(self, links: str) -> None:
-        """Report that there is a cluster, if the other object wants to know.
+    def connect(self, client: Client, links: str) -> None:
+        """Report that there is a cluster, to its scheduler and, if it has the method, the object.
 
         Parameters
         ----------
+        client : Client
+            Its scheduler gets the reports from now on.
         links : str
             Lines that name the pages of the cluster.
         """
+        self.client = client
         forward = getattr(self._progress, "connect", None)
         if forward is not None:
             forward(links)
@@ -140,7 +143,8 @@ class ProgressPublisher:
     def finish(self) -> None:
         """Report that the stage has ended."""
         self._progress.finish()
-        self._stages[-1]["state"] = "ended"
+        if self._stages:
+            self._stages[-1]["state"] = "ended"
         self._publish()
 
     def _publish(self) -> None:

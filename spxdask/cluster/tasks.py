@@ -114,6 +114,21 @@ def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> An
     return result
 
 
+def is_killed_worker(result: object) -> bool:
+    """Return whether a task has no result because every worker that began it died.
+
+    Parameters
+    ----------
+    result : object
+        As `run_window` yields it.
+
+    Returns
+    -------
+    bool
+    """
+    return isinstance(result, KilledWorker)
+
+
 def run_window(
     client: Client,
     tasks: Iterator[tuple[Any, Delayed]],

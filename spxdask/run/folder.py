@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from spxdask.storage import Store, locate_file, open_store
 CONFIG_NAME = "config.yaml"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
+CATALOGUE_PREFIX = "catalogue-"
 
 
 class RunFolder:
@@ -191,13 +192,22 @@ class RunFolder:
         str
             Path or URL of the file, whose name changes with its content.
         """
-        name = f"catalogue-{catalogue.fingerprint}.arrow"
-        found = {n for n in self.state.list_sizes() if n.startswith("catalogue-")}
+        name = f"{CATALOGUE_PREFIX}{catalogue.fingerprint}.arrow"
+        found = {n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)}
         if name not in found:
             with self.state.atomic_path(name) as part:
                 catalogue.save(part)
         self.state.delete_many(found - {name})
         return self.state.path_to(name)
+
+    def saved_catalogue(self) -> Catalogue | None:
+        """Return the catalogue of the last query or extraction, None when there is none."""
+        names = [n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)]
+        # A run at work may be about to replace one.
+        for name in names:
+            with suppress(FileNotFoundError):
+                return Catalogue.open(self.state.local_copy(name))
+        return None
 
     def save_query(self, observations: Sequence[Observation], config: BatchConfig) -> None:
         """Keep the result of the query, for the later stages and for the user.

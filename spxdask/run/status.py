@@ -1,11 +1,11 @@
-"""Where a run stands, from what it keeps on disk: `spxdask status`."""
+"""Where a run stands, from what it keeps in its output folder: `spxdask status`."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from spxdask.errors import RunFolderError
 from spxdask.progress import RATE_WINDOW_S, format_duration
 from spxdask.run.folder import RunFolder
-from spxdask.stages import aggregate, extract
+from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
 
-SHOWN = 10
+MAX_LINES_SHOWN = 10
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class RunStatus:
     ----------
     output : str
         The output folder.
-    at_work : str or None
+    running : str or None
         The process that works in it, if any does.
     queried : str
         When the archive was asked, ISO 8601.
@@ -36,26 +36,30 @@ class RunStatus:
         Frames of the last query.
     frame_bytes : int
         Their length.
-    fetched, measured, pending : int
-        Frames in images/, frames with a table, and frames that neither have one nor failed.
+    fetched : int
+        Frames in images/.
+    measured : int
+        Frames with a table that is up to date.
+    pending : int
+        Frames that have no such table and have not failed.
     rows : int
-        Rows in these tables.
+        Rows in the tables that are up to date.
     lightcurves : int
-        Files in lightcurves/.
+        Light curves in lightcurves/.
     failed : dict of str to str
         Stage and reason by file name.
     skipped : Counter
         Sources on a frame without a row, by reason.
     warnings : Counter
-        Frames by what was to be known of them.
+        Frames by warning.
     last : str or None
         When the last frame ended, ISO 8601.
     per_second : float or None
-        Frames that ended a second, when it was looked at more than once.
+        Frames that ended a second, when the folder was read more than once.
     """
 
     output: str
-    at_work: str | None
+    running: str | None
     queried: str
     n_frames: int
     frame_bytes: int = 0
@@ -65,8 +69,8 @@ class RunStatus:
     rows: int = 0
     lightcurves: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    skipped: Counter = field(default_factory=Counter)
-    warnings: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     last: str | None = None
     per_second: float | None = None
 
@@ -76,133 +80,178 @@ class RunStatus:
         return self.n_frames - self.pending
 
     def __str__(self) -> str:
+        size = f"{self.frame_bytes / 1e9:.3g} GB ({self.queried})"
         lines = [
+            ("query", f"{count_of(self.n_frames, 'frame')}, {size}"),
+            ("download", f"{count_of(self.fetched, 'frame')} in images/"),
             (
-                "query",
-                f"{self.n_frames:,} frames, {self.frame_bytes / 1e9:.3g} GB ({self.queried})",
+                "extract",
+                f"{count_of(self.measured, 'frame')} measured, {count_of(self.rows, 'row')}",
             ),
-            ("download", f"{self.fetched:,} frames in images/"),
-            ("extract", f"{self.measured:,} frames measured, {self.rows:,} rows"),
-            ("aggregate", f"{self.lightcurves:,} light curves"),
-            ("pending", f"{self.pending:,} frames"),
-            ("failed", f"{len(self.failed):,} frames" if self.failed else "none"),
+            ("aggregate", count_of(self.lightcurves, "light curve")),
+            ("pending", count_of(self.pending, "frame")),
+            ("failed", count_of(len(self.failed), "frame") if self.failed else "none"),
         ]
         reasons = list(self.failed.items())
-        lines += [("", f"{name}: {reason}") for name, reason in reasons[:SHOWN]]
-        if len(reasons) > SHOWN:
-            lines.append(("", f"and {len(reasons) - SHOWN:,} more, see state/ledger.jsonl"))
-        lines += [("left out", f"{n:,} measurements: {text}") for text, n in self.skipped.items()]
-        warned = self.warnings.most_common(SHOWN)
-        lines += [("warning", f"{n:,} frames: {text}") for text, n in warned]
+        lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
+        if len(reasons) > MAX_LINES_SHOWN:
+            more = len(reasons) - MAX_LINES_SHOWN
+            lines.append(("", f"and {more:,} more, see state/ledger.jsonl"))
+        lines += [
+            ("left out", f"{count_of(n, 'measurement')}: {text}")
+            for text, n in self.skipped.items()
+        ]
+        lines += [
+            ("warning", f"{count_of(n, 'frame')}: {text}")
+            for text, n in self.warnings.most_common(MAX_LINES_SHOWN)
+        ]
         if self.per_second is not None:
-            going = self.per_second and self.pending
-            left = f", {format_duration(self.pending / self.per_second)} left" if going else ""
+            left = ""
+            if self.per_second and self.pending:
+                left = f", {format_duration(self.pending / self.per_second)} left"
             lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
-        lines.append(("last", f"{self.last or 'no frame ended yet'}"))
-        lines.append(("at work", self.at_work or "nobody"))
+        lines.append(("last", self.last or "no frame has ended yet"))
+        lines.append(("running", self.running or "no"))
         lines.append(("output", self.output))
         return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
 
-def status(path: str | os.PathLike) -> RunStatus:
-    """Tell where the run in an output folder stands; nothing in it is changed.
+def read_status(path: str | os.PathLike[str]) -> RunStatus:
+    """Return where the run in an output folder stands; nothing in it is changed.
 
     Parameters
     ----------
     path : path
         The output folder.
+
+    Returns
+    -------
+    RunStatus
+        Its text is what the command line prints.
 
     Raises
     ------
     RunFolderError
         If it is none, or no query was made in it.
     """
-    return _look(RunFolder(path))
+    return _read(RunFolder(path))
 
 
-def watch(path: str | os.PathLike, every: float = 2.0) -> Iterator[RunStatus]:
-    """Tell it again and again, with rate and time left, until the run that is at work ends.
+def watch_status(
+    path: str | os.PathLike[str],
+    *,
+    interval_s: float = 2.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[RunStatus]:
+    """Read the status again and again, with rate and time left, until the run ends.
 
-    When none is, it waits for one, unless no frame is pending.
+    When no run is at work, it waits for one, unless no frame is pending.
 
     Parameters
     ----------
     path : path
         The output folder.
-    every : float
-        Seconds between two looks, at the least: looking takes a tenth of the time at most.
+    interval_s : float
+        Seconds between two readings, at least; reading takes a tenth of the time at most.
+    clock, sleep : callable
+        Return the time, and pass some, in seconds.
+
+    Yields
+    ------
+    RunStatus
+        The status, its rate included.
     """
     folder = RunFolder(path)
-    past: deque[tuple[float, int]] = deque()
-    was_at_work = False
+    history: deque[tuple[float, int]] = deque()
+    was_running = False
     while True:
-        started = time.monotonic()
-        found = _look(folder)
-        past.append((started, found.ended))
-        while started - past[0][0] > RATE_WINDOW_S:
-            past.popleft()
-        seconds, frames = started - past[0][0], found.ended - past[0][1]
+        started = clock()
+        found = _read(folder)
+        history.append((started, found.ended))
+        while started - history[0][0] > RATE_WINDOW_S:
+            history.popleft()
+        seconds, frames = started - history[0][0], found.ended - history[0][1]
         found.per_second = frames / seconds if seconds else 0.0
         yield found
-        if found.at_work is None and (was_at_work or not found.pending):
+        if found.running is None and (was_running or not found.pending):
             return
-        was_at_work = found.at_work is not None
-        time.sleep(max(every, 9 * (time.monotonic() - started)))
+        was_running = found.running is not None
+        sleep(max(interval_s, 9 * (clock() - started)))
 
 
-def _look(folder: RunFolder) -> RunStatus:
+def _read(folder: RunFolder) -> RunStatus:
     config = folder.saved_config()
     observations = folder.load_observations(config)
     if observations is None:
         raise RunFolderError(f"no query was made in {folder.path}: run query first")
     folder.ledger.refresh()
-    images, tables = folder.images.list_sizes(), folder.per_image.list_sizes()
+    image_sizes = folder.images.list_sizes()
     found = RunStatus(
         output=folder.path,
-        at_work=folder.find_lock_holder(),
+        running=folder.find_lock_holder(),
         queried=observations.query_time,
         n_frames=len(observations),
-        lightcurves=_curves(folder.lightcurves, config.lightcurve_format),
+        lightcurves=_count_light_curves(folder.lightcurves, config.lightcurve_format),
     )
-    for o in observations:
-        found.frame_bytes += o.size_bytes or 0
-        fetched = o.is_complete(images)
-        found.fetched += fetched
-        outcome = {stage: folder.ledger.get(stage, o.filename) for stage in ("download", "extract")}
-        extracted = outcome["extract"]
-        table = extract.table_name(o.filename, config.per_image_format)
-        measured = (
-            extracted is not None
-            and extracted.status == "done"
-            and tables.get(table) == extracted.bytes
-        )
-        # A download that failed is over when the frame came otherwise, or is not wanted any
-        # more.
-        if fetched or (measured and not config.keep_images):
-            outcome["download"] = None
-        failed = next((x for x in outcome.values() if x and x.status == "failed"), None)
-        if failed is not None:
-            found.failed[o.filename] = f"{failed.stage}: {failed.reason}"
-        if measured:
+    planned = plan_frames(
+        observations,
+        folder.ledger,
+        MeasurementInputs(photometry=config.photometry, catalogue=folder.saved_catalogue()),
+        image_sizes=image_sizes,
+        table_sizes=folder.per_image.list_sizes(),
+        keep_images=config.keep_images,
+        table_format=config.per_image_format,
+        retry_failed=False,
+    )
+    for observation, state, measured in planned:
+        found.frame_bytes += observation.size_bytes or 0
+        is_fetched = observation.is_complete(image_sizes)
+        found.fetched += is_fetched
+        if measured is not None:
             found.measured += 1
-            found.rows += extracted.rows
-            found.skipped.update(extracted.skipped)
-            found.warnings.update(extracted.warnings)
-        elif failed is None:
+            found.rows += measured.rows
+            found.skipped.update(measured.skipped)
+            found.warnings.update(measured.warnings)
+        elif state != FrameState.FAILED:
             found.pending += 1
+        if state == FrameState.FAILED:
+            stages = ("extract",) if is_fetched else ("download", "extract")
+            outcomes = (folder.ledger.get(stage, observation.filename) for stage in stages)
+            outcome = next(o for o in outcomes if o is not None and o.status == "failed")
+            found.failed[observation.filename] = f"{outcome.stage}: {outcome.reason}"
     found.last = folder.ledger.last_time
     return found
 
 
-def _curves(folder: Store, format: str) -> int:
+def _count_light_curves(folder: Store, table_format: str) -> int:
     names = folder.list_names()
-    if format == "csv":
-        return sum(n.endswith(".csv") and not n.startswith(".") for n in names)
+    if table_format == "csv":
+        return sum(name.endswith(".csv") and not name.startswith(".") for name in names)
     count = 0
     for name in names:
+        if not name.endswith(".parquet"):
+            continue
         # A run at work may remove one.
-        if aggregate.is_bucket_name(name):
-            with suppress(FileNotFoundError), folder.open_seekable(name) as file:
-                metadata = pq.read_metadata(file).metadata or {}
-                count += int(metadata.get(b"sources", 0))
+        with suppress(FileNotFoundError), folder.open_seekable(name) as file:
+            metadata = pq.read_metadata(file).metadata or {}
+            count += int(metadata.get(b"sources", 0))
     return count
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 frame``, ``2,000 frames``.
+
+    Parameters
+    ----------
+    number : int
+        How many.
+    noun : str
+        Of what, in the singular.
+
+    Returns
+    -------
+    str
+        For people.
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,388 +2,245 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import dask.dataframe as dd
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from spxdask.errors import DiskFullError, FrameError, StoreError
-from spxdask.storage import Store, file_stem, locate_file, open_store
-from spxdask.tables.csv import read_csv, render_header, slice_lines
-from spxdask.tables.lines import read_lines, sort_lines
-from spxdask.tables.parquet import encode_parquet
-from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
-
-TEXT = pd.ArrowDtype(pa.string())
-# A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
-# group must fit a worker many times over.
-GROUP_BYTES = 32_000_000
-GROUP_FILES = 500
-# A row of CSV, and how much less Parquet needs for it.
-ROW_BYTES = 330
-PARQUET_SHRINKS = 3
-# One of these is sorted and written at a time by each thread, with some copies of it.
-BUCKET_BYTES = 32_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A per-image table.
-
-    Attributes
-    ----------
-    name : str
-    bytes : int
-        Length as CSV, or about that: see `csv_bytes`.
-    rows : int or None
-        How many it must have, when that is known.
-    """
-
-    name: str
-    bytes: int
-    rows: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions:
-    """What all tasks of the stage share.
-
-    Attributes
-    ----------
-    per_image, manifest : str
-        Folder of the tables, and the file that says which of them are read together.
-    lightcurves : str
-        Folder of the light curves.
-    format : str
-        Theirs: ``csv``, one a source, or ``parquet``, one a partition.
-    buckets : str or None
-        Folder to keep partitions as Parquet in, too.
-    run : str
-        Other runs of the stage have another.
-    """
-
-    per_image: str
-    manifest: str
-    lightcurves: str
-    format: str
-    buckets: str | None
-    run: str = ""
-
-
-def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.DataFrame:
-    """Build the graph that turns per-image tables into light curves.
-
-    Parameters
-    ----------
-    n_groups : int
-        Groups of tables to read; see `save_groups`.
-    num_buckets : int
-        Output partitions of the shuffle.
-    options : CurveOptions
-
-    Returns
-    -------
-    dask.dataframe.DataFrame
-        Lazy; one row a source with its `target_id` and the `rows` of its light curve.
-    """
-    read = functools.partial(read_tables, options=options)
-    rows = dd.from_map(read, range(n_groups), meta=SHUFFLE_META, label="read")
-    shuffled = rows.shuffle(on="target_id", npartitions=num_buckets, shuffle_method="p2p")
-    return shuffled.map_partitions(
-        functools.partial(write_lightcurves, options=options),
-        meta=WRITE_META,
-        token="write-lightcurves",
-        enforce_metadata=False,
-    )
-
-
-def save_groups(found: Iterable[Table], manifest: str) -> int:
-    """Divide tables into groups of similar size, each read by one task; return how many.
-
-    They are named in a file, a row group each: a million names would burden the scheduler.
-    """
-    n_groups = size = 0
-    group: list[Table] = []
-    store, name = locate_file(manifest)
-    with store.atomic_path(name) as part, pq.ParquetWriter(part, _MANIFEST) as file:
-
-        def end() -> None:
-            nonlocal n_groups
-            columns = {f.name: [getattr(table, f.name) for table in group] for f in _MANIFEST}
-            file.write_table(pa.table(columns, schema=_MANIFEST))
-            n_groups += 1
-            group.clear()
-
-        for table in found:
-            if group and (size + table.bytes > GROUP_BYTES or len(group) >= GROUP_FILES):
-                end()
-                size = 0
-            group.append(table)
-            size += table.bytes
-        if group:
-            end()
-    return n_groups
-
-
-_MANIFEST = pa.schema({"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64()})
-
-
-def csv_bytes(name: str, size: int, rows: int | None) -> int:
-    """Return about how long a table is, or would be, as CSV, which is what is shuffled."""
-    if name.endswith(".csv"):
-        return size
-    return ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
-
-
-def partitions(found: Sequence[Table], num_buckets: int) -> int:
-    """Return how many partitions to shuffle into: more than asked for if they were large.
-
-    Without tables there is nothing to shuffle, and none.
-    """
-    size = sum(table.bytes for table in found)
-    return max(num_buckets, -(-size // BUCKET_BYTES)) if found else 0
-
-
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    return table.to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
-
-
-# What is shuffled: the lines of a source from one group of tables in one piece, in order,
-# and what the first and the last of them are ordered by.
-SHUFFLE_META = _to_pandas(
-    pa.schema(
-        {
-            "target_id": pa.string(),
-            "rows": pa.int64(),
-            "first_mjd": pa.float64(),
-            "first_name": pa.string(),
-            "last_mjd": pa.float64(),
-            "last_name": pa.string(),
-            "lines": pa.string(),
-        }
-    ).empty_table()
+from spxdask.cluster.page import ProgressPublisher
+from spxdask.cluster.shuffle import compute_shuffle
+from spxdask.config import BatchConfig
+from spxdask.errors import RunFolderError, SpxdaskError
+from spxdask.run.aggregation import (
+    AggregationRecord,
+    discard_aggregation,
+    load_aggregation,
+    save_aggregation,
 )
-WRITE_META = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
+from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
+from spxdask.run.observations import Observations
+from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
+from spxdask.run.summary import StageReport
+from spxdask.stages import light_curves
+from spxdask.storage import raise_disk_full
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# Raised whenever the same tables give other light curves.
+AGGREGATION_VERSION = 1
 
 
-def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
-    """Read a group of per-image tables; raise FrameError for one that lost rows.
+class NothingMeasuredError(RunFolderError):
+    """There is no table to make light curves of."""
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row a source, as `SHUFFLE_META` has it.
+
+class Aggregation:
+    """One pass of the stage.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Locked by the caller.
+    config : BatchConfig
+        The run.
+    report : StageReport
+        The report to fill in.
+    progress : ProgressPublisher
+        Told of each partition that has ended.
     """
-    store, manifest = locate_file(options.manifest)
-    with store.open_seekable(manifest) as source, pq.ParquetFile(source) as file:
-        found = file.read_row_group(group).to_pydict()
-    folder, read = open_store(options.per_image), []
-    contents = folder.get_many(found["name"])
-    for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
-        try:
-            rows = read_lines(content)
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
-        if expected is not None and len(rows) != expected:
-            raise FrameError(
-                f"{folder.path_to(name)} has {len(rows)} rows, {expected} were measured; "
-                "extract it again"
-            )
-        read.append(rows)
-    return _to_pandas(_bundled(pa.concat_tables(read)))
 
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: BatchConfig,
+        report: StageReport,
+        progress: ProgressPublisher,
+    ) -> None:
+        self._folder, self._config = folder, config
+        self._report, self._progress = report, progress
+        self._tables: list[light_curves.Table] = []
 
-def _bundled(rows: pa.Table) -> pa.Table:
-    """Put the lines of each source into one piece, in order."""
-    columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
-    ranks = [_rank(columns[key]) for key in SORT_KEYS]
-    order = np.lexsort(ranks[::-1])
-    starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
-    bounds = np.append(starts, len(order))
-    first, last = pa.array(order[starts]), pa.array(order[bounds[1:] - 1])
-    lines = columns["line"].take(pa.array(order))
-    offsets = np.frombuffer(lines.buffers()[1], np.int32, len(order) + 1)[bounds]
-    # As no character comes before it, a pair of names sorts as its first, then its second.
-    names = pc.binary_join_element_wise(columns["obs_id"], columns["band"], "\0")
-    return pa.table(
-        {
-            "target_id": columns["target_id"].take(first),
-            "rows": np.diff(bounds),
-            "first_mjd": columns["mjd"].take(first),
-            "first_name": names.take(first),
-            "last_mjd": columns["mjd"].take(last),
-            "last_name": names.take(last),
-            "lines": pa.StringArray.from_buffers(
-                len(starts), pa.py_buffer(offsets), lines.buffers()[2]
-            ),
-        }
-    )
+    @property
+    def _n_partitions(self) -> int:
+        return light_curves.count_partitions(self._tables, self._config.num_buckets)
 
+    def choose_tables(self, observations: Observations | None, inputs: MeasurementInputs) -> None:
+        """Choose the per-image tables.
 
-def write_lightcurves(
-    partition: pd.DataFrame, *, options: CurveOptions, partition_info=None
-) -> pd.DataFrame:
-    """Write the light curve of every source in a partition, its rows in order.
+        Parameters
+        ----------
+        observations : Observations or None
+            The frames of the last query; None to take every table in per_image/.
+        inputs : MeasurementInputs
+            What tables have to be made with.
 
-    Returns
-    -------
-    pandas.DataFrame or SpxdaskError
-        As `WRITE_META`. An error is returned, as Dask would log it where the user sees it.
-    """
-    number = None if partition_info is None else partition_info["number"]
-    try:
-        return _write(partition, options, number)
-    except (DiskFullError, StoreError) as error:
-        return error
-
-
-def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -> pd.DataFrame:
-    pieces = pa.Table.from_pandas(partition, preserve_index=False)
-    columns = {name: pieces.column(name).combine_chunks() for name in pieces.column_names}
-    target, n = _rank(columns["target_id"]), len(pieces)
-    names = _rank(pa.concat_arrays([columns["first_name"], columns["last_name"]]))
-    first = columns["first_mjd"].to_numpy(), names[:n]
-    last = columns["last_mjd"].to_numpy(), names[n:]
-    order = np.lexsort((first[1], first[0], target))
-    starts = np.flatnonzero(np.diff(target[order], prepend=-1))
-    stops = np.append(starts, n)[1:]
-
-    # Tables are read in order of time, so that one piece hardly ever begins before
-    # another ends, or with the same exposure in another release.
-    one, next_ = order[:-1], order[1:]
-    ends_later = (last[0][one] > first[0][next_]) | (
-        (last[0][one] == first[0][next_]) & (last[1][one] >= first[1][next_])
-    )
-    mixed = set(target[one][(target[one] == target[next_]) & ends_later].tolist())
-
-    lines = pc.cast(columns["lines"], pa.large_string()).take(pa.array(order))
-    texts = [slice_lines(lines, start, stop) for start, stop in zip(starts, stops, strict=True)]
-    for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))):
-        texts[i] = sort_lines(texts[i])
-    targets = columns["target_id"].take(pa.array(order[starts]))
-    rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)
-    as_parquet = [options.lightcurves] if options.format == "parquet" else []
-    as_parquet += [options.buckets] if options.buckets else []
-    if as_parquet and number is not None:
-        content = _bucket(targets, rows, texts)
-        for folder in as_parquet:
-            open_store(folder).put(bucket_name(number), content)
-    if options.format == "csv":
-        header = render_header(LIGHT_CURVE)
-        file_names = map(light_curve_name, targets.to_pylist())
-        curves = (
-            (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
+        Raises
+        ------
+        RunFolderError
+            If there are none, or some are stale.
+        NothingMeasuredError
+            If no frame of the query has a table.
+        """
+        folder, table_format = self._folder, self._config.per_image_format
+        sizes = folder.per_image.list_sizes()
+        if observations is None:
+            names = sorted(name for name in sizes if name.endswith(table_name("", table_format)))
+            if not names:
+                raise RunFolderError(
+                    f"no per-image tables in {folder.per_image}: run extract first"
+                )
+            self._tables = [light_curves.describe_table(name, sizes[name], None) for name in names]
+            return
+        planned = plan_frames(
+            observations,
+            folder.ledger,
+            inputs,
+            image_sizes={},
+            table_sizes=sizes,
+            stages=("extract",),
+            table_format=table_format,
+            retry_failed=False,
         )
-        open_store(options.lightcurves).put_many(curves)
-    return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
+        choice = choose_tables(
+            planned,
+            folder.ledger,
+            inputs,
+            recipes=folder.ledger.recipes,
+            table_sizes=sizes,
+            table_format=table_format,
+        )
+        if choice.stale:
+            count = (
+                "1 per-image table is"
+                if len(choice.stale) == 1
+                else (f"{len(choice.stale):,} per-image tables are")
+            )
+            raise RunFolderError(
+                f"{count} stale, such as {choice.stale[0]} ({choice.stale_reason}): run extract "
+                "first"
+            )
+        if not choice.tables:
+            raise NothingMeasuredError(
+                f"no frame of the query is measured ({choice.left_out:,} are not), so the light "
+                f"curves in {folder.lightcurves} are left as they are"
+            )
+        self._report.left_out = choice.left_out
+        self._tables = [light_curves.describe_table(*table) for table in choice.tables]
+
+    def is_up_to_date(self) -> bool:
+        """Return whether the light curves of these tables are there, and report them if so."""
+        record = load_aggregation(self._folder.state)
+        if record is None or record.tables != self._digest_tables():
+            return False
+        if record.files != self._digest_files():
+            return False
+        self._report.total = self._report.reused = record.n_light_curves
+        self._report.rows = record.n_rows
+        return True
+
+    def compute(self, client: Client) -> None:
+        """Write the light curves, and remove those of sources that have no row any more.
+
+        Parameters
+        ----------
+        client : Client
+            Of the cluster.
+
+        Raises
+        ------
+        SpxdaskError
+            If rows were lost, or light curves are not where they were written.
+        """
+        folder, config, report = self._folder, self._config, self._report
+        discard_aggregation(folder.state)
+        if config.keep_bucket_files:
+            folder.buckets.make()
+        options = light_curves.CurveOptions(
+            per_image=str(folder.per_image),
+            table_groups=folder.state.path_to(TABLE_GROUPS_NAME),
+            lightcurves=str(folder.lightcurves),
+            format=config.lightcurve_format,
+            buckets=str(folder.buckets) if config.keep_bucket_files else None,
+        )
+        n_partitions = self._n_partitions
+        n_groups = light_curves.save_table_groups(
+            self._tables, folder.state.path_to(TABLE_GROUPS_NAME)
+        )
+        self._progress.start("aggregate", n_partitions, "partitions")
+        with raise_disk_full(folder.path):
+            parts = compute_shuffle(
+                client,
+                lambda run: light_curves.build_light_curves(
+                    n_groups, n_partitions, dataclasses.replace(options, run=run)
+                ),
+                check=folder.raise_if_lock_lost,
+                on_result=lambda _: self._progress.advance(),
+                on_restart=lambda: self._progress.start("aggregate", n_partitions, "partitions"),
+            )
+        written = pd.concat(parts, ignore_index=True)
+        report.rows = int(written["rows"].sum())
+        report.total = report.done = len(written)
+        expected = [table.rows for table in self._tables]
+        n_expected = sum(n for n in expected if n is not None)
+        if None not in expected and report.rows != n_expected:
+            raise SpxdaskError(
+                f"{n_expected:,} rows went into the shuffle and {report.rows:,} came out; the "
+                "light curves are not to be trusted, run aggregate again"
+            )
+        self._remove_leftovers(written, n_partitions)
+        save_aggregation(
+            folder.state,
+            AggregationRecord(
+                tables=self._digest_tables(),
+                files=self._digest_files(),
+                n_light_curves=report.total,
+                n_rows=report.rows,
+            ),
+        )
+
+    def _remove_leftovers(self, written: pd.DataFrame, n_partitions: int) -> None:
+        """Remove light curves and partitions of earlier passes; require those of this one."""
+        folder, config = self._folder, self._config
+        partitions = {light_curves.bucket_name(n) for n in range(n_partitions)}
+        names = partitions
+        if config.lightcurve_format == "csv":
+            names = {light_curves.light_curve_name(t) for t in written["target_id"]}
+        # What the store lists counts, not what the tasks reported.
+        missing, removed = light_curves.remove_others(
+            folder.lightcurves, names, light_curves.find_light_curves
+        )
+        if config.lightcurve_format == "csv":
+            self._report.removed = sum(name.endswith(".csv") for name in removed)
+        if missing:
+            raise SpxdaskError(
+                f"{len(missing):,} of the light curves that were written are not in "
+                f"{folder.lightcurves}, such as {min(missing)}; its file system may not tell "
+                "upper from lower case"
+            )
+        keep = partitions if config.keep_bucket_files else set()
+        light_curves.remove_others(folder.buckets, keep, light_curves.find_buckets)
+
+    def _digest_tables(self) -> str:
+        """Return a hash of all that light curves are made of: tables and options."""
+        config = self._config
+        lines = [
+            f"{AGGREGATION_VERSION} {config.lightcurve_format} {config.keep_bucket_files} "
+            f"{self._n_partitions}"
+        ]
+        return _digest([*lines, *(f"{t.name} {t.bytes} {t.rows}" for t in self._tables)])
+
+    def _digest_files(self) -> str:
+        """Return a hash of which light curves there are, and how long they are."""
+        folders = self._folder.lightcurves, self._folder.buckets
+        sizes: Iterable[Mapping[str, int]] = (folder.list_sizes() for folder in folders)
+        return _digest(f"{name} {size}" for found in sizes for name, size in sorted(found.items()))
 
 
-def _rank(column: pa.Array) -> np.ndarray:
-    """Return integers that sort as the values of a column do."""
-    encoded = column.dictionary_encode()
-    rank = np.empty(len(encoded.dictionary), np.int64)
-    rank[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(rank))
-    return rank[encoded.indices.to_numpy()]
-
-
-def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[memoryview]) -> bytes:
-    """Return the light curves of a partition as Parquet, their numbers as numbers."""
-    text = b"".join((render_header(LIGHT_CURVE), *texts))
-    found = read_csv(pa.BufferReader(text), LIGHT_CURVE)
-    ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
-    found = found.add_column(0, "target_id", ids)
-    return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
-
-
-def light_curve_name(target_id: str) -> str:
-    """Return the name of a source's light-curve file."""
-    return f"{file_stem(target_id)}.csv"
-
-
-def bucket_name(number: int) -> str:
-    """Return the name of the Parquet file of a partition."""
-    return f"bucket-{number:05d}.parquet"
-
-
-def keep_only(
-    folder: Store, names: set[str], find_ours: Callable[[Store, set[str]], set[str]]
-) -> tuple[set[str], set[str]]:
-    """Remove from a folder what an older run left there; a user's own files stay.
-
-    Parameters
-    ----------
-    folder : Store
-        The folder.
-    names : set of str
-        Files of this run.
-    find_ours : callable
-        Returns which of some files of the folder spxdask wrote.
-
-    Returns
-    -------
-    missing, removed : set of str
-        The names that are not there, and those of what was removed.
-    """
-    found = folder.list_names()
-    removed = find_ours(folder, found - names)
-    folder.delete_many(removed)
-    return names - found, removed
-
-
-def find_light_curves(folder: Store, names: set[str]) -> set[str]:
-    """Return which of some files are light curves, by their first line or their name.
-
-    Parameters
-    ----------
-    folder : Store
-        Where the files are.
-    names : set of str
-        Their names.
-
-    Returns
-    -------
-    set of str
-    """
-    texts = sorted(name for name in names if PurePath(name).suffix == ".csv")
-    header = render_header(LIGHT_CURVE)
-    return folder.find_starting_with(texts, header) | find_buckets(folder, names)
-
-
-def find_buckets(folder: Store, names: set[str]) -> set[str]:
-    """Return which of some files are partitions, by their name.
-
-    Parameters
-    ----------
-    folder : Store
-        Where the files are.
-    names : set of str
-        Their names.
-
-    Returns
-    -------
-    set of str
-    """
-    return set(filter(is_bucket_name, names))
-
-
-def is_bucket_name(name: str) -> bool:
-    """Return whether a file is named as the Parquet file of a partition is.
-
-    Parameters
-    ----------
-    name : str
-        The file.
-
-    Returns
-    -------
-    bool
-    """
-    path = PurePath(name)
-    return path.suffix == ".parquet" and path.stem.startswith("bucket-")
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ import pyarrow as pa
 from spxdask.archive.observation import is_level2_name, parse_filename
 from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
+from spxdask.run.plan import table_name
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.options import PhotometryConfig
@@ -26,9 +26,6 @@ from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows
 
 logger = logging.getLogger(__name__)
-
-# Raised whenever the numbers or the columns change, so that older rows are made again.
-MEASUREMENT_VERSION = 2
 
 _one_at_a_time = threading.Lock()
 
@@ -42,8 +39,11 @@ class ExtractOptions:
     catalogue : str
         A file written by `Catalogue.save`, which every worker maps.
     photometry : PhotometryConfig
-    fingerprint : str
-        Of catalogue, options and code; see `fingerprint`.
+        How a source is measured.
+    recipe : str
+        Digest of the recipe that these options stand for; see `spxdask.run.recipe`.
+    catalogue_fingerprint : str
+        That of the catalogue.
     serial : bool
         Measure one frame at a time in a process, however many threads it has. For the
         embedded cluster, whose workers have threads to spare for downloads.
@@ -53,49 +53,10 @@ class ExtractOptions:
 
     catalogue: str
     photometry: PhotometryConfig
-    fingerprint: str
+    recipe: str
+    catalogue_fingerprint: str
     serial: bool
     format: str = "csv"
-
-
-def fingerprint(catalogue: Catalogue, photometry: PhotometryConfig) -> str:
-    """Return a hash of all that the rows of a frame depend on besides the frame."""
-    return _hash(catalogue.fingerprint, photometry)
-
-
-def sources_fingerprint(catalogue: Catalogue, near: np.ndarray, photometry) -> str:
-    """Return a hash of all that rows depend on when only some sources are near the frame.
-
-    With another catalogue that is the same near the frame, its table would be the same.
-    """
-    return _hash(catalogue.digest(near), photometry)
-
-
-def _hash(sources: str | bytes, photometry: PhotometryConfig) -> str:
-    text = f"({MEASUREMENT_VERSION!r}, {sources!r}, {_legacy_repr(photometry)})"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-# In the order that they once had, which older fingerprints depend on.
-_LEGACY_OPTIONS = (
-    *("aperture_method", "aperture_diameter", "fwhm_multiplier", "background_method"),
-    *("window_size", "subtract_zodi", "zodi_scale_min", "zodi_scale_max", "min_usable_pixels"),
-    *("bg_sigma_clip_sigma", "bg_sigma_clip_maxiters", "annulus_inner_offset"),
-    *("min_annulus_area", "max_outer_radius", "max_annulus_attempts", "annulus_expansion_step"),
-    *("pixel_scale_fallback", "bad_flags"),
-)
-
-
-def _legacy_repr(photometry: PhotometryConfig) -> str:
-    """Return the text of the options that fingerprints of earlier runs were made from."""
-    values = {name: getattr(photometry, name) for name in _LEGACY_OPTIONS}
-    values["bad_flags"] = list(values["bad_flags"])
-    return f"PhotometryConfig({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-
-
-def table_name(filename: str, format: str = "csv") -> str:
-    """Return the name of a frame's per-image table."""
-    return f"{Path(filename).stem}_photometry.{format}"
 
 
 def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
@@ -109,67 +70,91 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
         Folder of the tables. The frame's appears in it whole, without rows when no source
         of the catalogue is on the frame.
     options : ExtractOptions
+        What all tasks share.
 
     Returns
     -------
     Outcome
         ``failed`` with the reason for a frame that cannot be measured.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room for the table.
     """
     store, name = locate_file(image)
-    return _extract(name, lambda: _open(store, name), per_image, options)
+    return _extract(name, lambda: _open_stored(store, name), per_image, options)
 
 
 def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
-    """Measure a frame that is open; otherwise as `extract`."""
+    """Measure a frame that is open, and write its table.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame.
+    per_image : str
+        Folder of the tables.
+    options : ExtractOptions
+        What all tasks share.
+
+    Returns
+    -------
+    Outcome
+        As that of `extract`.
+    """
     return _extract(frame.filename, lambda: frame, per_image, options)
 
 
 def _extract(
-    filename: str, opened: Callable[[], Frame], per_image: str, options: ExtractOptions
+    filename: str, open_it: Callable[[], Frame], per_image: str, options: ExtractOptions
 ) -> Outcome:
     started = time.monotonic()
-    rows, size, skipped, warnings, reason, cap, sources = 0, 0, {}, (), None, None, None
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            frame, catalogue = opened(), _catalogue(options.catalogue)
-            cap = frame.bounding_circle
-            near = catalogue.within(*cap)
-            sources = sources_fingerprint(catalogue, near, options.photometry)
-            columns, skipped, warnings = measure_catalogue(
-                frame, catalogue, near, options.photometry
-            )
-            rows = len(columns["target_id"])
-            content = encode_rows(columns, options.format)
-        open_store(per_image).put(table_name(filename, options.format), content)
-        size = len(content)
+            measured = _measure(open_it(), _open_catalogue(options.catalogue), options)
+        name = table_name(filename, options.format)
+        open_store(per_image).put(name, measured.pop("content"))
+        result: dict[str, Any] = {"status": "done", **measured}
     except DiskFullError:
         raise
     except (FrameError, StoreError, OSError) as error:
-        reason = str(error)
+        result = {"status": "failed", "reason": str(error)}
     except Exception as error:
         # One frame must not cost the run, whatever is in it; the log has the traceback.
         logger.exception("%s: unexpected error", filename)
         reason = f"unexpected {type(error).__name__}: {error}".partition("\n")[0]
+        result = {"status": "failed", "reason": reason}
     return Outcome(
         stage="extract",
         filename=filename,
-        status="failed" if reason else "done",
-        reason=reason,
         seconds=time.monotonic() - started,
-        bytes=0 if reason else size,
-        rows=0 if reason else rows,
-        skipped=skipped,
-        warnings=warnings,
-        fingerprint=options.fingerprint,
-        sources_fingerprint=None if reason else sources,
-        bounding_circle=None if reason else cap,
+        recipe=options.recipe,
+        catalogue=options.catalogue_fingerprint,
+        **result,
     )
 
 
-def _open(store: Store, name: str) -> Frame:
+def _measure(frame: Frame, catalogue: Catalogue, options: ExtractOptions) -> dict[str, Any]:
+    """Return the content of a frame's table, and the fields of its outcome that go with it."""
+    near = catalogue.within(*frame.bounding_circle)
+    columns, skipped, warnings = measure_catalogue(frame, catalogue, near, options.photometry)
+    content = encode_rows(columns, options.format)
+    return {
+        "content": content,
+        "bytes": len(content),
+        "rows": len(columns["target_id"]),
+        "skipped": skipped,
+        "warnings": warnings,
+        "sources_fingerprint": catalogue.digest(near).hex(),
+        "bounding_circle": frame.bounding_circle,
+    }
+
+
+def _open_stored(store: Store, name: str) -> Frame:
     """Open a frame; set one aside that does not open, so that it is fetched again.
 
-    It did open when it was fetched, so what is wrong with it happened here.
+    It could be opened when it was fetched, so it was damaged since.
     """
     try:
         if store.local_path is not None:
@@ -183,8 +168,19 @@ def _open(store: Store, name: str) -> Frame:
 
 def measure_catalogue(
     frame: Frame, catalogue: Catalogue, near: np.ndarray, photometry: PhotometryConfig
-):
+) -> tuple[dict[str, Any], dict[str, int], tuple[str, ...]]:
     """Measure those of some sources of a catalogue that are on a frame.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame.
+    catalogue : Catalogue
+        The sources.
+    near : (n,) int array
+        Indices of those to measure: all within the bounding circle of the frame.
+    photometry : PhotometryConfig
+        How a source is measured.
 
     Returns
     -------
@@ -194,6 +190,11 @@ def measure_catalogue(
         Sources on the frame without a row, by reason.
     warnings : tuple of str
         Repairs and fallbacks.
+
+    Raises
+    ------
+    FrameError
+        If the frame cannot be measured.
     """
     ra, dec = catalogue.ra[near], catalogue.dec[near]
     measured = measure(frame, ra, dec, photometry)
@@ -216,7 +217,7 @@ def measure_catalogue(
 
 
 @functools.lru_cache(maxsize=2)
-def _catalogue(path: str) -> Catalogue:
-    """Map the catalogue once a process. Its name holds its fingerprint, so it cannot age."""
+def _open_catalogue(path: str) -> Catalogue:
+    """Map the catalogue once in a process; a file of this name never changes."""
     store, name = locate_file(path)
     return Catalogue.open(store.local_copy(name))

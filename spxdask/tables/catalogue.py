@@ -14,9 +14,9 @@ import pyarrow.csv as pa_csv
 
 from spxdask.errors import CatalogueError, StoreError
 from spxdask.science.catalogue import Catalogue
-from spxdask.storage.files import as_path, read_bytes
+from spxdask.storage import locate_file
 
-__all__ = ["read_catalogue"]
+__all__ = ["CatalogueFile", "read_catalogue"]
 
 # The names that a column may have in a file, in any case; the first that is there is used.
 COLUMN_NAMES = {
@@ -58,7 +58,8 @@ def read_catalogue(path: str | os.PathLike) -> Catalogue:
         the column or the bad rows.
     """
     try:
-        content = read_bytes(as_path(path))
+        store, name = locate_file(path)
+        content = store.get(name)
         columns = _read_csv(content, path)
     except (pa.ArrowInvalid, pa.ArrowKeyError, csv.Error, UnicodeDecodeError) as error:
         raise CatalogueError(f"not readable as CSV: {error}", path=path) from error
@@ -67,6 +68,45 @@ def read_catalogue(path: str | os.PathLike) -> Catalogue:
     except StoreError as error:
         raise CatalogueError(error.reason, path=error.path) from error
     return _check_columns(columns, path)
+
+
+class CatalogueFile:
+    """The user's catalogue, read when it is first needed, and again when its file has changed.
+
+    Parameters
+    ----------
+    path : path
+        A file on disk or in a store.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._store, self._name = locate_file(path)
+        self._version: str | None = None
+        self._catalogue: Catalogue | None = None
+
+    def read(self) -> Catalogue:
+        """Return the catalogue.
+
+        Returns
+        -------
+        Catalogue
+            The same object for as long as the file is the same. A store that knows no versions
+            is read once.
+
+        Raises
+        ------
+        CatalogueError
+            As `read_catalogue`.
+        """
+        try:
+            version = self._store.get_version(self._name)
+        except (OSError, StoreError):
+            # Reading it, below, reports what is wrong.
+            version = None
+        if self._catalogue is None or version != self._version:
+            self._catalogue, self._version = read_catalogue(self._path), version
+        return self._catalogue
 
 
 def _read_csv(content: bytes, path: str | os.PathLike) -> dict[str, pa.Array]:

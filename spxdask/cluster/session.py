@@ -1,0 +1,138 @@
+"""The cluster of a run: a given one, or one that is started when work for it turns up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from distributed import Client
+
+from spxdask.cluster.connect import check_versions, connect
+from spxdask.cluster.embedded import embedded_client, require_main_guard
+from spxdask.cluster.jobqueue import jobqueue_client
+from spxdask.cluster.page import show_page
+from spxdask.cluster.shuffle import unregister_stale_plugins
+from spxdask.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterSession:
+    """Where the tasks of a run are computed.
+
+    Parameters
+    ----------
+    max_processes, n_downloads : int
+        Worker processes of an embedded cluster, at most, and downloads at the same time.
+    client : distributed.Client, optional
+        Cluster to use; it stays open.
+    scheduler : str, optional
+        Address of a scheduler, or its scheduler file, to connect to instead.
+    jobqueue : path, optional
+        YAML file of a batch system whose jobs are to be the workers. With none of the
+        three, the cluster is one of this machine's size.
+    on_connect : callable
+        Called with the client, and lines that name its pages, before a cluster is first used.
+
+    Raises
+    ------
+    ConfigError
+        If more than one of the three is given, or the client cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_processes: int,
+        n_downloads: int,
+        client: Client | None = None,
+        scheduler: str | None = None,
+        jobqueue: str | os.PathLike | None = None,
+        on_connect: Callable[[Client, str], None] = lambda client, links: None,
+    ) -> None:
+        if [client, scheduler, jobqueue].count(None) < 2:
+            raise ConfigError("give a client, a scheduler or a jobqueue file, not two of them")
+        if client is not None and (not isinstance(client, Client) or client.asynchronous):
+            raise ConfigError(
+                option="client", rule="a synchronous distributed.Client", value=client
+            )
+        self._max_processes, self._n_downloads = max_processes, n_downloads
+        self._given, self._scheduler, self._jobqueue = client, scheduler, jobqueue
+        self._on_connect = on_connect
+        self._client: Client | None = client
+        self._open: ExitStack | None = None
+        self._prepared: str | None = None
+        self._page: str | None = None
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the cluster is one that is started on this machine for the run."""
+        return self._given is None and self._scheduler is None and self._jobqueue is None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a cluster that need not be started."""
+        return self._client is not None or self._scheduler is not None
+
+    @property
+    def dashboard_link(self) -> str | None:
+        """Address of the Dask dashboard, while there is a cluster."""
+        return self._client.dashboard_link if self._client is not None else None
+
+    @property
+    def page_link(self) -> str | None:
+        """Address of the page about the run beside the dashboard, while there is one."""
+        return self._page if self.dashboard_link else None
+
+    @property
+    def links(self) -> str:
+        """Lines for people that name the two pages."""
+        page = f"\nframes      {self.page_link}" if self.page_link else ""
+        return f"dashboard   {self.dashboard_link}{page}"
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep a cluster that is started within the block until its end."""
+        if self._open is not None:
+            yield
+            return
+        try:
+            with ExitStack() as self._open:
+                yield
+        finally:
+            self._open, self._client = None, self._given
+
+    def connect(self) -> Client:
+        """Return the client; start the cluster if there is none yet. Only within `hold`."""
+        if self._client is None:
+            assert self._open is not None
+            if self._jobqueue is not None:
+                made = jobqueue_client(self._jobqueue)
+            elif self._scheduler is not None:
+                made = connect(self._scheduler)
+            else:
+                made = embedded_client(
+                    max_processes=self._max_processes, n_downloads=self._n_downloads
+                )
+            self._client = self._open.enter_context(made)
+        self._prepare(self._client)
+        return self._client
+
+    def require_main_guard(self) -> None:
+        """Raise InputError where an embedded cluster could not be started."""
+        if self.is_embedded:
+            require_main_guard()
+
+    def _prepare(self, client: Client) -> None:
+        """Check, once, that a cluster can be used, and have its scheduler show the run."""
+        if self._prepared == client.id:
+            return
+        if not self.is_embedded:
+            if not check_versions(client) and self._jobqueue is None:
+                address = client.scheduler.address
+                logger.warning("%s has no worker yet; waiting for the first", address)
+            unregister_stale_plugins(client)
+        self._prepared, self._page = client.id, show_page(client)
+        self._on_connect(client, self.links)

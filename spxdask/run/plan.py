@@ -1,0 +1,393 @@
+"""What is left to do for each frame, decided from plain data.
+
+This is the one answer to "is this frame done?": the stages that go frame by frame, the
+aggregation's choice of tables and `spxdask status` all ask it. Nothing here reads a disk,
+asks an archive or knows of Dask; whoever executes a plan records what became of it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from spxdask.run.recipe import Recipe, legacy_fingerprint, make_recipe
+
+if TYPE_CHECKING:
+    from spxdask.archive.observation import Observation
+    from spxdask.run.ledger import Outcome
+    from spxdask.science.catalogue import Catalogue
+    from spxdask.science.options import PhotometryConfig
+
+__all__ = [
+    "FrameState",
+    "MeasurementInputs",
+    "PlannedFrame",
+    "TableChoice",
+    "choose_tables",
+    "has_failed",
+    "plan_frames",
+    "table_name",
+]
+
+
+class FrameState(enum.IntEnum):
+    """What is left to do for a frame. Fits a byte, as there may be a million of them."""
+
+    EXCLUDED = 0
+    """Not part of this run."""
+    DONE = 1
+    """Nothing is left to do."""
+    FETCH = 2
+    """To be fetched; its table is there, or not asked for."""
+    MEASURE = 3
+    """To be measured; it is on disk."""
+    FETCH_AND_MEASURE = 4
+    """To be fetched, and measured in memory."""
+    MISSING = 5
+    """To be measured, but not on disk, and fetching is not part of this run."""
+    FAILED = 6
+    """Tried with the present inputs, in vain, and not to be tried again by itself."""
+
+
+class Outcomes(Protocol):
+    """Where the last outcome of each frame and stage is found: the ledger."""
+
+    def get(self, stage: str, filename: str) -> Outcome | None:
+        """Return the last outcome of a stage for a frame, None when there is none."""
+
+
+class PlannedFrame(NamedTuple):
+    """A frame of the plan.
+
+    Attributes
+    ----------
+    observation : Observation
+        The frame.
+    state : FrameState
+        What is left to do for it.
+    measured : Outcome or None
+        The outcome behind its table, if that is there and up to date.
+    """
+
+    observation: Observation
+    state: FrameState
+    measured: Outcome | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementInputs:
+    """What the rows of a frame depend on besides the frame: a recipe and a catalogue.
+
+    Attributes
+    ----------
+    photometry : PhotometryConfig
+        How a source is measured.
+    catalogue : Catalogue or None
+        The sources; None when they are not known, and any are taken for right.
+    """
+
+    photometry: PhotometryConfig
+    catalogue: Catalogue | None
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that the photometry options stand for."""
+        return make_recipe(self.photometry)
+
+    def identify(self) -> dict[str, str | None]:
+        """Return the fields of an outcome that say what it was made with."""
+        fingerprint = None if self.catalogue is None else self.catalogue.fingerprint
+        return {"recipe": self.recipe.digest, "catalogue": fingerprint}
+
+    def match(self, outcome: Outcome) -> bool:
+        """Return whether an outcome is of this recipe and of these sources.
+
+        Parameters
+        ----------
+        outcome : Outcome
+            Of the extraction of a frame.
+
+        Returns
+        -------
+        bool
+            Also true when the catalogue was another one that is the same near the frame.
+        """
+        if outcome.recipe is None:
+            return self._match_legacy(outcome)
+        if outcome.recipe != self.recipe.digest:
+            return False
+        if self.catalogue is None or outcome.catalogue == self.catalogue.fingerprint:
+            return True
+        near = self._digest_near(outcome)
+        return near is not None and near.hex() == outcome.sources_fingerprint
+
+    def _digest_near(self, outcome: Outcome) -> bytes | None:
+        if outcome.bounding_circle is None or self.catalogue is None:
+            return None
+        return self.catalogue.digest(self.catalogue.within(*outcome.bounding_circle))
+
+    def _match_legacy(self, outcome: Outcome) -> bool:
+        """Compare with an outcome that was recorded before there were recipes."""
+        if self.catalogue is None:
+            return True
+        if outcome.fingerprint is None:
+            return False
+        if outcome.fingerprint == self._legacy_fingerprint:
+            return True
+        near = self._digest_near(outcome)
+        return near is not None and outcome.sources_fingerprint == legacy_fingerprint(
+            near, self.photometry
+        )
+
+    @cached_property
+    def _legacy_fingerprint(self) -> str | None:
+        if self.catalogue is None:
+            return None
+        return legacy_fingerprint(self.catalogue.fingerprint, self.photometry)
+
+
+def table_name(filename: str, table_format: str) -> str:
+    """Return the name of a frame's per-image table.
+
+    Parameters
+    ----------
+    filename : str
+        Of the frame.
+    table_format : str
+        ``csv`` or ``parquet``.
+
+    Returns
+    -------
+    str
+        Such as ``level2_..._photometry.csv``.
+    """
+    stem = filename.rpartition(".")[0] or filename
+    return f"{stem}_photometry.{table_format}"
+
+
+def has_failed(outcomes: Outcomes, filename: str) -> bool:
+    """Return whether the last outcome of any stage for a frame is a failure.
+
+    Parameters
+    ----------
+    outcomes : Outcomes
+        The ledger.
+    filename : str
+        Of the frame.
+
+    Returns
+    -------
+    bool
+        False for a frame without outcomes.
+    """
+    found = (outcomes.get(stage, filename) for stage in ("download", "extract"))
+    return any(outcome is not None and outcome.status == "failed" for outcome in found)
+
+
+def plan_frames(
+    observations: Iterable[Observation],
+    outcomes: Outcomes,
+    inputs: MeasurementInputs,
+    *,
+    image_sizes: Mapping[str, int],
+    table_sizes: Mapping[str, int],
+    stages: Collection[str] = ("download", "extract"),
+    keep_images: bool = True,
+    table_format: str = "csv",
+    skip_existing: bool = True,
+    only_failed: bool = False,
+    retry_failed: bool = True,
+) -> Iterator[PlannedFrame]:
+    """Decide what is left to do for each frame of a query.
+
+    Parameters
+    ----------
+    observations : iterable of Observation
+        The frames, read as fast as the plan is.
+    outcomes : Outcomes
+        The ledger.
+    inputs : MeasurementInputs
+        What tables have to be made with.
+    image_sizes, table_sizes : mapping of str to int
+        Length of each file in images/ and in per_image/, by name.
+    stages : collection of str
+        Those that are to be done, of ``download`` and ``extract``.
+    keep_images : bool
+        Whether frames are wanted on disk, measured or not.
+    table_format : str
+        ``csv`` or ``parquet``.
+    skip_existing : bool
+        Whether a table that is up to date counts.
+    only_failed : bool
+        Whether frames that have not failed are excluded.
+    retry_failed : bool
+        Whether what failed with the present inputs is to be tried again.
+
+    Yields
+    ------
+    PlannedFrame
+        One a frame, in their order.
+    """
+    for observation in observations:
+        filename = observation.filename
+        extracted = outcomes.get("extract", filename) if "extract" in stages else None
+        measured = None
+        if skip_existing and extracted is not None and extracted.status == "done":
+            size = table_sizes.get(table_name(filename, table_format))
+            if (
+                extracted.bytes == size
+                and inputs.match(extracted)
+                and not _was_replaced(observation, outcomes)
+            ):
+                measured = extracted
+        state = _decide(
+            observation,
+            outcomes,
+            inputs,
+            extracted=extracted,
+            is_measured=measured is not None,
+            is_on_disk=observation.is_complete(image_sizes),
+            stages=stages,
+            keep_images=keep_images,
+            only_failed=only_failed,
+            retry_failed=retry_failed,
+        )
+        yield PlannedFrame(observation, state, measured)
+
+
+def _decide(
+    observation: Observation,
+    outcomes: Outcomes,
+    inputs: MeasurementInputs,
+    *,
+    extracted: Outcome | None,
+    is_measured: bool,
+    is_on_disk: bool,
+    stages: Collection[str],
+    keep_images: bool,
+    only_failed: bool,
+    retry_failed: bool,
+) -> FrameState:
+    if only_failed and not has_failed(outcomes, observation.filename):
+        return FrameState.EXCLUDED
+    to_measure = "extract" in stages and not is_measured
+    to_fetch = "download" in stages and not is_on_disk and (keep_images or to_measure)
+    if not to_measure and not to_fetch:
+        return FrameState.DONE
+    if not retry_failed:
+        failed_here = (
+            to_measure
+            and extracted is not None
+            and extracted.status == "failed"
+            and inputs.match(extracted)
+        )
+        fetched = outcomes.get("download", observation.filename) if to_fetch else None
+        if failed_here or (fetched is not None and fetched.status == "failed"):
+            return FrameState.FAILED
+    if to_fetch:
+        return FrameState.FETCH_AND_MEASURE if to_measure else FrameState.FETCH
+    return FrameState.MEASURE if is_on_disk else FrameState.MISSING
+
+
+def _was_replaced(observation: Observation, outcomes: Outcomes) -> bool:
+    """Return whether the archive has another file under the name than was fetched."""
+    fetched = outcomes.get("download", observation.filename)
+    if fetched is None or fetched.status != "done" or not observation.size_bytes:
+        return False
+    return fetched.bytes != observation.size_bytes
+
+
+@dataclass(kw_only=True)
+class TableChoice:
+    """The per-image tables that light curves are made of.
+
+    Attributes
+    ----------
+    tables : list of (str, int, int)
+        Name, length in bytes and number of rows of each.
+    stale : list of str
+        Names of tables that were made with other inputs, or changed or removed since.
+    stale_reason : str
+        What is wrong with the first of these.
+    left_out : int
+        Frames without a table that can be taken.
+    """
+
+    tables: list[tuple[str, int, int]] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    stale_reason: str = ""
+    left_out: int = 0
+
+
+def choose_tables(
+    planned: Iterable[PlannedFrame],
+    outcomes: Outcomes,
+    inputs: MeasurementInputs,
+    *,
+    recipes: Mapping[str, dict],
+    table_sizes: Mapping[str, int],
+    table_format: str,
+) -> TableChoice:
+    """Choose the tables to aggregate.
+
+    Parameters
+    ----------
+    planned : iterable of PlannedFrame
+        A plan of the stage ``extract`` in which what failed is not tried again.
+    outcomes : Outcomes
+        The ledger.
+    inputs : MeasurementInputs
+        What tables have to be made with.
+    recipes : mapping of str to dict
+        Steps of the recipes that are known, by digest.
+    table_sizes : mapping of str to int
+        Length of each file in per_image/, by name.
+    table_format : str
+        ``csv`` or ``parquet``.
+
+    Returns
+    -------
+    TableChoice
+        A frame that failed with the present inputs is left out and makes nothing stale.
+    """
+    choice = TableChoice()
+    for observation, state, measured in planned:
+        name = table_name(observation.filename, table_format)
+        if measured is not None:
+            choice.tables.append((name, measured.bytes, measured.rows))
+            continue
+        choice.left_out += 1
+        if state == FrameState.FAILED:
+            continue
+        earlier = outcomes.get("extract", observation.filename)
+        was_measured = earlier is not None and earlier.status == "done"
+        if name in table_sizes or was_measured:
+            if not choice.stale:
+                choice.stale_reason = _explain(earlier, inputs, recipes, table_sizes.get(name))
+            choice.stale.append(name)
+    return choice
+
+
+def _explain(
+    outcome: Outcome | None,
+    inputs: MeasurementInputs,
+    recipes: Mapping[str, dict],
+    size: int | None,
+) -> str:
+    """Describe why a table is stale."""
+    if outcome is None or outcome.status != "done":
+        return "no record says how it was made"
+    if outcome.recipe is not None and outcome.recipe != inputs.recipe.digest:
+        steps = recipes.get(outcome.recipe)
+        differences = inputs.recipe.compare(Recipe(steps)) if steps is not None else []
+        return "; ".join(differences) or "it was made with other options"
+    if not inputs.match(outcome):
+        return "it was made with other sources or options"
+    if size is None:
+        return "it was removed"
+    if size != outcome.bytes:
+        return f"it has {size} bytes, {outcome.bytes} were written"
+    return "the archive has replaced the frame"

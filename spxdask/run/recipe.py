@@ -1,0 +1,222 @@
+"""How frames are measured: named steps, each with a version and its options.
+
+A table is valid for as long as it was made by the recipe in force. So a recipe holds all
+that the rows of a table depend on besides the frame and the catalogue, and nothing else:
+options that the chosen method does not read are not in it, and an option that was added
+later is left out while it has the value that stands for the earlier behaviour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spxdask.science.options import PhotometryConfig
+
+__all__ = ["STEPS", "Recipe", "StepDefinition", "legacy_fingerprint", "make_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDefinition:
+    """One step of a measurement.
+
+    Attributes
+    ----------
+    name : str
+        Such as ``background``.
+    version : int
+        Raised whenever the numbers that the step gives change, or the columns it fills.
+    read_options : callable
+        Takes the photometry options, returns those that the step depends on by name.
+    neutral : mapping
+        Values of options, by name, with which the step does what it did before these options
+        existed. An option with its neutral value is not part of a recipe, and a step whose
+        options are all neutral is not either.
+    """
+
+    name: str
+    version: int
+    read_options: Callable[[PhotometryConfig], dict[str, Any]]
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _read_selection(photometry: PhotometryConfig) -> dict[str, Any]:
+    from spxdask.science.photometry import margin
+
+    return {"margin": margin(photometry)}
+
+
+def _read_zodi(photometry: PhotometryConfig) -> dict[str, Any]:
+    if not photometry.subtract_zodi:
+        return {"subtract_zodi": False}
+    names = ("subtract_zodi", "zodi_scale_min", "zodi_scale_max", "bad_flags")
+    return {name: getattr(photometry, name) for name in names}
+
+
+def _read_background(photometry: PhotometryConfig) -> dict[str, Any]:
+    names = [
+        "background_method",
+        "bad_flags",
+        "min_usable_pixels",
+        "bg_sigma_clip_sigma",
+        "bg_sigma_clip_maxiters",
+    ]
+    if photometry.background_method == "annulus":
+        names += [
+            "annulus_inner_offset",
+            "min_annulus_area",
+            "max_outer_radius",
+            "max_annulus_attempts",
+            "annulus_expansion_step",
+        ]
+    options = {name: getattr(photometry, name) for name in names}
+    if photometry.background_method == "window":
+        # One number and a pair of it are the same window.
+        options["window_size"] = photometry.window_shape
+    return options
+
+
+def _read_aperture(photometry: PhotometryConfig) -> dict[str, Any]:
+    size = "fwhm_multiplier" if photometry.aperture_method == "fwhm" else "aperture_diameter"
+    names = ("aperture_method", size, "pixel_scale_fallback")
+    return {name: getattr(photometry, name) for name in names}
+
+
+STEPS = (
+    StepDefinition(name="selection", version=1, read_options=_read_selection),
+    StepDefinition(name="zodi", version=1, read_options=_read_zodi),
+    StepDefinition(name="background", version=1, read_options=_read_background),
+    StepDefinition(name="aperture", version=1, read_options=_read_aperture),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps of a measurement.
+
+    Attributes
+    ----------
+    steps : dict of str to dict
+        Version and options of each step by its name, as JSON has them: numbers, texts, lists.
+    """
+
+    steps: dict[str, dict[str, Any]]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash that identifies the recipe, 32 hexadecimal digits."""
+        text = json.dumps(self.steps, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def compare(self, other: Recipe) -> list[str]:
+        """Describe in what this recipe differs from an earlier one.
+
+        Parameters
+        ----------
+        other : Recipe
+            The earlier one.
+
+        Returns
+        -------
+        list of str
+            A sentence part for each option that differs, such as ``"aperture:
+            fwhm_multiplier was 2.5, is 3.0"``; empty for equal recipes.
+        """
+        found = []
+        for name in sorted(self.steps.keys() | other.steps.keys()):
+            now, then = self.steps.get(name), other.steps.get(name)
+            if now is None or then is None:
+                found.append(f"{name}: {'not done now' if now is None else 'not done then'}")
+                continue
+            for option in sorted(now.keys() | then.keys()):
+                if now.get(option) != then.get(option):
+                    was, is_ = (_show(step.get(option)) for step in (then, now))
+                    found.append(f"{name}: {option} was {was}, is {is_}")
+        return found
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def make_recipe(
+    photometry: PhotometryConfig, definitions: tuple[StepDefinition, ...] = STEPS
+) -> Recipe:
+    """Return the recipe that photometry options stand for.
+
+    Parameters
+    ----------
+    photometry : PhotometryConfig
+        How a source is measured.
+    definitions : tuple of StepDefinition, optional
+        The steps that there are.
+
+    Returns
+    -------
+    Recipe
+        Equal for options that give the same rows.
+    """
+    steps = {}
+    for definition in definitions:
+        read = definition.read_options(photometry)
+        neutral = definition.neutral
+        options = {k: v for k, v in read.items() if k not in neutral or v != neutral[k]}
+        if options or not read:
+            steps[definition.name] = {"version": definition.version} | options
+    # As they come back from the ledger: lists, not tuples.
+    return Recipe(json.loads(json.dumps(steps)))
+
+
+# Versions of the steps whose numbers are those that MEASUREMENT_VERSION 2 stood for.
+_LEGACY_VERSION = 2
+_LEGACY_STEPS = {"selection": 1, "zodi": 1, "background": 1, "aperture": 1}
+_LEGACY_OPTIONS = (
+    "aperture_method",
+    "aperture_diameter",
+    "fwhm_multiplier",
+    "background_method",
+    "window_size",
+    "subtract_zodi",
+    "zodi_scale_min",
+    "zodi_scale_max",
+    "min_usable_pixels",
+    "bg_sigma_clip_sigma",
+    "bg_sigma_clip_maxiters",
+    "annulus_inner_offset",
+    "min_annulus_area",
+    "max_outer_radius",
+    "max_annulus_attempts",
+    "annulus_expansion_step",
+    "pixel_scale_fallback",
+    "bad_flags",
+)
+
+
+def legacy_fingerprint(sources: str | bytes, photometry: PhotometryConfig) -> str | None:
+    """Return the fingerprint that ledgers had before there were recipes.
+
+    Parameters
+    ----------
+    sources : str or bytes
+        Fingerprint of the whole catalogue, or digest of the sources near a frame.
+    photometry : PhotometryConfig
+        How a source is measured.
+
+    Returns
+    -------
+    str or None
+        None when tables of that time cannot be those of today's steps.
+    """
+    steps = make_recipe(photometry).steps
+    if {name: step["version"] for name, step in steps.items()} != _LEGACY_STEPS:
+        return None
+    values = {name: getattr(photometry, name) for name in _LEGACY_OPTIONS}
+    values["bad_flags"] = list(values["bad_flags"])
+    options = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    text = f"({_LEGACY_VERSION!r}, {sources!r}, PhotometryConfig({options}))"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,328 @@
+"""Download and extraction, frame by frame: a plan is executed and each outcome recorded."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import dask.bag as db
+from dask.delayed import Delayed
+
+from spxdask.archive.observation import Observation
+from spxdask.archive.retry import RetryPolicy
+from spxdask.cluster.page import ProgressPublisher
+from spxdask.cluster.tasks import as_task, is_killed_worker, make_thread_window, run_window
+from spxdask.config import BatchConfig
+from spxdask.errors import ClusterError, DiskFullError
+from spxdask.run.aggregation import discard_aggregation
+from spxdask.run.folder import RunFolder
+from spxdask.run.ledger import Outcome
+from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
+from spxdask.run.summary import StageReport
+from spxdask.stages import download, extract, stream
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+FETCHING = (FrameState.FETCH, FrameState.FETCH_AND_MEASURE)
+MEASURING = (FrameState.MEASURE, FrameState.FETCH_AND_MEASURE)
+# Frames in any other state need no task.
+TASK_STATES = (FrameState.MEASURE, *FETCHING)
+
+Job = tuple[Observation, FrameState]
+
+
+@dataclass(kw_only=True)
+class FrameRun:
+    """One pass over the frames of a query, by one or both of the stages that go frame by frame.
+
+    Attributes
+    ----------
+    folder : RunFolder
+        Locked by the caller.
+    config : BatchConfig
+        The run.
+    inputs : MeasurementInputs
+        What tables are made with.
+    observations : dask.bag.Bag of Observation
+        The frames; read several times, partition by partition.
+    reports : dict of str to StageReport
+        The reports to fill in, by stage: download, extract or both.
+    progress : ProgressPublisher
+        Told of each frame that has ended.
+    """
+
+    folder: RunFolder
+    config: BatchConfig
+    inputs: MeasurementInputs
+    observations: db.Bag
+    reports: dict[str, StageReport]
+    progress: ProgressPublisher
+
+    def plan(self, *, skip_existing: bool = True, only_failed: bool = False) -> bytearray:
+        """Decide what is left to do, and report the frames for which that is nothing.
+
+        Parameters
+        ----------
+        skip_existing : bool
+            Whether a table that is up to date counts.
+        only_failed : bool
+            Whether frames that have not failed are excluded.
+
+        Returns
+        -------
+        bytearray
+            A `FrameState` a frame.
+
+        Raises
+        ------
+        DiskFullError
+            If there is no room for the frames that are to be fetched and kept.
+        """
+        planned = plan_frames(
+            iterate(self.observations),
+            self.folder.ledger,
+            self.inputs,
+            image_sizes=self.folder.images.list_sizes(),
+            table_sizes=self.folder.per_image.list_sizes() if "extract" in self.reports else {},
+            stages=self.reports,
+            keep_images=self.config.keep_images,
+            table_format=self.config.per_image_format,
+            skip_existing=skip_existing,
+            only_failed=only_failed,
+        )
+        states, fetch_bytes = bytearray(), 0
+        for observation, state, measured in planned:
+            states.append(state)
+            if state == FrameState.EXCLUDED:
+                continue
+            for report in self.reports.values():
+                report.total += 1
+            if state in FETCHING:
+                fetch_bytes += observation.size_bytes or 0
+            elif "download" in self.reports:
+                self.reports["download"].reused += 1
+            if measured is not None:
+                self.reports["extract"].reused += 1
+                self._account(measured)
+            if state == FrameState.MISSING:
+                self._record_missing_frame(observation)
+            if state in (FrameState.DONE, FrameState.MISSING):
+                self.progress.advance(failed=state == FrameState.MISSING)
+        if self.config.keep_images:
+            self._require_room(fetch_bytes)
+        return states
+
+    def execute(self, client: Client, states: bytearray, *, serial: bool) -> None:
+        """Fetch and measure the frames that need it, and record what became of each.
+
+        Parameters
+        ----------
+        client : Client
+            Of the cluster.
+        states : bytearray
+            What `plan` returned.
+        serial : bool
+            Whether a worker process measures one frame at a time.
+
+        Raises
+        ------
+        DiskFullError
+            If the disk is full. What was in flight has been recorded.
+        ClusterError
+            If the cluster is gone.
+        RunFolderError
+            If another run has taken over the folder.
+        """
+        folder, config = self.folder, self.config
+        if any(state in states for state in MEASURING):
+            discard_aggregation(folder.state)
+        folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
+        make_task = _TaskFactory(
+            images=str(folder.images),
+            per_image=str(folder.per_image),
+            keep_images=config.keep_images,
+            fetch=_make_fetch_options(config),
+            measure=self._make_extract_options(serial) if "extract" in self.reports else None,
+        )
+        suspects: list[Job] = []
+        # Frames on disk come first, as they wait for nobody.
+        for wanted, window in (
+            ((FrameState.MEASURE,), make_thread_window(client)),
+            (FETCHING, lambda: config.max_download_workers),
+        ):
+            # The frames are read again, as a million of them would fill the memory.
+            pairs = zip(iterate(self.observations), map(FrameState, states), strict=True)
+            jobs = (pair for pair in pairs if pair[1] in wanted)
+            self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
+        # One at a time, which tells frames that kill workers from those that ran beside them.
+        self._collect(client, ((job, make_task(*job)) for job in suspects), lambda: 1, None)
+
+    def _collect(
+        self,
+        client: Client,
+        tasks: Iterable[tuple[Job, Delayed]],
+        window: Callable[[], int],
+        suspects: list[Job] | None,
+    ) -> None:
+        """Run tasks and record their outcomes.
+
+        Frames whose workers died again and again are appended to `suspects` if it is given.
+        """
+        full: DiskFullError | None = None
+        tasks = takewhile(lambda _: full is None, tasks)
+        for (observation, state), result in run_window(client, tasks, window):
+            self.folder.raise_if_lock_lost()
+            if isinstance(result, DiskFullError):
+                # What is in flight may still find room; nothing more is started.
+                full = result
+            elif isinstance(result, ClusterError):
+                raise result
+            elif is_killed_worker(result) and suspects is not None:
+                suspects.append((observation, state))
+            elif isinstance(result, BaseException):
+                self._record(observation, state, [self._make_failure(observation, result)])
+            else:
+                outcomes = result if isinstance(result, list) else [result]
+                self._record(observation, state, outcomes)
+        if full is not None:
+            raise full
+
+    def _record(self, observation: Observation, state: FrameState, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            self.folder.ledger.add(outcome)
+            self.reports[outcome.stage].done += outcome.status == "done"
+            self._account(outcome)
+        last = outcomes[-1]
+        failed = last.status == "failed"
+        if failed and last.stage == "download" and state == FrameState.FETCH_AND_MEASURE:
+            self._record_missing_frame(observation)
+        reason = f"{observation.filename}: {last.reason}" if failed else None
+        self.progress.advance(failed=failed, reason=reason)
+
+    def _make_failure(self, observation: Observation, error: BaseException) -> Outcome:
+        """Return the outcome of a task that could not report one."""
+        reason = f"{type(error).__name__}: {error}"
+        if is_killed_worker(error):
+            reason = "every worker that began it died, perhaps for lack of memory (KilledWorker)"
+        # The last stage of the task is the one that is to be done again.
+        return self._fail(list(self.reports)[-1], observation, reason)
+
+    def _record_missing_frame(self, observation: Observation) -> None:
+        """Record that a frame cannot be measured, as it is not there."""
+        fetched = self.folder.ledger.get("download", observation.filename)
+        has_failed = fetched is not None and fetched.status == "failed"
+        reason = fetched.reason if fetched is not None and has_failed else "run download first"
+        outcome = self._fail("extract", observation, f"not downloaded: {reason}")
+        self.folder.ledger.add(outcome)
+        self._account(outcome)
+
+    def _fail(self, stage: str, observation: Observation, reason: str) -> Outcome:
+        inputs: dict[str, Any] = {}
+        if stage == "extract":
+            inputs = self.inputs.identify()
+        return Outcome(
+            stage=stage, filename=observation.filename, status="failed", reason=reason, **inputs
+        )
+
+    def _account(self, outcome: Outcome) -> None:
+        """Add what became of a frame to the report of its stage."""
+        report = self.reports[outcome.stage]
+        report.rows += outcome.rows
+        report.bytes += outcome.bytes
+        report.skipped.update(outcome.skipped)
+        if outcome.warnings:
+            report.warnings[outcome.filename] = outcome.warnings
+        if outcome.status == "failed":
+            report.failed[outcome.filename] = outcome.reason or ""
+
+    def _require_room(self, needed: int) -> None:
+        free = self.folder.images.free_bytes()
+        if needed > free:
+            raise DiskFullError(
+                f"the frames to fetch have {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free "
+                f"in {self.folder.images}: make room, choose another output_dir, or do not keep "
+                "them (keep_images=False, --no-keep-images)"
+            )
+
+    def _make_extract_options(self, serial: bool) -> extract.ExtractOptions:
+        catalogue = self.inputs.catalogue
+        assert catalogue is not None
+        return extract.ExtractOptions(
+            catalogue=self.folder.save_catalogue(catalogue),
+            photometry=self.inputs.photometry,
+            recipe=self.inputs.recipe.digest,
+            catalogue_fingerprint=catalogue.fingerprint,
+            serial=serial,
+            format=self.config.per_image_format,
+        )
+
+
+def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
+    return download.FetchOptions(
+        retry=RetryPolicy(max_retries=config.max_retries),
+        stall_timeout_s=config.stall_timeout,
+        scratch_bytes=config.scratch_gb * 1e9,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TaskFactory:
+    """Makes the task of a frame."""
+
+    images: str
+    per_image: str
+    keep_images: bool
+    fetch: download.FetchOptions
+    measure: extract.ExtractOptions | None
+
+    def __call__(self, observation: Observation, state: FrameState) -> Delayed:
+        if state == FrameState.MEASURE:
+            image = f"{self.images}/{observation.filename}"
+            return _as_frame_task(
+                "extract", observation, extract.extract, image, self.per_image, self.measure
+            )
+        if state == FrameState.FETCH:
+            return _as_frame_task(
+                "download", observation, download.download, observation, self.images, self.fetch
+            )
+        return _as_frame_task(
+            "download-extract",
+            observation,
+            stream.stream,
+            observation,
+            self.images if self.keep_images else None,
+            self.per_image,
+            self.fetch,
+            self.measure,
+        )
+
+
+def _as_frame_task(
+    stage: str, observation: Observation, function: Callable, *arguments: Any
+) -> Delayed:
+    """Return a delayed call that the dashboard shows under the stage's name.
+
+    The key is new each time: a key that the scheduler still knows would not run again.
+    """
+    return as_task((stage, f"{observation.stem}-{uuid.uuid4().hex[:8]}"), function, *arguments)
+
+
+def iterate(bag: db.Bag) -> Iterator[Any]:
+    """Yield the items of a bag partition by partition, so that few are in memory.
+
+    Parameters
+    ----------
+    bag : dask.bag.Bag
+        Computed in this process.
+
+    Yields
+    ------
+    object
+        Each item, in order.
+    """
+    for partition in bag.to_delayed():
+        yield from partition.compute(scheduler="sync")

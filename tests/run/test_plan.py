@@ -1,0 +1,323 @@
+"""The plan: what is left to do for a frame, from plain data alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spxdask import PhotometryConfig
+from spxdask.archive.observation import Observation
+from spxdask.run.ledger import Outcome
+from spxdask.run.plan import (
+    FrameState,
+    MeasurementInputs,
+    choose_tables,
+    has_failed,
+    plan_frames,
+    table_name,
+)
+from spxdask.run.recipe import legacy_fingerprint, make_recipe
+from spxdask.science.catalogue import Catalogue
+
+SIZE = 1000
+CIRCLE = (270.0, 66.0, 2.0)
+
+
+def make_observation(number: int = 1) -> Observation:
+    name = f"level2_2025W51_1A_{number:04d}_2D3_spx_l2b-v21-2025-354.fits"
+    uri = f"ibe/data/spherex/qr2/level2/2025W51_1A/l2b-v21-2025-354/3/{name}"
+    return Observation(
+        obs_id=f"2025W51_1A_{number:04d}_2",
+        band="D3",
+        mjd=61027.0,
+        wavelength_um=2.0,
+        uri=uri,
+        download_url=f"https://archive/{uri}",
+        size_bytes=SIZE,
+    )
+
+
+FRAME = make_observation()
+TABLE = table_name(FRAME.filename, "csv")
+
+
+class Ledger(dict):
+    """Outcomes by stage and file name."""
+
+    def get(self, stage, filename):
+        return super().get((stage, filename))
+
+
+@pytest.fixture
+def catalogue():
+    return Catalogue.from_arrays(["a", "b"], np.array([270.0, 10.0]), np.array([66.0, -30.0]))
+
+
+@pytest.fixture
+def inputs(catalogue):
+    return MeasurementInputs(photometry=PhotometryConfig(), catalogue=catalogue)
+
+
+@pytest.fixture
+def measured(inputs, catalogue):
+    """The outcome of a frame that was measured with the present inputs."""
+    near = catalogue.digest(catalogue.within(*CIRCLE))
+    return Outcome(
+        stage="extract",
+        filename=FRAME.filename,
+        status="done",
+        bytes=77,
+        rows=3,
+        recipe=inputs.recipe.digest,
+        catalogue=catalogue.fingerprint,
+        sources_fingerprint=near.hex(),
+        bounding_circle=CIRCLE,
+    )
+
+
+def outcome(stage: str, status: str, **values) -> Outcome:
+    return Outcome(stage=stage, filename=FRAME.filename, status=status, **values)
+
+
+def ledger_of(*outcomes: Outcome) -> Ledger:
+    return Ledger({(one.stage, one.filename): one for one in outcomes})
+
+
+def decide(inputs, *outcomes: Outcome, on_disk=False, table=None, **options) -> FrameState:
+    [planned] = plan_frames(
+        [FRAME],
+        ledger_of(*outcomes),
+        inputs,
+        image_sizes={FRAME.filename: SIZE} if on_disk else {},
+        table_sizes={} if table is None else {TABLE: table},
+        **options,
+    )
+    assert planned.observation is FRAME
+    assert (planned.measured is not None) == (planned.state in (FrameState.DONE, FrameState.FETCH))
+    return planned.state
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "keep_images", "expected"),
+    [
+        (False, True, FrameState.FETCH_AND_MEASURE),
+        (False, False, FrameState.FETCH_AND_MEASURE),
+        (True, True, FrameState.MEASURE),
+        (True, False, FrameState.MEASURE),
+    ],
+)
+def test_a_new_frame(inputs, on_disk, keep_images, expected):
+    assert decide(inputs, on_disk=on_disk, keep_images=keep_images) == expected
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "keep_images", "expected"),
+    [
+        (False, True, FrameState.FETCH),
+        (False, False, FrameState.DONE),
+        (True, True, FrameState.DONE),
+        (True, False, FrameState.DONE),
+    ],
+)
+def test_a_measured_frame(inputs, measured, on_disk, keep_images, expected):
+    assert (
+        decide(inputs, measured, on_disk=on_disk, table=77, keep_images=keep_images) == expected
+    )
+
+
+def test_one_stage_alone(inputs, measured):
+    [fetch] = plan_frames(
+        [FRAME], Ledger(), inputs, image_sizes={}, table_sizes={}, stages=["download"]
+    )
+    assert fetch.state == FrameState.FETCH
+    assert decide(inputs, stages=["extract"]) == FrameState.MISSING
+    assert decide(inputs, stages=["extract"], on_disk=True) == FrameState.MEASURE
+    assert decide(inputs, measured, stages=["extract"], table=77) == FrameState.DONE
+
+
+def test_a_file_of_another_length_is_no_frame(inputs):
+    [planned] = plan_frames(
+        [FRAME],
+        Ledger(),
+        inputs,
+        image_sizes={FRAME.filename: SIZE - 1},
+        table_sizes={},
+        stages=["extract"],
+    )
+    assert planned.state == FrameState.MISSING
+
+
+def test_all_can_be_measured_again(inputs, measured):
+    state = decide(inputs, measured, on_disk=True, table=77, skip_existing=False)
+    assert state == FrameState.MEASURE
+
+
+@pytest.mark.parametrize("table", [None, 78], ids=["removed", "changed"])
+def test_a_table_that_is_not_as_it_was_written(inputs, measured, table):
+    assert decide(inputs, measured, on_disk=True, table=table) == FrameState.MEASURE
+
+
+def test_a_frame_that_the_archive_has_replaced(inputs, measured):
+    fetched = outcome("download", "done", bytes=SIZE - 1)
+    assert decide(inputs, measured, fetched, table=77, keep_images=False) == (
+        FrameState.FETCH_AND_MEASURE
+    )
+    same = outcome("download", "done", bytes=SIZE)
+    assert decide(inputs, measured, same, table=77, keep_images=False) == FrameState.DONE
+
+
+def test_other_options_make_a_table_stale(inputs, measured):
+    other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
+    assert decide(other, measured, on_disk=True, table=77) == FrameState.MEASURE
+
+
+def test_only_sources_near_the_frame_count(inputs, measured):
+    def with_sources(ids, ra, dec):
+        catalogue = Catalogue.from_arrays(ids, np.array(ra), np.array(dec))
+        return decide(replace(inputs, catalogue=catalogue), measured, on_disk=True, table=77)
+
+    assert with_sources(["a", "c"], [270.0, 40.0], [66.0, 0.0]) == FrameState.DONE
+    assert with_sources(["A", "b"], [270.0, 10.0], [66.0, -30.0]) == FrameState.MEASURE
+    assert with_sources(["a", "b"], [270.1, 10.0], [66.0, -30.0]) == FrameState.MEASURE
+    assert with_sources(["a", "b", "c"], [270.0, 10.0, 271.0], [66.0, -30.0, 66.5]) == (
+        FrameState.MEASURE
+    )
+    assert decide(replace(inputs, catalogue=None), measured, on_disk=True, table=77) == (
+        FrameState.DONE
+    )
+
+
+def test_outcomes_of_earlier_versions_still_count(inputs, catalogue):
+    old = outcome(
+        "extract",
+        "done",
+        bytes=77,
+        fingerprint=legacy_fingerprint(catalogue.fingerprint, inputs.photometry),
+        sources_fingerprint=legacy_fingerprint(
+            catalogue.digest(catalogue.within(*CIRCLE)), inputs.photometry
+        ),
+        bounding_circle=CIRCLE,
+    )
+    assert decide(inputs, old, on_disk=True, table=77) == FrameState.DONE
+    grown = Catalogue.from_arrays(["a", "c"], np.array([270.0, 50.0]), np.array([66.0, 1.0]))
+    assert decide(replace(inputs, catalogue=grown), old, on_disk=True, table=77) == FrameState.DONE
+    other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
+    assert decide(other, old, on_disk=True, table=77) == FrameState.MEASURE
+
+
+def test_failures_are_tried_again_unless_told_otherwise(inputs, catalogue):
+    present = {"recipe": inputs.recipe.digest, "catalogue": catalogue.fingerprint}
+    unmeasurable = outcome("extract", "failed", reason="no WCS", **present)
+    assert decide(inputs, unmeasurable, on_disk=True) == FrameState.MEASURE
+    assert decide(inputs, unmeasurable, on_disk=True, retry_failed=False) == FrameState.FAILED
+    other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
+    assert decide(other, unmeasurable, on_disk=True, retry_failed=False) == FrameState.MEASURE
+    unreachable = outcome("download", "failed", reason="HTTP 404")
+    assert decide(inputs, unreachable, retry_failed=False) == FrameState.FAILED
+    # It came in another way.
+    assert decide(inputs, unreachable, on_disk=True, retry_failed=False) == FrameState.MEASURE
+
+
+def test_only_failed_frames(inputs, measured):
+    failed = outcome("download", "failed", reason="HTTP 503")
+    assert decide(inputs, only_failed=True) == FrameState.EXCLUDED
+    assert decide(inputs, failed, only_failed=True) == FrameState.FETCH_AND_MEASURE
+    [planned] = plan_frames(
+        [FRAME],
+        ledger_of(measured),
+        inputs,
+        image_sizes={},
+        table_sizes={TABLE: 77},
+        only_failed=True,
+    )
+    assert planned.state == FrameState.EXCLUDED
+
+
+def test_has_failed():
+    assert not has_failed(Ledger(), FRAME.filename)
+    assert not has_failed(ledger_of(outcome("download", "done")), FRAME.filename)
+    both = ledger_of(outcome("download", "done"), outcome("extract", "failed", reason="x"))
+    assert has_failed(both, FRAME.filename)
+
+
+def test_the_plan_streams(inputs):
+    seen = []
+
+    def frames():
+        for number in range(3):
+            seen.append(number)
+            yield make_observation(number)
+
+    planned = plan_frames(frames(), Ledger(), inputs, image_sizes={}, table_sizes={})
+    next(planned)
+    assert seen == [0]
+    assert bytes(bytearray(frame.state for frame in planned)) == b"\x04\x04"
+
+
+class TestChoiceOfTables:
+    def choose(self, inputs, *outcomes, table_sizes, recipes=None):
+        ledger = ledger_of(*outcomes)
+        planned = plan_frames(
+            [FRAME],
+            ledger,
+            inputs,
+            image_sizes={},
+            table_sizes=table_sizes,
+            stages=["extract"],
+            retry_failed=False,
+        )
+        return choose_tables(
+            planned,
+            ledger,
+            inputs,
+            recipes=recipes or {},
+            table_sizes=table_sizes,
+            table_format="csv",
+        )
+
+    def test_a_table_that_is_up_to_date(self, inputs, measured):
+        choice = self.choose(inputs, measured, table_sizes={TABLE: 77})
+        assert choice.tables == [(TABLE, 77, 3)]
+        assert not choice.stale
+        assert choice.left_out == 0
+
+    def test_a_frame_without_a_table_is_left_out(self, inputs):
+        choice = self.choose(inputs, table_sizes={})
+        assert (choice.tables, choice.stale, choice.left_out) == ([], [], 1)
+
+    def test_a_failed_frame_makes_nothing_stale(self, inputs, catalogue):
+        present = {"recipe": inputs.recipe.digest, "catalogue": catalogue.fingerprint}
+        failed = outcome("extract", "failed", reason="no WCS", **present)
+        choice = self.choose(inputs, failed, table_sizes={TABLE: 77})
+        assert (choice.tables, choice.stale, choice.left_out) == ([], [], 1)
+
+    @pytest.mark.parametrize(
+        ("changes", "table_sizes", "reason"),
+        [
+            ({}, {TABLE: 78}, "it has 78 bytes, 77 were written"),
+            ({}, {}, "it was removed"),
+            ({"catalogue": "0", "sources_fingerprint": "0"}, {TABLE: 77}, "other sources"),
+            ({"recipe": "unknown"}, {TABLE: 77}, "other options"),
+            ({"recipe": None, "fingerprint": "0"}, {TABLE: 77}, "other sources or options"),
+        ],
+    )
+    def test_a_stale_table_is_explained(self, inputs, measured, changes, table_sizes, reason):
+        choice = self.choose(inputs, replace(measured, **changes), table_sizes=table_sizes)
+        assert choice.stale == [TABLE]
+        assert reason in choice.stale_reason
+
+    def test_the_option_that_differs_is_named(self, inputs, measured):
+        earlier = make_recipe(PhotometryConfig(fwhm_multiplier=3.0))
+        choice = self.choose(
+            inputs,
+            replace(measured, recipe=earlier.digest),
+            table_sizes={TABLE: 77},
+            recipes={earlier.digest: earlier.steps},
+        )
+        assert choice.stale_reason == "aperture: fwhm_multiplier was 3.0, is 2.5"
+
+    def test_a_table_without_a_record(self, inputs):
+        choice = self.choose(inputs, table_sizes={TABLE: 77})
+        assert choice.stale_reason == "no record says how it was made"
