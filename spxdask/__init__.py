@@ -5,8 +5,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spxdask.batch import run_batch
     from spxdask.config import BatchConfig
-    from spxdask.pipeline import BatchPipeline, run_batch
+    from spxdask.pipeline import BatchPipeline
     from spxdask.run.query_summary import load_query_summary
     from spxdask.science.options import PhotometryConfig
 
@@ -32,7 +33,7 @@ _HOME = {
     "BatchPipeline": "spxdask.pipeline",
     "load_query_summary": "spxdask.run.query_summary",
     "PhotometryConfig": "spxdask.science.options",
-    "run_batch": "spxdask.pipeline",
+    "run_batch": "spxdask.batch",
 }
 
 

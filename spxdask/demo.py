@@ -91,7 +91,7 @@ def run_demo(output: str) -> RunSummary:
         ]
         with SimulatedArchive([frame.archived for frame in frames]) as archive:
             config = BatchConfig(
-                catalog_path=catalogue,
+                catalog_path=str(catalogue),
                 center_ra=CENTER_RA,
                 center_dec=CENTER_DEC,
                 radius=RADIUS_DEG,

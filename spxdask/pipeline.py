@@ -9,9 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import dask
 import dask.bag as db
 from distributed import Client
 
@@ -24,17 +22,14 @@ from spxdask.errors import ConfigError, RunFolderError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
 from spxdask.run.observations import Observations
-from spxdask.run.plan import MeasurementInputs, has_failed
+from spxdask.run.plan import MeasurementInputs
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
-from spxdask.stages.frames import TASK_STATES, FrameRun, iterate
+from spxdask.stages.frames import TASK_STATES, FrameRun, make_bag
 from spxdask.tables.catalogue import CatalogueFile
 
 logger = logging.getLogger(__name__)
-
-# A source farther than this from the field is on none of its frames, which are 3.5 deg wide.
-FRAME_REACH_DEG = 6.0
 
 
 class BatchPipeline:
@@ -73,15 +68,6 @@ class BatchPipeline:
     ------
     ConfigError
         If an argument cannot be used.
-
-    Examples
-    --------
-    >>> from spxdask import BatchConfig, BatchPipeline
-    >>> config = BatchConfig(
-    ...     catalog_path="sources.csv", center_ra=270.0, center_dec=66.56, radius=1.0
-    ... )
-    >>> pipeline = BatchPipeline(config)
-    >>> summary = pipeline.run_all()  # doctest: +SKIP
     """
 
     def __init__(
@@ -121,8 +107,13 @@ class BatchPipeline:
         self._held.enter_context(self._session.hold())
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._held.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._held.__exit__(kind, error, traceback)
 
     @property
     def dashboard_link(self) -> str | None:
@@ -149,9 +140,7 @@ class BatchPipeline:
         RunFolderError
             Before the first query.
         """
-        found = self._load_observations()
-        parts = range(found.n_parts)
-        return db.from_delayed([dask.delayed(found.part)(i) for i in parts])
+        return make_bag(self._load_observations())
 
     @property
     def images(self) -> db.Bag:
@@ -195,7 +184,7 @@ class BatchPipeline:
             report.outside = len(catalogue) - len(inside)
             report.releases.update(f"qr{o.recency[0]}" for o in found)
             if found:
-                self._warn_if_far_from_field(catalogue)
+                query.warn_if_far_from_field(catalogue, config)
             self._progress.advance()
         return found
 
@@ -293,23 +282,16 @@ class BatchPipeline:
         self, *stages: str, skip_existing: bool = True, only_failed: bool = False
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
-        name = stages[0] if len(stages) == 1 else "frames"
         with self._stage_context(*stages) as reports:
-            total = len(self._load_observations())
-            if only_failed:
-                total = sum(
-                    has_failed(self.folder.ledger, o.filename) for o in iterate(self.observations)
-                )
-            self.folder.save_config(self.config)
-            self._progress.start(name, total, "frames")
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,
                 inputs=self._inputs,
-                observations=self.observations,
+                observations=self._load_observations(),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
             )
+            self.folder.save_config(self.config)
             states = run.plan(skip_existing=skip_existing, only_failed=only_failed)
             if any(state in states for state in TASK_STATES):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
@@ -343,67 +325,3 @@ class BatchPipeline:
         if observations is None:
             raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
         return observations
-
-    def _warn_if_far_from_field(self, catalogue: Catalogue) -> None:
-        """Warn when all of the catalogue is far from the field, before frames are fetched."""
-        config = self.config
-        ra, dec, reach = config.center_ra, config.center_dec, config.radius + FRAME_REACH_DEG
-        if not len(catalogue.within(ra, dec, reach)):
-            logger.warning(
-                "%s: none of the %s sources lies within %g deg of the field's centre (%g, %g); "
-                "check that ra and dec are in degrees and not exchanged",
-                *(config.catalog_path, f"{len(catalogue):,}", reach, ra, dec),
-            )
-
-
-def run_batch(
-    config: BatchConfig | None = None,
-    *,
-    catalog: str | os.PathLike | None = None,
-    client: Client | None = None,
-    scheduler: str | None = None,
-    jobqueue: str | os.PathLike | None = None,
-    progress: bool | Progress = True,
-    **options: Any,
-) -> BatchPipeline:
-    """Run the four stages in one call.
-
-    Parameters
-    ----------
-    config : BatchConfig, optional
-        The run; or give its options by name.
-    catalog : path, optional
-        Short for the option ``catalog_path``.
-    client, scheduler, jobqueue, progress
-        As in `BatchPipeline`.
-    **options
-        Options of `BatchConfig`, such as ``center_ra``, ``radius`` or ``bands``.
-
-    Returns
-    -------
-    BatchPipeline
-        Finished; its `summary` says what happened.
-
-    Raises
-    ------
-    ConfigError
-        If an option is unknown, missing or not allowed.
-
-    Examples
-    --------
-    >>> from spxdask import run_batch
-    >>> pipeline = run_batch(
-    ...     catalog="sources.csv", center_ra=270.0, center_dec=66.56, radius=1.0, bands=["D3"]
-    ... )  # doctest: +SKIP
-    """
-    if catalog is not None:
-        options["catalog_path"] = catalog
-    if config is None:
-        config = BatchConfig.from_dict(options)
-    elif options:
-        raise ConfigError(f"give a config or options, not both: {', '.join(options)}")
-    pipeline = BatchPipeline(
-        config, client=client, scheduler=scheduler, jobqueue=jobqueue, progress=progress
-    )
-    pipeline.run_all()
-    return pipeline

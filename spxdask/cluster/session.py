@@ -16,6 +16,8 @@ from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
 from spxdask.errors import ConfigError
 
+__all__ = ["Client", "ClusterSession"]
+
 logger = logging.getLogger(__name__)
 
 

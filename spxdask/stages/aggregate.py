@@ -27,7 +27,7 @@ from spxdask.stages import light_curves
 from spxdask.storage import raise_disk_full
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from spxdask.cluster.session import Client
 
 # Raised whenever the same tables give other light curves.
 AGGREGATION_VERSION = 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.bag as db
 from dask.delayed import Delayed
 
@@ -20,12 +22,13 @@ from spxdask.errors import ClusterError, DiskFullError
 from spxdask.run.aggregation import discard_aggregation
 from spxdask.run.folder import RunFolder
 from spxdask.run.ledger import Outcome
-from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
+from spxdask.run.observations import Observations
+from spxdask.run.plan import FrameState, MeasurementInputs, has_failed, plan_frames
 from spxdask.run.summary import StageReport
 from spxdask.stages import download, extract, stream
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from spxdask.cluster.session import Client
 
 FETCHING = (FrameState.FETCH, FrameState.FETCH_AND_MEASURE)
 MEASURING = (FrameState.MEASURE, FrameState.FETCH_AND_MEASURE)
@@ -47,8 +50,8 @@ class FrameRun:
         The run.
     inputs : MeasurementInputs
         What tables are made with.
-    observations : dask.bag.Bag of Observation
-        The frames; read several times, partition by partition.
+    observations : Observations
+        The frames; read several times, part by part.
     reports : dict of str to StageReport
         The reports to fill in, by stage: download, extract or both.
     progress : ProgressPublisher
@@ -58,9 +61,13 @@ class FrameRun:
     folder: RunFolder
     config: BatchConfig
     inputs: MeasurementInputs
-    observations: db.Bag
+    observations: Observations
     reports: dict[str, StageReport]
     progress: ProgressPublisher
+
+    @cached_property
+    def _bag(self) -> db.Bag:
+        return make_bag(self.observations)
 
     def plan(self, *, skip_existing: bool = True, only_failed: bool = False) -> bytearray:
         """Decide what is left to do, and report the frames for which that is nothing.
@@ -82,9 +89,15 @@ class FrameRun:
         DiskFullError
             If there is no room for the frames that are to be fetched and kept.
         """
+        ledger = self.folder.ledger
+        total = len(self.observations)
+        if only_failed:
+            total = sum(has_failed(ledger, frame.filename) for frame in iterate(self._bag))
+        name = next(iter(self.reports)) if len(self.reports) == 1 else "frames"
+        self.progress.start(name, total, "frames")
         planned = plan_frames(
-            iterate(self.observations),
-            self.folder.ledger,
+            iterate(self._bag),
+            ledger,
             self.inputs,
             image_sizes=self.folder.images.list_sizes(),
             table_sizes=self.folder.per_image.list_sizes() if "extract" in self.reports else {},
@@ -155,7 +168,7 @@ class FrameRun:
             (FETCHING, lambda: config.max_download_workers),
         ):
             # The frames are read again, as a million of them would fill the memory.
-            pairs = zip(iterate(self.observations), map(FrameState, states), strict=True)
+            pairs = zip(iterate(self._bag), map(FrameState, states), strict=True)
             jobs = (pair for pair in pairs if pair[1] in wanted)
             self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
         # One at a time, which tells frames that kill workers from those that ran beside them.
@@ -309,6 +322,23 @@ def _as_frame_task(
     The key is new each time: a key that the scheduler still knows would not run again.
     """
     return as_task((stage, f"{observation.stem}-{uuid.uuid4().hex[:8]}"), function, *arguments)
+
+
+def make_bag(observations: Observations) -> db.Bag:
+    """Return observations as a bag.
+
+    Parameters
+    ----------
+    observations : Observations
+        Read by whoever computes the bag.
+
+    Returns
+    -------
+    dask.bag.Bag of Observation
+        A partition a part.
+    """
+    parts = range(observations.n_parts)
+    return db.from_delayed([dask.delayed(observations.part)(number) for number in parts])
 
 
 def iterate(bag: db.Bag) -> Iterator[Any]:

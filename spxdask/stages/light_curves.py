@@ -291,8 +291,9 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     mixed = set(target[one][(target[one] == target[next_]) & ends_later].tolist())
 
     lines = pc.cast(columns["lines"], pa.large_string()).take(pa.array(order))
-    texts = [slice_lines(lines, start, stop) for start, stop in zip(starts, stops, strict=True)]
-    for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))):
+    spans = zip(starts.tolist(), stops.tolist(), strict=True)
+    texts: list[bytes | memoryview] = [slice_lines(lines, *span) for span in spans]
+    for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))).tolist():
         texts[i] = sort_lines(texts[i])
     targets = columns["target_id"].take(pa.array(order[starts]))
     rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)

@@ -20,6 +20,7 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import TapOptions, run_adql
 from spxdask.config import BatchConfig
 from spxdask.errors import InputError, TruncatedAnswerError
+from spxdask.science.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ COLUMNS = (
     "a.uri",
     "a.contentlength",
 )
+# A source farther than this from the field is on none of its frames, which are 3.5 deg wide.
+FRAME_REACH_DEG = 6.0
 # Length of a QR2 frame, taken where the archive does not state one.
 TYPICAL_FRAME_BYTES = 71_600_000
 
@@ -216,3 +219,27 @@ def sum_gigabytes(observations: Iterable[Observation]) -> float:
         Size in GB, with 71.6 MB for a frame whose length the archive does not state.
     """
     return sum(o.size_bytes or TYPICAL_FRAME_BYTES for o in observations) / 1e9
+
+
+def warn_if_far_from_field(
+    catalogue: Catalogue, config: BatchConfig, reach_deg: float = FRAME_REACH_DEG
+) -> None:
+    """Warn when all of a catalogue is far from the field, before frames are fetched for nothing.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+        The sources.
+    config : BatchConfig
+        The run.
+    reach_deg : float
+        A source farther than this from the field is on none of its frames, deg.
+    """
+    reach = config.radius + reach_deg
+    if not len(catalogue.within(config.center_ra, config.center_dec, reach)):
+        logger.warning(
+            "%s: none of the %s sources lies within %g deg of the field's centre (%g, %g); "
+            "check that ra and dec are in degrees and not exchanged",
+            *(config.catalog_path, f"{len(catalogue):,}", reach),
+            *(config.center_ra, config.center_dec),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from spxdask import PhotometryConfig
@@ -22,6 +23,12 @@ from spxdask.run.recipe import legacy_fingerprint, make_recipe
 from spxdask.science.catalogue import Catalogue
 
 SIZE = 1000
+
+
+def make_catalogue(ids, ra, dec) -> Catalogue:
+    return Catalogue.from_arrays(pa.array(ids, pa.large_string()), np.array(ra), np.array(dec))
+
+
 CIRCLE = (270.0, 66.0, 2.0)
 
 
@@ -52,7 +59,7 @@ class Ledger(dict):
 
 @pytest.fixture
 def catalogue():
-    return Catalogue.from_arrays(["a", "b"], np.array([270.0, 10.0]), np.array([66.0, -30.0]))
+    return make_catalogue(["a", "b"], [270.0, 10.0], [66.0, -30.0])
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def test_other_options_make_a_table_stale(inputs, measured):
 
 def test_only_sources_near_the_frame_count(inputs, measured):
     def with_sources(ids, ra, dec):
-        catalogue = Catalogue.from_arrays(ids, np.array(ra), np.array(dec))
+        catalogue = make_catalogue(ids, ra, dec)
         return decide(replace(inputs, catalogue=catalogue), measured, on_disk=True, table=77)
 
     assert with_sources(["a", "c"], [270.0, 40.0], [66.0, 0.0]) == FrameState.DONE
@@ -201,7 +208,7 @@ def test_outcomes_of_earlier_versions_still_count(inputs, catalogue):
         bounding_circle=CIRCLE,
     )
     assert decide(inputs, old, on_disk=True, table=77) == FrameState.DONE
-    grown = Catalogue.from_arrays(["a", "c"], np.array([270.0, 50.0]), np.array([66.0, 1.0]))
+    grown = make_catalogue(["a", "c"], [270.0, 50.0], [66.0, 1.0])
     assert decide(replace(inputs, catalogue=grown), old, on_disk=True, table=77) == FrameState.DONE
     other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
     assert decide(other, old, on_disk=True, table=77) == FrameState.MEASURE
