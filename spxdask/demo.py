@@ -6,6 +6,7 @@ import csv
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -134,7 +135,9 @@ def _exposures() -> list[Exposure]:
     exposures = []
     for number, offset in enumerate(DEC_OFFSETS_DEG):
         for detector in range(1, 7):
-            newest = {"release": "qr3", "version": 30, "year": 2026, "day": 90} if number else {}
+            newest: dict[str, Any] = {}
+            if number:
+                newest = {"release": "qr3", "version": 30, "year": 2026, "day": 90}
             exposures.append(
                 Exposure(
                     obs_id=f"2025W51_1A_{684 + number:04d}_{1 + detector % 2}",

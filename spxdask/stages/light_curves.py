@@ -321,7 +321,7 @@ def _rank(column: pa.Array) -> np.ndarray:
     return rank[encoded.indices.to_numpy()]
 
 
-def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[memoryview]) -> bytes:
+def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[bytes | memoryview]) -> bytes:
     """Return the light curves of a partition as Parquet, their numbers as numbers."""
     text = b"".join((render_header(LIGHT_CURVE), *texts))
     found = read_csv(pa.BufferReader(text), LIGHT_CURVE)
