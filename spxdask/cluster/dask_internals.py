@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -125,14 +126,14 @@ def get_web_application(scheduler: Any) -> Any:
     return getattr(scheduler, "http_application", None)
 
 
-def get_worker_name(scheduler: Any, address: str) -> Any:
-    """Return the name of the worker at an address."""
-    return scheduler.workers[address].name
+def get_workers(scheduler: Any) -> Mapping[str, Any]:
+    """Return the workers of a scheduler by address; only to be called on its event loop."""
+    return scheduler.workers
 
 
-def get_worker_names(scheduler: Any) -> list[Any]:
-    """Return the names of the workers of a scheduler; only to be called on its event loop."""
-    return [worker.name for worker in scheduler.workers.values()]
+def get_worker_name(worker: Any) -> Any:
+    """Return the name of one of the workers of a scheduler."""
+    return worker.name
 
 
 def count_threads(scheduler: Any) -> int:

@@ -20,7 +20,12 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado import web
 
-from spxdask.cluster.dask_internals import count_task_states, count_threads, get_web_application
+from spxdask.cluster.dask_internals import (
+    count_task_states,
+    count_threads,
+    get_web_application,
+    get_workers,
+)
 from spxdask.progress import RATE_WINDOW_S, Progress, format_duration
 
 logger = logging.getLogger(__name__)
@@ -299,7 +304,7 @@ class Monitor(SchedulerPlugin):
                 tasks[prefix] = counts
         now = self._clock()
         return {
-            "workers": len(self.scheduler.workers),
+            "workers": len(get_workers(self.scheduler)),
             "threads": count_threads(self.scheduler),
             "tasks": tasks,
             "runs": [_describe_run(run, now) for run in self.runs.values()],

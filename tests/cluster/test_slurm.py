@@ -314,6 +314,7 @@ def test_an_interrupt_while_a_job_is_submitted(
     assert queued("--states=PENDING,RUNNING") == []
 
 
+@pytest.mark.timeout(360)
 def test_the_batch_script(jobs, make_config, expected, tmp_path):
     output = tmp_path / "out"
     make_config(output).to_yaml(tmp_path / "run.yaml")
@@ -329,7 +330,7 @@ def test_the_batch_script(jobs, make_config, expected, tmp_path):
         check=True,
     )
     job = submitted.stdout.strip()
-    until(lambda: not queued())
+    until(lambda: not queued(), timeout=180)
     command = ["scontrol", "--oneliner", "show", "job", job]
     became = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     logs = "".join(log.read_text() for log in tmp_path.glob(f"spxdask-{job}.*log"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import sys
 import threading
 from types import SimpleNamespace
 
+import pytest
 from distributed import Status
 
 from spxdask.cluster.jobqueue import cluster, watchdog
@@ -16,9 +18,9 @@ from spxdask.cluster.jobqueue.watchdog import JobWatchdog
 SETTINGS = SimpleNamespace(path="x", system="slurm", keywords={"processes": 1})
 
 
-def watch(client, kind: type[JobWatchdog] = JobWatchdog, **options) -> JobWatchdog:
+def watch(client, kind=JobWatchdog, settings=SETTINGS, **options) -> JobWatchdog:
     """Return a watchdog over a cluster whose worker is not a job."""
-    return kind(SETTINGS, client.cluster, client, **options)
+    return kind(settings, client.cluster, client, **options)
 
 
 def test_a_check_that_fails_is_not_the_last(in_process, monkeypatch):
@@ -43,19 +45,28 @@ def test_a_check_that_fails_is_not_the_last(in_process, monkeypatch):
 
 def test_jobs_and_workers_are_listed_on_the_event_loop(in_process):
     """Where they change, so that the two fit together."""
-    threads = set()
+    threads, dog = set(), watch(in_process)
+    get_job_name = dog.get_job_name
 
-    class Noting(JobWatchdog):
-        def _find_job(self, worker_name):
-            threads.add(threading.get_ident())
-            return super()._find_job(worker_name)
+    def noting(worker):
+        threads.add(threading.get_ident())
+        return get_job_name(worker)
 
     async def ident() -> int:
         return threading.get_ident()
 
-    jobs, with_workers = watch(in_process, Noting)._list_jobs()
+    dog.get_job_name = noting
+    jobs, with_workers = dog._list_jobs()
     assert set(jobs) == with_workers == {0}
     assert threads == {in_process.cluster.sync(ident)}
+
+
+@pytest.mark.parametrize(("processes", "name"), [(1, "job-3-1"), (2, "job-3")])
+def test_the_name_of_a_job_is_found_by_the_scheduler(in_process, processes, name):
+    """Adaptive scaling pickles the function that finds it."""
+    dog = watch(in_process, settings=SimpleNamespace(keywords={"processes": processes}))
+    get_job_name = pickle.loads(pickle.dumps(dog.get_job_name))
+    assert get_job_name(SimpleNamespace(name="job-3-1")) == name
 
 
 def job(**attributes) -> SimpleNamespace:

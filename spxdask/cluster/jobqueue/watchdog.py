@@ -20,7 +20,7 @@ from spxdask.cluster.dask_internals import (
     get_jobs,
     get_requested_jobs,
     get_worker_name,
-    get_worker_names,
+    get_workers,
     run_coroutine,
 )
 from spxdask.cluster.jobqueue.settings import Settings
@@ -65,6 +65,9 @@ class JobWatchdog:
     ----------
     failure : str or None
         Why the cluster will have no workers.
+    get_job_name : callable
+        Returns the name of the job that a worker of the scheduler belongs to. It is a plain
+        function, as adaptive scaling sends it to the scheduler.
     """
 
     def __init__(
@@ -86,8 +89,9 @@ class JobWatchdog:
         self._max_failures = max_consecutive_failures
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="spxdask-jobs", daemon=True)
-        self._has_groups = settings.keywords["processes"] > 1
-        self._arrivals = _ArrivalRecorder(self._find_job)
+        has_groups = settings.keywords["processes"] > 1
+        self.get_job_name = _get_group_name if has_groups else get_worker_name
+        self._arrivals = _ArrivalRecorder(self.get_job_name)
         cluster.scheduler.add_plugin(self._arrivals)
         self._has_had_workers = False
         # Numbers of jobs in a row.
@@ -115,24 +119,6 @@ class JobWatchdog:
             if job.refusal is None or job.submitted_at_s < resubmit_before:
                 run_coroutine(self._cluster, close_job, self._cluster, name, job)
 
-    def get_job_name(self, worker: Any) -> Any:
-        """Return the name of the job that a worker belongs to.
-
-        Parameters
-        ----------
-        worker : distributed.scheduler.WorkerState
-            The worker, as the scheduler knows it.
-
-        Returns
-        -------
-        str or int
-        """
-        return self._find_job(worker.name)
-
-    def _find_job(self, worker_name: Any) -> Any:
-        """Return the job of a worker; where a job has several, their names have a suffix."""
-        return str(worker_name).rpartition("-")[0] if self._has_groups else worker_name
-
     def _run(self) -> None:
         while not self._is_over.wait(
             self._poll_interval_s if self.failure is None else CANCEL_INTERVAL_S
@@ -155,8 +141,8 @@ class JobWatchdog:
 
         # On the event loop, where both change.
         async def collect() -> tuple[dict[Any, Any], set[Any]]:
-            workers = get_worker_names(self._cluster.scheduler)
-            return get_jobs(self._cluster), {self._find_job(name) for name in workers}
+            workers = get_workers(self._cluster.scheduler).values()
+            return get_jobs(self._cluster), {self.get_job_name(worker) for worker in workers}
 
         return run_coroutine(self._cluster, collect)
 
@@ -249,12 +235,17 @@ class _ArrivalRecorder(SchedulerPlugin):
 
     name = "spxdask-arrivals"
 
-    def __init__(self, find_job: Callable[[Any], Any]) -> None:
+    def __init__(self, get_job_name: Callable[[Any], Any]) -> None:
         # Seconds of the monotonic clock.
         self.last_s: dict[Any, float] = {}
-        self._find_job = find_job
+        self._get_job_name = get_job_name
 
     def add_worker(self, scheduler: Any, worker: str) -> None:
         """Record the arrival of the worker at an address."""
-        name = self._find_job(get_worker_name(scheduler, worker))
+        name = self._get_job_name(get_workers(scheduler)[worker])
         self.last_s[name] = time.monotonic()
+
+
+def _get_group_name(worker: Any) -> str:
+    """Return the name of a worker's job where a job has several, whose names have a suffix."""
+    return str(get_worker_name(worker)).rpartition("-")[0]
