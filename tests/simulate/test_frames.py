@@ -109,7 +109,7 @@ def test_sky_without_room_is_refused():
 
 
 def test_sky_with_ragged_arrays_is_refused(sky):
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="equal length"):
         replace(sky, slope=sky.slope[:-1])
 
 
