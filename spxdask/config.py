@@ -144,24 +144,24 @@ def _normalise(url: str) -> str:
 
 def _to_degrees(value: Any) -> Any:
     """Return astropy's angles in degrees, without importing it, and all else as it is."""
-    if hasattr(value, "unit") and hasattr(value, "to_value"):
-        try:
-            value = value.to_value("deg")
-        # UnitConversionError is both.
-        except (TypeError, ValueError):
-            raise ValueError("an angle or a number of degrees") from None
-        # Of an angle, which is an array without dimensions.
-        return value.tolist() if hasattr(value, "tolist") else value
-    return value
+    if not hasattr(value, "unit") or not hasattr(value, "to_value"):
+        return value
+    try:
+        degrees = value.to_value("deg")
+    # UnitConversionError is both.
+    except (TypeError, ValueError):
+        raise ValueError("an angle or a number of degrees") from None
+    # Of an angle, which is an array without dimensions.
+    return degrees.tolist() if hasattr(degrees, "tolist") else degrees
 
 
-def _refuse_sexagesimal(example: str) -> BeforeValidator:
-    """Return a check that explains itself for a text such as an hour angle."""
+def _coordinate(sexagesimal: str) -> BeforeValidator:
+    """Return a check that explains itself for a text such as the one given."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and not _reads_as_number(value):
-            raise ValueError(f"{{rule}}, in decimal degrees (not as {example})")
-        return value
+            raise ValueError(f"{{rule}}, in decimal degrees (not as {sexagesimal})")
+        return _to_degrees(value)
 
     return BeforeValidator(check)
 
@@ -225,8 +225,7 @@ class BatchConfig(CheckedOptions):
             ge=0,
             le=360,
         ),
-        _refuse_sexagesimal("00:42:44"),
-        BeforeValidator(_to_degrees),
+        _coordinate("00:42:44"),
     ]
     center_dec: Annotated[
         float,
@@ -239,8 +238,7 @@ class BatchConfig(CheckedOptions):
             ge=-90,
             le=90,
         ),
-        _refuse_sexagesimal("-66:30:00"),
-        BeforeValidator(_to_degrees),
+        _coordinate("-66:30:00"),
     ]
     radius: Annotated[
         float,

@@ -29,7 +29,6 @@ from typing import (
     get_type_hints,
 )
 
-from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
@@ -198,12 +197,9 @@ def _info(name: str, field: FieldInfo) -> OptionInfo:
 
 def _limits(metadata: Iterable[Any]) -> Iterable[str]:
     for limit in metadata:
-        if isinstance(limit, Gt):
-            yield f"> {limit.gt}"
-        elif isinstance(limit, Ge):
-            yield f">= {limit.ge}"
-        elif isinstance(limit, Le):
-            yield f"<= {limit.le}"
+        for name, sign in (("gt", ">"), ("ge", ">="), ("le", "<=")):
+            if hasattr(limit, name):
+                yield f"{sign} {getattr(limit, name)}"
 
 
 def _kind(annotation: Any) -> str:
