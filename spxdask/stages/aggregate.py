@@ -117,7 +117,13 @@ def light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -> dd.D
     )
 
 
-def save_groups(found: Iterable[Table], manifest: str) -> int:
+def save_groups(
+    found: Iterable[Table],
+    manifest: str,
+    *,
+    max_bytes: int = GROUP_BYTES,
+    max_files: int = GROUP_FILES,
+) -> int:
     """Divide tables into groups of similar size, each read by one task; return how many.
 
     They are named in a file, a row group each: a million names would burden the scheduler.
@@ -134,7 +140,7 @@ def save_groups(found: Iterable[Table], manifest: str) -> int:
             group.clear()
 
         for table in found:
-            if group and (size + table.bytes > GROUP_BYTES or len(group) >= GROUP_FILES):
+            if group and (size + table.bytes > max_bytes or len(group) >= max_files):
                 end()
                 size = 0
             group.append(table)
@@ -154,13 +160,13 @@ def csv_bytes(name: str, size: int, rows: int | None) -> int:
     return ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
 
 
-def partitions(found: Sequence[Table], num_buckets: int) -> int:
+def partitions(found: Sequence[Table], num_buckets: int, *, max_bytes: int = BUCKET_BYTES) -> int:
     """Return how many partitions to shuffle into: more than asked for if they were large.
 
     Without tables there is nothing to shuffle, and none.
     """
     size = sum(table.bytes for table in found)
-    return max(num_buckets, -(-size // BUCKET_BYTES)) if found else 0
+    return max(num_buckets, -(-size // max_bytes)) if found else 0
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
