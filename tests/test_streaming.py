@@ -11,7 +11,7 @@ import psutil
 import pytest
 import simulated
 from distributed import Client, LocalCluster
-from killing import Fetches
+from killing import RecordFetches
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.progress import Silent
@@ -84,7 +84,7 @@ class WorkerKiller(Silent):
 
 @pytest.mark.kill
 def test_limit_of_fetches_holds_while_workers_die(survey, workers, tmp_path):
-    workers.register_plugin(Fetches(tmp_path / "log"))
+    workers.register_plugin(RecordFetches(tmp_path / "log"))
     # Transfers are so slow that others are under way whenever one ends.
     with SimulatedArchive(survey.archived, bandwidth=survey.size_bytes / 4) as archive:
         config = make_config(survey, archive, tmp_path, max_download_workers=3)

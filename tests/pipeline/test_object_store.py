@@ -356,7 +356,7 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
             store_holds(folder, number) as arrived,
             killing.Command("spxdask", *arguments, log=log) as command,
         ):
-            assert arrived.wait(60), command.said
+            assert arrived.wait(60), command.stderr
             command.kill()
             # Every object is complete.
             for name in FOLDERS:

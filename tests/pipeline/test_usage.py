@@ -60,7 +60,8 @@ def test_script_without_main_guard_fails_with_advice(tmp_path):
     simulated.write_catalogue(tmp_path / "sources.csv", ["one"], [1.0], [1.0])
     script.write_text(
         "from spxdask import run_batch\n"
-        "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0)\n"
+        "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0,"
+        " max_extract_workers=1)\n"
     )
     ended = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
