@@ -1,7 +1,8 @@
 """Fixtures, markers and the tiers of the whole suite.
 
 A test belongs to the quick tier (``pytest -m quick``) unless it carries one of the markers of
-`EXPENSIVE`. Those that follow from a fixture are added here, so that nobody has to remember them.
+`EXPENSIVE`. Those that follow from a fixture or an import are added here, so that nobody has to
+remember them; a test that starts a cluster in another way without the marker fails.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 import simulated
 from distributed import Client, LocalCluster
-from distributed.deploy.spec import SpecCluster
 from hypothesis import settings
 
 from spxdask import BatchConfig
@@ -28,22 +28,29 @@ if os.environ.get("SPXDASK_TESTS") == "long":
 else:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+CURRENT_ITEM = pytest.StashKey[pytest.Item]()
 EXPENSIVE = ("cluster", "kill", "slurm", "s3", "slow")
 # The marker that a test receives because it uses a fixture.
 MARKER_OF_FIXTURE = {
     "client": "cluster",
-    "machines": "cluster",
+    "in_process": "cluster",
     "workers": "cluster",
     "object_store": "s3",
+    "s3": "s3",
     "slurm": "slurm",
 }
+# The marker that the tests of a module receive because it imports a name.
+MARKER_OF_IMPORT = {"LocalCluster": "cluster", "serving": "s3"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture, marker in MARKER_OF_FIXTURE.items():
-            if fixture in item.fixturenames:
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+        for name, marker in MARKER_OF_IMPORT.items():
+            if hasattr(getattr(item, "module", None), name):
                 item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in EXPENSIVE):
             item.add_marker("quick")
@@ -52,20 +59,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _clusters_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that starts a Dask cluster in this process without the marker for it."""
-    start = SpecCluster.__init__
+    start = LocalCluster.__init__
 
-    def start_if_marked(cluster: SpecCluster, *arguments, **options) -> None:
+    def start_if_marked(cluster: LocalCluster, *arguments, **options) -> None:
         item = request.session.stash.get(CURRENT_ITEM, None)
         if item is not None and item.get_closest_marker("quick"):
             pytest.fail(f"{item.nodeid} starts a Dask cluster: mark it with pytest.mark.cluster")
         start(cluster, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SpecCluster, "__init__", start_if_marked)
+        patch.setattr(LocalCluster, "__init__", start_if_marked)
         yield
-
-
-CURRENT_ITEM = pytest.StashKey[pytest.Item]()
 
 
 @pytest.hookimpl(tryfirst=True)
