@@ -1,27 +1,85 @@
-"""What several test modules share."""
+"""Fixtures, markers and the tiers of the whole suite.
+
+A test belongs to the quick tier (``pytest -m quick``) unless it carries one of the markers of
+`EXPENSIVE`. Those that follow from a fixture or an import are added here, so that nobody has to
+remember them; a test that starts a cluster in another way without the marker fails.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import simulated
 from distributed import Client, LocalCluster
 from hypothesis import settings
 
-# The same examples each time where a red run must mean a change; new ones elsewhere.
+from spxdask import BatchConfig
+from spxdask.simulate.archive import SimulatedArchive
+
+# CI repeats the same examples, so that a failure there means a change; other runs search further.
 settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("here", deadline=None)
-# For an afternoon of fuzzing.
+settings.register_profile("local", deadline=None)
 settings.register_profile("long", max_examples=20000, deadline=None)
 if os.environ.get("SPXDASK_TESTS") == "long":
     settings.load_profile("long")
 else:
-    settings.load_profile("ci" if os.environ.get("CI") else "here")
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+CURRENT_ITEM = pytest.StashKey[pytest.Item]()
+EXPENSIVE = ("cluster", "kill", "slurm", "s3", "slow")
+# The marker that a test receives because it uses a fixture.
+MARKER_OF_FIXTURE = {
+    "client": "cluster",
+    "in_process": "cluster",
+    "workers": "cluster",
+    "object_store": "s3",
+    "s3": "s3",
+    "slurm": "slurm",
+}
+# The marker that the tests of a module receive because it imports a name.
+MARKER_OF_IMPORT = {"LocalCluster": "cluster", "serving": "s3"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in MARKER_OF_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+        for name, marker in MARKER_OF_IMPORT.items():
+            if hasattr(getattr(item, "module", None), name):
+                item.add_marker(marker)
+        if not any(item.get_closest_marker(name) for name in EXPENSIVE):
+            item.add_marker("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clusters_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that starts a Dask cluster in this process without the marker for it."""
+    start = LocalCluster.__init__
+
+    def start_if_marked(cluster: LocalCluster, *arguments, **options) -> None:
+        item = request.session.stash.get(CURRENT_ITEM, None)
+        if item is not None and item.get_closest_marker("quick"):
+            pytest.fail(f"{item.nodeid} starts a Dask cluster: mark it with pytest.mark.cluster")
+        start(cluster, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalCluster, "__init__", start_if_marked)
+        yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.session.stash[CURRENT_ITEM] = item
 
 
 @pytest.fixture(scope="session")
-def client():
-    """A cluster of two processes, as a user's would be; shared, so leave nothing on it."""
+def client() -> Iterator[Client]:
+    """A cluster of two processes; tests share it, and must leave nothing on it."""
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=3, host="127.0.0.1", dashboard_address="127.0.0.1:0"
@@ -29,3 +87,43 @@ def client():
         Client(cluster) as client,
     ):
         yield client
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator:
+    """An S3 of moto on 127.0.0.1 with an empty bucket `objectstore.BUCKET`."""
+    from objectstore import serving
+
+    with serving() as store:
+        yield store
+
+
+# A survey, its archive and the configuration of a run over it. A module that needs another sky
+# overrides `survey`; one that plans faults for single tests overrides `archive`.
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory: pytest.TempPathFactory) -> simulated.Survey:
+    """Four frames of one field in four bands, and its twenty sources."""
+    exposures = [simulated.exposure(number, 1 + number) for number in range(4)]
+    return simulated.make_survey(tmp_path_factory.mktemp("survey"), exposures, n_sources=20)
+
+
+@pytest.fixture(scope="module")
+def archive(survey: simulated.Survey) -> Iterator[SimulatedArchive]:
+    with SimulatedArchive(survey.archived) as archive:
+        yield archive
+
+
+@pytest.fixture
+def make_config(
+    survey: simulated.Survey, archive: SimulatedArchive, tmp_path: Path
+) -> Callable[..., BatchConfig]:
+    """Return a function that makes the configuration of a run into ``tmp_path / "out"``."""
+    catalogue = survey.write_catalogue(tmp_path / "sources.csv")
+
+    def make(**options) -> BatchConfig:
+        defaults = simulated.run_options(catalogue, archive, tmp_path / "out")
+        return BatchConfig(**(defaults | options))
+
+    return make

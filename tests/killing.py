@@ -1,6 +1,6 @@
-"""Commands to be killed, and ways to have a worker of theirs die or wait at a chosen point.
+"""Commands that a test can kill, and ways to let a worker die or wait at a chosen point.
 
-Named as a Dask preload (`PRELOAD`), this module also lets the workers of a whole command wait.
+As a Dask preload (see `hold`), this module also lets the workers of a whole command wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from distributed import WorkerPlugin
 
-# Where a worker can be made to die or wait: module, name in it, what to look at.
+# Where a worker can be made to die or wait: a module, and a function in it.
 POINTS = {
     "begin": ("spxdask.stages.stream", "fetch_frame"),
     "fetch": ("spxdask.stages.download", "_open_verified"),
@@ -37,7 +37,7 @@ HOLD, HELD = "SPXDASK_TEST_HOLD", "SPXDASK_TEST_HELD"
 
 
 class Command:
-    """A command in a session of its own, as in a terminal of its own."""
+    """A command in a session of its own, as if started from another terminal."""
 
     def __init__(self, *arguments: str, log: Path, **environment: str) -> None:
         self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
@@ -57,16 +57,17 @@ class Command:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
-        for other in self.others():
+        for process in self.other_processes():
             with suppress(psutil.NoSuchProcess):
-                other.kill()
+                process.kill()
 
     @property
-    def said(self) -> str:
+    def stderr(self) -> str:
+        """What the command has written to its standard error."""
         return self.err.read_text(encoding="utf-8", errors="replace")
 
-    def others(self) -> list[psutil.Process]:
-        """Return the processes of the session but the first."""
+    def other_processes(self) -> list[psutil.Process]:
+        """Return the processes of the session except the command itself."""
         found = []
         for pid in psutil.pids():
             with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
@@ -75,16 +76,16 @@ class Command:
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def workers(self) -> list[psutil.Process]:
-        """Return the Dask workers that the command started."""
+        """Return the processes of Dask workers and nannies that the command started."""
         found = []
-        for other in self.others():
+        for process in self.other_processes():
             with suppress(psutil.NoSuchProcess):
-                if "spawn_main" in " ".join(other.cmdline()):
-                    found.append(other)
+                if "spawn_main" in " ".join(process.cmdline()):
+                    found.append(process)
         return sorted(found, key=lambda worker: worker.pid)
 
     def interrupt(self) -> None:
-        """Send what a terminal sends to all when somebody types Ctrl-C."""
+        """Send SIGINT to all processes of the session, as a terminal does upon Ctrl-C."""
         os.killpg(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
@@ -92,19 +93,19 @@ class Command:
         self.process.wait()
 
     def wait(self, timeout: float) -> int | None:
-        """Return the exit status, None when it runs on."""
+        """Return the exit status, or None if the command still runs after `timeout` seconds."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
     def left_behind(self, timeout: float = 10.0) -> list[psutil.Process]:
-        """Return the processes of the session that do not go away by themselves."""
-        return psutil.wait_procs(self.others(), timeout)[1]
+        """Return the processes of the session that still run after `timeout` seconds."""
+        return psutil.wait_procs(self.other_processes(), timeout)[1]
 
 
 def patch(point: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a function of this process by what `make` makes of it."""
+    """Replace the function at a point of this process by what `make` returns for it."""
     module, name = POINTS[point]
     home: object = import_module(module)
     *outer, name = name.split(".")
@@ -114,9 +115,10 @@ def patch(point: str, make: Callable[[Callable], Callable]) -> None:
 
 
 def die_once(point: str, marker: str, calls: int, inside: str = "") -> None:
-    """Have this process kill itself at the n-th call of a function, if none has yet.
+    """Let this process kill itself at the n-th call of a function, unless another already did.
 
-    Only calls with `inside` in an argument's text count.
+    The first process creates the file `marker`. Only calls count that have `inside` in the text
+    of their arguments.
     """
     lock = threading.Lock()
     left = calls
@@ -138,10 +140,10 @@ def die_once(point: str, marker: str, calls: int, inside: str = "") -> None:
     patch(point, make)
 
 
-class Deadly(WorkerPlugin):
-    """Have every worker die of a frame, whoever tries."""
+class DieOfFrame(WorkerPlugin):
+    """Kills every worker that reaches a point with a certain frame."""
 
-    name = "deadly"
+    name = "die-of-frame"
 
     def __init__(self, point: str, filename: str) -> None:
         self.point, self.filename = point, filename
@@ -158,10 +160,10 @@ class Deadly(WorkerPlugin):
         patch(self.point, make)
 
 
-class Fetches(WorkerPlugin):
-    """Notes when each fetch of a worker begins and ends, on the clock of the machine."""
+class RecordFetches(WorkerPlugin):
+    """Appends a line to a file when a fetch begins and when it ends, with the monotonic time."""
 
-    name = "fetches"
+    name = "record-fetches"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,8 +173,8 @@ class Fetches(WorkerPlugin):
 
         fetch, path = download.fetch_file, self.path
 
-        def noted(url, *arguments, **options):
-            # One write each, so that lines of two processes do not mix.
+        def recorded(url, *arguments, **options):
+            # Each line is a single write, so that lines of two processes do not mix.
             log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             name = f"{os.getpid()} {url.rpartition('/')[2]}"
             try:
@@ -182,12 +184,15 @@ class Fetches(WorkerPlugin):
                 os.write(log, f"end {time.monotonic()} {name}\n".encode())
                 os.close(log)
 
-        if fetch.__name__ != "noted":
-            download.fetch_file = noted
+        if fetch.__name__ != "recorded":
+            download.fetch_file = recorded
 
 
 def hold(point: str, held: Path) -> dict[str, str]:
-    """Return the environment in which workers wait at a point for ever, and say so."""
+    """Return the environment in which workers report that they reached a point, and wait there.
+
+    They report by a byte to the named pipe `held`.
+    """
     return {
         "DASK_DISTRIBUTED__WORKER__PRELOAD": json.dumps([__name__]),
         "PYTHONPATH": str(Path(__file__).parent),
@@ -197,11 +202,10 @@ def hold(point: str, held: Path) -> dict[str, str]:
 
 
 def dask_setup(worker) -> None:
-    """Prepare a worker as `hold` says; Dask calls it."""
+    """Let a worker wait as `hold` describes. Dask calls this function by its name."""
 
     def make(function: Callable) -> Callable:
         def call(*arguments, **options):
-            # A pipe that the test reads: it knows without looking again and again.
             with open(os.environ[HELD], "wb") as held:
                 held.write(b".")
             threading.Event().wait()
@@ -213,7 +217,7 @@ def dask_setup(worker) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[Callable[[], None]]:
-    """Give a function that returns when the first worker waits."""
+    """Make the pipe of `hold`; yield a function that returns when the first worker waits."""
     os.mkfifo(path)
     pipe = os.open(path, os.O_RDWR)
     try:

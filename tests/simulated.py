@@ -1,8 +1,9 @@
-"""A small simulated survey that tests share: cut-outs of a few frames, and their archive."""
+"""Small simulated surveys for tests: a sky, cut-outs of a few frames, and a catalogue."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,28 @@ from spxdask.simulate.frames import (
 )
 
 CENTER = (270.0, 66.56)
-# Cut-outs about the reference pixel, so that files are small and sources are on them.
+# Ids that mean something to a file system, a shell, a CSV reader, a spreadsheet or a parser of
+# numbers, and one whose file name would be too long.
+AWKWARD_IDS = [
+    "39633458707826492",
+    "39633458707826493",
+    "a/b",
+    "../../etc/passwd",
+    ".hidden",
+    'quo"te, comma',
+    "line\nfeed",
+    "100%",
+    "=cmd()|' /C calc'!A0",
+    "bell\a\x01\x7f\r",
+    "é" * 150,
+    "007",
+    "7",
+    "7.0",
+    "NA",
+]
+# A cut-out about the reference pixel keeps files small and has the field's sources on it.
 WINDOW = (900, 900, 240, 240)
-# The real zodiacal scale is fitted only when most pixels are free of SOURCE.
+# The zodiacal scale is fitted only when most pixels are free of the SOURCE flag.
 OPTIONS = SceneOptions(crowding=0.3)
 
 
@@ -53,7 +73,7 @@ def field_sky(n_sources: int = 40) -> Sky:
     return make_sky(*CENTER, 0.2, n_sources=n_sources, min_separation_arcsec=70, seed=11)
 
 
-def simulate(folder: Path, exposures: list[Exposure], sky: Sky) -> list[SimulatedFrame]:
+def simulate(folder: Path, exposures: Sequence[Exposure], sky: Sky) -> list[SimulatedFrame]:
     frames = []
     for one in exposures:
         planes = make_planes(one, sky, OPTIONS, window=WINDOW)
@@ -71,17 +91,48 @@ def write_catalogue(path: Path, ids, ra, dec) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Survey:
+    """A sky with the names of its sources, and the frames that were taken of it."""
+
+    sky: Sky
+    ids: list[str]
+    frames: list[SimulatedFrame]
+
+    @property
+    def archived(self) -> list[ArchivedFrame]:
+        return [frame.archived for frame in self.frames]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all frames together."""
+        return sum(frame.path.stat().st_size for frame in self.frames)
+
+    def write_catalogue(self, path: Path) -> Path:
+        return write_catalogue(path, self.ids, self.sky.ra, self.sky.dec)
+
+
+def make_survey(
+    folder: Path,
+    exposures: Sequence[Exposure],
+    *,
+    ids: Sequence[str] = (),
+    n_sources: int = 40,
+) -> Survey:
+    """Simulate exposures of the field; sources without a given id are s0, s1 and so on."""
+    sky = field_sky(n_sources)
+    ids = [*ids, *(f"s{i}" for i in range(len(sky) - len(ids)))]
+    return Survey(sky, ids, simulate(folder, exposures, sky))
+
+
 def small_survey(folder: Path, number: int) -> tuple[Path, list[ArchivedFrame]]:
-    """Return a catalogue and some frames about it, five places in six bands."""
-    sky = field_sky()
-    ids = [f"s{i}" for i in range(len(sky))]
-    catalogue = write_catalogue(folder / "sources.csv", ids, sky.ra, sky.dec)
-    exposures = [exposure(i % 5, 1 + i % 6) for i in range(number)]
-    return catalogue, [frame.archived for frame in simulate(folder, exposures, sky)]
+    """Return a catalogue and some frames of its sources, at five positions in six bands."""
+    survey = make_survey(folder, [exposure(i % 5, 1 + i % 6) for i in range(number)])
+    return survey.write_catalogue(folder / "sources.csv"), survey.archived
 
 
 def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) -> dict:
-    """Return the options of a run over the field, few buckets and no patience."""
+    """Return the options of a run over the field, with few buckets and without retries."""
     return {
         "catalog_path": str(catalogue),
         "center_ra": CENTER[0],

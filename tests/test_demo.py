@@ -12,9 +12,11 @@ from spxdask.demo import MARK
 from spxdask.run.folder import RunFolder
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_demo_recovers_what_was_injected(tmp_path, capsys):
-    # What an earlier demo left may be written over, what is the user's may not go.
+    # Files of an earlier demo may be written over, files of the user must stay.
     mine = tmp_path / "demo" / "archive" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
@@ -48,31 +50,31 @@ def test_demo_leaves_a_real_run_alone(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     with folder.locked():
         folder.save_config(config)
-    # Also in a folder that was a demo's before.
+    # That an earlier demo wrote to the folder does not matter.
     (tmp_path / MARK).touch()
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "holds a real run" in capsys.readouterr().err
 
 
-def tree(folder):
+def read_tree(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(
     "name", ["sources.csv", "archive/raw.fits", "state/config.yaml", ".hidden"]
 )
-def test_demo_leaves_the_folder_of_another_alone(tmp_path, capsys, name):
+def test_demo_leaves_a_folder_with_other_files_alone(tmp_path, capsys, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    before = tree(tmp_path)
+    before = read_tree(tmp_path)
     assert main(["demo", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert f"{tmp_path} holds what is not of an earlier demo" in err
-    assert tree(tmp_path) == before
+    assert read_tree(tmp_path) == before
 
 
-def test_demo_has_no_room_for_a_folder(tmp_path, capsys):
+def test_output_that_cannot_be_a_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["demo", "--output", str(tmp_path / "file")]) == 2
     assert main(["demo", "--output", "memory://demo"]) == 2

@@ -1,4 +1,4 @@
-"""What operators copy is what the code reads."""
+"""The files in deploy/ fit the options of the code and one another."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from spxdask import BatchConfig
 DEPLOY = Path(__file__).parents[1] / "deploy"
 
 
-def documents(name: str) -> dict[str, dict]:
+def load_documents(name: str) -> dict[str, dict]:
     found = yaml.safe_load_all((DEPLOY / "kubernetes" / name).read_text())
     return {document["kind"]: document for document in found}
 
 
-def test_the_run_on_kubernetes_has_options_that_are_allowed():
-    run = documents("run.yaml")
+def test_options_of_the_run_on_kubernetes_are_valid():
+    run = load_documents("run.yaml")
     config = BatchConfig.from_dict(yaml.safe_load(run["ConfigMap"]["data"]["run.yaml"]))
     assert config.archive_url.startswith("s3://")
     [client] = run["Job"]["spec"]["template"]["spec"]["containers"]
     assert client["args"][:2] == ["spxdask", "run"]
     address = client["args"][client["args"].index("--scheduler") + 1]
-    cluster = documents("cluster.yaml")["DaskCluster"]
+    cluster = load_documents("cluster.yaml")["DaskCluster"]
     assert address == f"tcp://{cluster['metadata']['name']}-scheduler:8786"
 
 
-def test_the_autoscaler_is_of_the_cluster():
-    found = documents("cluster.yaml")
+def test_autoscaler_names_the_cluster():
+    found = load_documents("cluster.yaml")
     assert found["DaskAutoscaler"]["spec"]["cluster"] == found["DaskCluster"]["metadata"]["name"]
     service = found["DaskCluster"]["spec"]["scheduler"]["service"]
     assert {port["port"] for port in service["ports"]} == {8786, 8787}
 
 
-def test_the_run_on_ec2_has_options_that_are_allowed():
+def test_options_of_the_run_on_ec2_are_valid():
     tree = ast.parse((DEPLOY / "aws" / "run.py").read_text())
     [call] = [
         node.value
@@ -49,6 +49,6 @@ def test_the_run_on_ec2_has_options_that_are_allowed():
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.md")), ids=lambda p: p.parent.name)
-def test_links_lead_somewhere(path):
+def test_links_lead_to_files(path):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
         assert (path.parent / link).exists(), link

@@ -1,4 +1,4 @@
-"""What is killed, at whatever moment, ends in the same light curves: with real processes."""
+"""Runs whose processes are killed at any moment are resumed and end in the same files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import pytest
 import simulated
 from distributed import Client, LocalCluster
 from killing import Command
+from outputs import read_files
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.errors import RunFolderError
@@ -28,11 +29,13 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.status import status
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 
+pytestmark = [pytest.mark.kill, pytest.mark.cluster]
+
 N_FRAMES = 10
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
 KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 6))
-ONLY_LONG = pytest.mark.skipif(not LONG, reason="one like it runs; SPXDASK_TESTS=long has all")
-# Others each time where nobody waits for the same colour.
+ONLY_LONG = pytest.mark.skipif(not LONG, reason="a similar case runs; SPXDASK_TESTS=long runs all")
+# A long run tries other moments each time; a short one repeats the same.
 SEED = None if LONG else 20261122
 
 
@@ -43,25 +46,27 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def survey(home) -> list[ArchivedFrame]:
-    sky = simulated.field_sky()
-    ids = [f"s{i}" for i in range(len(sky))]
-    simulated.write_catalogue(home / "sources.csv", ids, sky.ra, sky.dec)
-    exposures = [simulated.exposure(i % 5, 1 + i % 6) for i in range(N_FRAMES)]
     (home / "archive").mkdir()
-    return [f.archived for f in simulated.simulate(home / "archive", exposures, sky)]
+    exposures = [simulated.exposure(i % 5, 1 + i % 6) for i in range(N_FRAMES)]
+    survey = simulated.make_survey(home / "archive", exposures)
+    survey.write_catalogue(home / "sources.csv")
+    return survey.archived
+
+
+def total_size(survey: list[ArchivedFrame]) -> int:
+    return sum(frame.path.stat().st_size for frame in survey)
 
 
 @pytest.fixture(scope="module")
 def archive(survey):
-    """All frames together take more than a second."""
-    size = sum(frame.path.stat().st_size for frame in survey)
-    with SimulatedArchive(survey, bandwidth=size / 1.2) as archive:
+    """An archive that needs more than a second for all frames."""
+    with SimulatedArchive(survey, bandwidth=total_size(survey) / 1.2) as archive:
         yield archive
 
 
 @pytest.fixture
 def client():
-    """A cluster of processes that a test may kill, each its own: patches stay in workers."""
+    """A cluster of processes for one test, which may kill them and patch functions in them."""
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=3, host="127.0.0.1", dashboard_address="127.0.0.1:0"
@@ -74,17 +79,9 @@ def client():
 @pytest.fixture
 def make_config(home, archive, tmp_path):
     def make(**options) -> BatchConfig:
-        defaults = {
-            "catalog_path": home / "sources.csv",
-            "center_ra": simulated.CENTER[0],
-            "center_dec": simulated.CENTER[1],
-            "radius": 0.05,
-            "output_dir": tmp_path / "out",
-            "num_buckets": 5,
-            "keep_bucket_files": True,
-            "tap_url": archive.tap_url,
-            "archive_url": archive.archive_url,
-        }
+        defaults = simulated.run_options(home / "sources.csv", archive, tmp_path / "out")
+        del defaults["max_retries"]
+        defaults["keep_bucket_files"] = True
         return BatchConfig(**(defaults | options))
 
     return make
@@ -101,32 +98,35 @@ def run_command(home: Path, archive: SimulatedArchive, output: Path, *more: str)
     ]
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of which no process was killed: its output folder, and its time in seconds."""
+
+    output: Path
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(home, archive, survey):
-    """The folder of a run that nobody disturbed, and how long it took."""
+def undisturbed(home, archive, survey) -> Undisturbed:
     output = home / "undisturbed"
     started = time.monotonic()
     with Command(*run_command(home, archive, output), log=home / "undisturbed.log") as command:
-        assert command.wait(100) == 0, command.said
+        assert command.wait(100) == 0, command.stderr
         assert command.left_behind() == []
-    span = time.monotonic() - started
+    seconds = time.monotonic() - started
     for frame in survey:
         assert (output / "images" / frame.path.name).read_bytes() == frame.path.read_bytes()
     assert len(list((output / "per_image").iterdir())) == N_FRAMES
     assert len(list((output / "lightcurves").iterdir())) > 20
-    return output, span
+    return Undisturbed(output, seconds)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def check_whole(output: Path, undisturbed: tuple[Path, float]) -> None:
-    """See that nobody can tell the folder of a disturbed run from that of another."""
-    expected, _ = undisturbed
+def assert_like_undisturbed(output: Path, undisturbed: Undisturbed) -> None:
+    """Assert that the output folder equals that of the undisturbed run."""
+    expected = undisturbed.output
     assert [p for p in output.rglob("*") if p.name.endswith(".part")] == []
     for name in ("images", "per_image", "lightcurves"):
-        assert contents(output / name) == contents(expected / name)
+        assert read_files(output / name) == read_files(expected / name)
     buckets = {path.name: pq.read_table(path) for path in (output / "buckets").iterdir()}
     assert buckets == {p.name: pq.read_table(p) for p in (expected / "buckets").iterdir()}
     found, other = status(output), status(expected)
@@ -136,7 +136,7 @@ def check_whole(output: Path, undisturbed: tuple[Path, float]) -> None:
 
 
 def stage_of(command: Command, output: Path, began: float) -> str:
-    """Read from disk how far a run is; `began` is when it did."""
+    """Return the stage that a run has reached, by the files written since it began."""
     if command.wait(0) is not None:
         return "ended"
     folder = RunFolder(output)
@@ -157,8 +157,7 @@ def stage_of(command: Command, output: Path, began: float) -> str:
 
 
 @pytest.mark.timeout(6 * 3600 if LONG else 180)
-def test_random_kills(home, archive, undisturbed, tmp_path, capsys):
-    _, span = undisturbed
+def test_kills_at_random_moments(home, archive, undisturbed, tmp_path, capsys):
     dice = random.Random(SEED)
     tried, unfinished = Counter(), []
     number, began_all = 0, time.monotonic()
@@ -169,23 +168,23 @@ def test_random_kills(home, archive, undisturbed, tmp_path, capsys):
             victim = dice.choice(["client", "worker"]) if LONG else ("client", "worker")[n % 2]
             began = time.time()
             with Command(*arguments, log=tmp_path / f"run{number}-{n}") as command:
-                command.wait(dice.uniform(0, span))
+                command.wait(dice.uniform(0, undisturbed.seconds))
                 stage = stage_of(command, output, began)
                 workers = command.workers()
                 if victim == "worker" and workers:
                     with suppress(psutil.NoSuchProcess):
                         dice.choice(workers).kill()
                     if (ended := command.wait(100)) != 0:
-                        unfinished.append((number, n, stage, ended, command.said))
+                        unfinished.append((number, n, stage, ended, command.stderr))
                 else:
                     victim = "client"
                     command.kill()
                 assert command.left_behind() == []
             tried[victim, stage] += 1
         with Command(*arguments, log=tmp_path / f"run{number}-last") as command:
-            assert command.wait(100) == 0, command.said
+            assert command.wait(100) == 0, command.stderr
             assert command.left_behind() == []
-        check_whole(output, undisturbed)
+        assert_like_undisturbed(output, undisturbed)
         number += 1
         if LONG:
             shutil.rmtree(output)
@@ -195,11 +194,11 @@ def test_random_kills(home, archive, undisturbed, tmp_path, capsys):
     if LONG:
         with capsys.disabled():
             print(*unfinished, sep="\n")
-    # A worker that is lost costs the run nothing.
+    # No run failed because it lost a worker.
     assert unfinished == []
 
 
-def test_worker_killed_in_download(make_config, survey, client, undisturbed):
+def test_worker_killed_during_downloads(make_config, survey, client, undisturbed):
     victim = min(client.run(os.getpid).values())
     lock, asked = threading.Lock(), 0
 
@@ -210,7 +209,7 @@ def test_worker_killed_in_download(make_config, survey, client, undisturbed):
             kill = asked == 4
         if kill:
             os.kill(victim, 9)
-        # So that the others are under way for certain.
+        # The other transfers are then under way with certainty.
         yield Fault(stall=100_000)
 
     with SimulatedArchive(survey, faults={f.uri: plan() for f in survey}) as archive:
@@ -220,7 +219,7 @@ def test_worker_killed_in_download(make_config, survey, client, undisturbed):
         summary = BatchPipeline(config, client=client).run_all()
         assert asked == N_FRAMES
     assert summary.failed == {}
-    check_whole(Path(config.output_dir), undisturbed)
+    assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -247,26 +246,25 @@ def test_worker_killed_at_a_point(make_config, client, undisturbed, tmp_path, po
     summary = BatchPipeline(config, client=client).run_all()
     assert marker.exists()
     assert summary.failed == {}
-    assert summary.stages["aggregate"].rows == status(undisturbed[0]).rows
-    check_whole(Path(config.output_dir), undisturbed)
+    assert summary.stages["aggregate"].rows == status(undisturbed.output).rows
+    assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
 @pytest.mark.parametrize("point", ["extract", pytest.param("begin", marks=ONLY_LONG)])
 def test_frame_that_kills_its_worker(make_config, survey, client, undisturbed, point):
     deadly = survey[4].path.name
-    client.register_plugin(killing.Deadly(point, deadly))
-    # The others are in flight for long enough to be there each time a worker dies.
+    client.register_plugin(killing.DieOfFrame(point, deadly))
+    # Transfers are so slow that other frames are in flight each time a worker dies.
     size = survey[0].path.stat().st_size
     with SimulatedArchive(survey, bandwidth=size) as archive:
         config = make_config(tap_url=archive.tap_url, archive_url=archive.archive_url)
         summary = BatchPipeline(config, client=client).run_all()
-    print(summary.failed)
     assert list(summary.failed) == [deadly]
     assert "KilledWorker" in summary.failed[deadly]
     assert summary.stages["extract"].done == N_FRAMES - 1
     # Other workers can measure it.
     assert BatchPipeline(make_config()).run_all().failed == {}
-    check_whole(Path(config.output_dir), undisturbed)
+    assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
 def free_port() -> int:
@@ -277,7 +275,7 @@ def free_port() -> int:
 
 @contextmanager
 def scheduler_and_workers(folder: Path, port: int, environment: dict[str, str]):
-    """A cluster of separate processes, as on machines of their own."""
+    """A scheduler and two workers as separate commands, as if on separate machines."""
     address = f"tcp://127.0.0.1:{port}"
     with ExitStack() as stack:
         arguments = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
@@ -299,9 +297,9 @@ def scheduler_and_workers(folder: Path, port: int, environment: dict[str, str]):
 
 @contextmanager
 def stalling(moment: str, survey: list[ArchivedFrame], folder: Path):
-    """Give an archive, an environment for workers, and a function that returns in a stage.
+    """Yield an archive, an environment for workers, and a function that returns at a moment.
 
-    Then the run stays there for as long as the block lasts.
+    The run stays at that moment until the block ends.
     """
     faults: dict = {}
     if moment == "query":
@@ -324,20 +322,20 @@ def stalling(moment: str, survey: list[ArchivedFrame], folder: Path):
 
 @dataclass
 class Ended:
-    """How a command ended that was stopped, and the folder it worked in.
+    """How a command ended that was stopped, and its output folder.
 
-    What it said is without the addresses of its pages.
+    `stderr` holds the lines it wrote but those with the addresses of its pages.
     """
 
     status: int | None
     seconds: float
-    said: list[str]
+    stderr: list[str]
     left_behind: list[psutil.Process]
     output: Path
 
 
-def said_by(command: Command) -> list[str]:
-    lines = command.said.splitlines()
+def messages_of(command: Command) -> list[str]:
+    lines = command.stderr.splitlines()
     return [line for line in lines if not line.startswith(("dashboard ", "frames      "))]
 
 
@@ -346,7 +344,7 @@ MOMENTS = [pytest.param("query", marks=ONLY_LONG), "download", "writing"]
 
 @pytest.fixture(scope="module", params=MOMENTS)
 def without_scheduler(request, home, survey):
-    """A run that lost its scheduler."""
+    """A run whose scheduler was killed."""
     folder = home / f"lost-{request.param}"
     folder.mkdir()
     with (
@@ -360,33 +358,34 @@ def without_scheduler(request, home, survey):
             started = time.monotonic()
             status = command.wait(60)
             seconds = time.monotonic() - started
-            said = said_by(command)
-            return Ended(status, seconds, said, command.left_behind(), folder / "out")
+            stderr = messages_of(command)
+            return Ended(status, seconds, stderr, command.left_behind(), folder / "out")
 
 
-def test_scheduler_killed(home, archive, without_scheduler, undisturbed, tmp_path):
+def test_run_whose_scheduler_was_killed_is_resumed(
+    home, archive, without_scheduler, undisturbed, tmp_path
+):
     ended = without_scheduler
     assert ended.status not in (None, 0)
     assert ended.left_behind == []
     with scheduler_and_workers(tmp_path, free_port(), {}) as (_, address):
         arguments = run_command(home, archive, ended.output, "--scheduler", address)
         with Command(*arguments, log=tmp_path / "again") as command:
-            assert command.wait(100) == 0, command.said
-    check_whole(ended.output, undisturbed)
+            assert command.wait(100) == 0, command.stderr
+    assert_like_undisturbed(ended.output, undisturbed)
 
 
-def test_scheduler_killed_is_told_in_a_sentence(without_scheduler):
+def test_killed_scheduler_is_reported_in_one_sentence(without_scheduler):
     ended = without_scheduler
-    print(*ended.said, sep="\n")
     assert ended.status == 1
-    (said,) = ended.said
-    assert said.startswith("spxdask: ")
-    assert "scheduler" in said
+    (message,) = ended.stderr
+    assert message.startswith("spxdask: ")
+    assert "scheduler" in message
 
 
 @pytest.fixture(scope="module", params=MOMENTS)
 def interrupted(request, home, survey):
-    """A run that was stopped by Ctrl-C."""
+    """A run that was stopped by one Ctrl-C."""
     folder = home / f"interrupted-{request.param}"
     folder.mkdir()
     return interrupt(1, request.param, home, survey, folder)
@@ -394,6 +393,7 @@ def interrupted(request, home, survey):
 
 @pytest.fixture(scope="module", params=MOMENTS)
 def interrupted_twice(request, home, survey):
+    """A run that was stopped by two."""
     folder = home / f"interrupted-twice-{request.param}"
     folder.mkdir()
     return interrupt(2, request.param, home, survey, folder)
@@ -405,51 +405,49 @@ def interrupt(times: int, moment: str, home: Path, survey: list, folder: Path) -
         arguments = run_command(home, archive, output)
         with Command(*arguments, log=folder / "run", **environment) as command:
             reached()
-            # Ctrl-C goes to one run only; another in the same folder is kept out.
+            # Another run is refused before the interrupt, which only the command receives.
             config = RunFolder(output).saved_config() if moment != "query" else None
             if config is not None:
-                said = f"another run is at work .*process {command.pid}"
-                with pytest.raises(RunFolderError, match=said):
+                holder = f"another run is at work .*process {command.pid}"
+                with pytest.raises(RunFolderError, match=holder):
                     BatchPipeline(config).run_query()
             command.interrupt()
             if times == 2:
-                while "again stops at once" not in command.said:
+                while "again stops at once" not in command.stderr:
                     assert command.wait(0.01) is None
                 command.interrupt()
             started = time.monotonic()
             status = command.wait(30)
             seconds = time.monotonic() - started
             left_behind = command.left_behind(2.0)
-            return Ended(status, seconds, said_by(command), left_behind, output)
+            return Ended(status, seconds, messages_of(command), left_behind, output)
 
 
-def check_resumes(ended: Ended, home, archive, undisturbed, tmp_path) -> None:
+def assert_resumes(ended: Ended, home, archive, undisturbed, tmp_path) -> None:
     with Command(*run_command(home, archive, ended.output), log=tmp_path / "again") as command:
-        assert command.wait(100) == 0, command.said
-    check_whole(ended.output, undisturbed)
+        assert command.wait(100) == 0, command.stderr
+    assert_like_undisturbed(ended.output, undisturbed)
 
 
 def test_interrupt(home, archive, interrupted, undisturbed, tmp_path):
-    print(interrupted.seconds, *interrupted.said, sep="\n")
     assert interrupted.status == 130
     assert interrupted.seconds < 10
     assert interrupted.left_behind == []
-    assert "spxdask: stopping; Ctrl-C again stops at once" in interrupted.said
-    assert interrupted.said[-1] == "spxdask: stopped; the same command goes on where it was"
-    check_resumes(interrupted, home, archive, undisturbed, tmp_path)
+    assert "spxdask: stopping; Ctrl-C again stops at once" in interrupted.stderr
+    assert interrupted.stderr[-1] == "spxdask: stopped; the same command goes on where it was"
+    assert_resumes(interrupted, home, archive, undisturbed, tmp_path)
 
 
 def test_interrupt_twice(home, archive, interrupted_twice, undisturbed, tmp_path):
-    print(interrupted_twice.seconds, *interrupted_twice.said, sep="\n")
     assert interrupted_twice.status == 130
     assert interrupted_twice.seconds < 2
     assert interrupted_twice.left_behind == []
-    assert "spxdask: stopped at once" in interrupted_twice.said
-    check_resumes(interrupted_twice, home, archive, undisturbed, tmp_path)
+    assert "spxdask: stopped at once" in interrupted_twice.stderr
+    assert_resumes(interrupted_twice, home, archive, undisturbed, tmp_path)
 
 
-def test_interrupt_makes_no_noise(interrupted):
-    assert [line for line in interrupted.said if line] == [
+def test_interrupt_writes_two_lines(interrupted):
+    assert [line for line in interrupted.stderr if line] == [
         "spxdask: stopping; Ctrl-C again stops at once",
         "spxdask: stopped; the same command goes on where it was",
     ]

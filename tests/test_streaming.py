@@ -1,4 +1,4 @@
-"""Frames that go from the archive to their table without a disk, and how many at once."""
+"""Frames that go from the archive to their table without a disk, and how many at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 import simulated
 from distributed import Client, LocalCluster
-from killing import Fetches
+from killing import RecordFetches
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.progress import Silent
@@ -22,12 +22,13 @@ N_FRAMES = 10
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    return simulated.small_survey(tmp_path_factory.mktemp("streaming"), N_FRAMES)
+    exposures = [simulated.exposure(i % 5, 1 + i % 6) for i in range(N_FRAMES)]
+    return simulated.make_survey(tmp_path_factory.mktemp("survey"), exposures)
 
 
 @pytest.fixture
 def workers():
-    """Two workers, of which the nannies start others in the place of dead ones."""
+    """Two workers, which their nannies replace when they die."""
     with (
         LocalCluster(
             n_workers=2,
@@ -41,13 +42,14 @@ def workers():
         yield client
 
 
-def config(survey, archive, folder, **options) -> BatchConfig:
-    defaults = simulated.run_options(survey[0], archive, folder / "out")
+def make_config(survey, archive, folder, **options) -> BatchConfig:
+    catalogue = survey.write_catalogue(folder / "sources.csv")
+    defaults = simulated.run_options(catalogue, archive, folder / "out")
     return BatchConfig(**(defaults | {"keep_images": False} | options))
 
 
-def most_at_once(log: Path, died: dict[int, float]) -> int:
-    """Return the most fetches at one time; those of a killed process ended with it."""
+def count_concurrent(log: Path, died: dict[int, float]) -> int:
+    """Return the largest number of concurrent fetches; those of a killed process end with it."""
     events, begun = [], {}
     for line in log.read_text().splitlines():
         what, at, pid, filename = line.split()
@@ -55,7 +57,7 @@ def most_at_once(log: Path, died: dict[int, float]) -> int:
         begun[pid, filename] = what == "begin"
     events += [(died[int(pid)], -1) for (pid, _), open_ in begun.items() if open_]
     most = now = 0
-    # At the same time, what ends makes room for what begins.
+    # Of events at the same time, ends come first.
     for _, change in sorted(events):
         now += change
         most = max(most, now)
@@ -63,8 +65,8 @@ def most_at_once(log: Path, died: dict[int, float]) -> int:
     return most
 
 
-class Killer(Silent):
-    """Kills a worker process when each of some numbers of units have ended."""
+class WorkerKiller(Silent):
+    """Kills a worker process each time that one of some numbers of frames has ended."""
 
     def __init__(self, client: Client, after: set[int]) -> None:
         self._client, self._after, self._ended = client, after, 0
@@ -80,33 +82,32 @@ class Killer(Silent):
             psutil.wait_procs([process], timeout=10)
 
 
-def test_the_cap_holds_while_workers_die(survey, workers, tmp_path):
-    workers.register_plugin(Fetches(tmp_path / "log"))
-    size = sum(frame.path.stat().st_size for frame in survey[1])
-    # So slow that others are on their way whenever one ends.
-    with SimulatedArchive(survey[1], bandwidth=size / 4) as archive:
-        options = config(survey, archive, tmp_path, max_download_workers=3)
-        killer = Killer(workers, {3, 6})
-        summary = BatchPipeline(options, client=workers, progress=killer).run_all()
+@pytest.mark.kill
+def test_limit_of_fetches_holds_while_workers_die(survey, workers, tmp_path):
+    workers.register_plugin(RecordFetches(tmp_path / "log"))
+    # Transfers are so slow that others are under way whenever one ends.
+    with SimulatedArchive(survey.archived, bandwidth=survey.size_bytes / 4) as archive:
+        config = make_config(survey, archive, tmp_path, max_download_workers=3)
+        killer = WorkerKiller(workers, {3, 6})
+        summary = BatchPipeline(config, client=workers, progress=killer).run_all()
     assert len(killer.died) == 2
     assert not summary.failed
     assert summary.stages["extract"].done == N_FRAMES
-    assert most_at_once(tmp_path / "log", killer.died) == 3
+    assert count_concurrent(tmp_path / "log", killer.died) == 3
 
 
-def test_a_worker_holds_no_more_than_its_scratch(survey, workers, tmp_path):
-    """Of which there is less than a frame, so that each has one at a time."""
-    size = sum(frame.path.stat().st_size for frame in survey[1])
-    with SimulatedArchive(survey[1], bandwidth=size / 2) as archive:
-        options = config(survey, archive, tmp_path, max_download_workers=8, scratch_gb=1e-6)
-        summary = BatchPipeline(options, client=workers).run_all()
+def test_worker_holds_no_more_frames_than_its_scratch_allows(survey, workers, tmp_path):
+    """With scratch for less than a frame, each worker has one frame at a time."""
+    with SimulatedArchive(survey.archived, bandwidth=survey.size_bytes / 2) as archive:
+        config = make_config(survey, archive, tmp_path, max_download_workers=8, scratch_gb=1e-6)
+        summary = BatchPipeline(config, client=workers).run_all()
         assert archive.peak_connections == 2
     assert summary.stages["extract"].done == N_FRAMES
 
 
 def test_nothing_is_left_on_disk(survey, client, tmp_path):
-    with SimulatedArchive(survey[1]) as archive:
-        BatchPipeline(config(survey, archive, tmp_path), client=client).run_all()
+    with SimulatedArchive(survey.archived) as archive:
+        BatchPipeline(make_config(survey, archive, tmp_path), client=client).run_all()
     assert list((tmp_path / "out/images").iterdir()) == []
     scratch = set(client.run(lambda dask_worker: dask_worker.local_directory).values())
     left = [path for folder in scratch for path in Path(folder).rglob("*.fits")]

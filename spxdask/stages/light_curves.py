@@ -104,7 +104,13 @@ def build_light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -
     )
 
 
-def save_table_groups(tables: Iterable[Table], path: str) -> int:
+def save_table_groups(
+    tables: Iterable[Table],
+    path: str,
+    *,
+    max_bytes: int = GROUP_BYTES,
+    max_files: int = GROUP_FILES,
+) -> int:
     """Divide tables into groups of similar size, each read by one task.
 
     They are named in a file, a row group each: a million names would burden the scheduler.
@@ -115,6 +121,8 @@ def save_table_groups(tables: Iterable[Table], path: str) -> int:
         In order of time.
     path : str
         The file to write.
+    max_bytes, max_files : int
+        Limits of a group; one table is a group of its own, however large.
 
     Returns
     -------
@@ -134,7 +142,7 @@ def save_table_groups(tables: Iterable[Table], path: str) -> int:
             group.clear()
 
         for table in tables:
-            if group and (size + table.bytes > GROUP_BYTES or len(group) >= GROUP_FILES):
+            if group and (size + table.bytes > max_bytes or len(group) >= max_files):
                 end()
                 size = 0
             group.append(table)
@@ -169,13 +177,27 @@ def describe_table(name: str, size: int, rows: int | None) -> Table:
     return Table(name=name, bytes=size, rows=rows)
 
 
-def count_partitions(found: Sequence[Table], num_buckets: int) -> int:
-    """Return how many partitions to shuffle into: more than asked for if they were large.
+def count_partitions(
+    tables: Sequence[Table], num_buckets: int, *, max_bytes: int = BUCKET_BYTES
+) -> int:
+    """Return how many partitions to shuffle into.
 
-    Without tables there is nothing to shuffle, and none.
+    Parameters
+    ----------
+    tables : sequence of Table
+        What is shuffled.
+    num_buckets : int
+        Partitions that the user asked for.
+    max_bytes : int
+        About the largest that a partition may be, as CSV.
+
+    Returns
+    -------
+    int
+        More than asked for if they would be too large; none without tables.
     """
-    size = sum(table.bytes for table in found)
-    return max(num_buckets, -(-size // BUCKET_BYTES)) if found else 0
+    size = sum(table.bytes for table in tables)
+    return max(num_buckets, -(-size // max_bytes)) if tables else 0
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from outputs import read_files
 
 from spxdask.errors import DiskFullError, FrameError
 from spxdask.stages import aggregate
@@ -53,27 +54,22 @@ def make_options(per_image, folder, how="csv", buckets=None) -> aggregate.CurveO
     )
 
 
-def run(client, found, folder, num_buckets=7, how="csv", buckets=None):
+def run(client, found, folder, num_buckets=7, how="csv", buckets=None, max_files=500):
     """Aggregate tables that lie beside the folder of the light curves."""
     folder.mkdir(exist_ok=True)
     options = make_options(folder.parent, folder, how, buckets)
-    n_groups = aggregate.save_groups(found, options.manifest)
+    n_groups = aggregate.save_groups(found, options.manifest, max_files=max_files)
     frame = aggregate.light_curves(n_groups, num_buckets, options)
     return client.compute(frame).result()
 
 
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def groups(manifest) -> list[list[aggregate.Table]]:
+def read_groups(manifest) -> list[list[aggregate.Table]]:
     with pq.ParquetFile(manifest) as file:
         found = [file.read_row_group(n).to_pylist() for n in range(file.num_row_groups)]
     return [[aggregate.Table(**row) for row in group] for group in found]
 
 
-def test_light_curves_equal_a_sort_in_pandas(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregate, "GROUP_FILES", 4)
+def test_light_curves_equal_a_sort_in_pandas(client, tmp_path):
     rng = np.random.default_rng(1)
     ids = np.array([f"{39633458707826492 + i}" for i in range(200)])
     frames, found = [], []
@@ -81,7 +77,7 @@ def test_light_curves_equal_a_sort_in_pandas(client, tmp_path, monkeypatch):
         chosen = rng.permutation(ids)[: rng.integers(0, 120)]
         frames.append(make_rows(rng, chosen, number))
         found.append(write(tmp_path, frames[-1], number))
-    written = run(client, found, tmp_path / "lightcurves")
+    written = run(client, found, tmp_path / "lightcurves", max_files=4)
     everything = pd.concat(frames).sort_values(["target_id", "mjd", "obs_id", "band"])
     assert written["rows"].sum() == len(everything)
     assert sorted(written["target_id"]) == sorted(everything["target_id"].unique())
@@ -91,7 +87,7 @@ def test_light_curves_equal_a_sort_in_pandas(client, tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(curve, expected, check_dtype=False, check_exact=True)
 
 
-def test_result_does_not_depend_on_groups_or_buckets(client, tmp_path, monkeypatch):
+def test_result_does_not_depend_on_groups_or_buckets(client, tmp_path):
     rng = np.random.default_rng(2)
     found = [
         write(tmp_path, make_rows(rng, np.array([f"s{i}" for i in range(40)]), number), number)
@@ -99,24 +95,25 @@ def test_result_does_not_depend_on_groups_or_buckets(client, tmp_path, monkeypat
     ]
     curves = []
     for n, (files, buckets) in enumerate([(100, 1), (2, 16), (1, 3)]):
-        monkeypatch.setattr(aggregate, "GROUP_FILES", files)
-        run(client, found[::-1] if n else found, tmp_path / f"lc{n}", buckets)
-        assert len(groups(tmp_path / "tables.parquet")) == -(-9 // min(files, 9))
-        curves.append(contents(tmp_path / f"lc{n}"))
+        tables_in_order = found[::-1] if n else found
+        run(client, tables_in_order, tmp_path / f"lc{n}", buckets, max_files=files)
+        assert len(read_groups(tmp_path / "tables.parquet")) == -(-9 // min(files, 9))
+        curves.append(read_files(tmp_path / f"lc{n}"))
     assert curves[0] == curves[1] == curves[2]
     assert len(curves[0]) == 40
 
 
-def test_parquet_light_curves_do_not_depend_on_groups_or_formats(client, tmp_path, monkeypatch):
+def test_parquet_light_curves_do_not_depend_on_groups_or_formats(client, tmp_path):
     rng = np.random.default_rng(2)
     frames = [make_rows(rng, np.array([f"s{i}" for i in range(40)]), n) for n in range(9)]
     curves = []
     for n, (files, how) in enumerate([(100, "csv"), (2, "csv"), (1, "parquet"), (4, "parquet")]):
-        monkeypatch.setattr(aggregate, "GROUP_FILES", files)
         found = [write(tmp_path, rows, number, how) for number, rows in enumerate(frames)]
-        written = run(client, found[::-1] if n else found, tmp_path / f"lc{n}", 3, "parquet")
+        tables_in_order = found[::-1] if n else found
+        folder = tmp_path / f"lc{n}"
+        written = run(client, tables_in_order, folder, 3, "parquet", max_files=files)
         assert written["rows"].sum() == 9 * 40
-        curves.append(contents(tmp_path / f"lc{n}"))
+        curves.append(read_files(tmp_path / f"lc{n}"))
     assert curves[0] == curves[1] == curves[2] == curves[3]
     assert set(curves[0]) == {aggregate.bucket_name(n) for n in range(3)}
 
@@ -129,29 +126,29 @@ def test_buckets_beside_the_light_curves(client, tmp_path, how):
     (tmp_path / "buckets").mkdir()
     run(client, found, tmp_path / "lc", 2, how, buckets=str(tmp_path / "buckets"))
     run(client, found, tmp_path / "alone", 2, "parquet")
-    assert contents(tmp_path / "buckets") == contents(tmp_path / "alone")
+    assert read_files(tmp_path / "buckets") == read_files(tmp_path / "alone")
     names = {aggregate.light_curve_name(i) for i in ids}
     if how == "parquet":
         names = {"bucket-00000.parquet", "bucket-00001.parquet"}
-    assert set(contents(tmp_path / "lc")) == names
+    assert set(read_files(tmp_path / "lc")) == names
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_frames_in_any_order(client, tmp_path, monkeypatch, seed):
-    """Pieces of a light curve that begin before others end are taken apart."""
-    monkeypatch.setattr(aggregate, "GROUP_FILES", 3)
+def test_frames_in_any_order(client, tmp_path, seed):
+    """Pieces of a light curve that overlap in time are merged row by row."""
     rng = np.random.default_rng(seed)
     ids = np.array(["a", "b,c", 'd"e', "f"])
     found, frames = [], []
     for number in range(12):
         rows = make_rows(rng, ids[rng.random(4) < 0.7], number)
-        # Exposures of several detectors share their time.
+        # Three detectors of one exposure share its time.
         rows["mjd"] = 61000.0 + number // 3
         rows["obs_id"] = f"2025W51_1A_{number // 3:04d}_1"
         rows["band"] = f"D{1 + number % 3}"
         frames.append(rows)
         found.append(write(tmp_path, rows, number))
-    run(client, [found[i] for i in rng.permutation(12)], tmp_path / "lc", num_buckets=2)
+    shuffled = [found[i] for i in rng.permutation(12)]
+    run(client, shuffled, tmp_path / "lc", num_buckets=2, max_files=3)
     for target, expected in pd.concat(frames).groupby("target_id"):
         curve = pd.read_csv(tmp_path / "lc" / aggregate.light_curve_name(target))
         expected = expected.sort_values(["mjd", "obs_id", "band"]).reset_index(drop=True)
@@ -159,30 +156,28 @@ def test_frames_in_any_order(client, tmp_path, monkeypatch, seed):
         pd.testing.assert_frame_equal(curve, expected, check_dtype=False, check_exact=True)
 
 
-def test_groups_are_bounded_by_size(tmp_path, monkeypatch):
+def test_groups_are_bounded_by_size(tmp_path):
     rng = np.random.default_rng(3)
     found = [write(tmp_path, make_rows(rng, np.array(["a", "b"]), n), n) for n in range(6)]
     assert found[0].bytes == (tmp_path / found[0].name).stat().st_size
     manifest = tmp_path / "tables.parquet"
-    monkeypatch.setattr(aggregate, "GROUP_BYTES", int(2.5 * found[0].bytes))
-    assert aggregate.save_groups(iter(found), str(manifest)) == 3
-    assert [len(g) for g in groups(manifest)] == [2, 2, 2]
-    assert [t for g in groups(manifest) for t in g] == found
-    # One that is too large by itself is read alone.
-    monkeypatch.setattr(aggregate, "GROUP_BYTES", 1)
+    max_bytes = int(2.5 * found[0].bytes)
+    assert aggregate.save_groups(iter(found), str(manifest), max_bytes=max_bytes) == 3
+    assert [len(g) for g in read_groups(manifest)] == [2, 2, 2]
+    assert [t for g in read_groups(manifest) for t in g] == found
+    # A table that is larger than a group forms a group of its own.
     unknown = [replace(table, rows=None) for table in found]
-    assert aggregate.save_groups(unknown, str(manifest)) == 6
-    assert groups(manifest) == [[table] for table in unknown]
+    assert aggregate.save_groups(unknown, str(manifest), max_bytes=1) == 6
+    assert read_groups(manifest) == [[table] for table in unknown]
     assert aggregate.save_groups([], str(manifest)) == 0
 
 
-def test_partitions_are_as_many_as_asked_for_unless_they_were_large(monkeypatch):
-    monkeypatch.setattr(aggregate, "BUCKET_BYTES", 100)
+def test_partitions_are_as_many_as_requested_unless_too_large():
     found = [aggregate.Table(name=f"{n}", bytes=n, rows=None) for n in (120, 280)]
-    counts = [aggregate.partitions(found, asked) for asked in (1, 3, 4, 5)]
+    counts = [aggregate.partitions(found, n, max_bytes=100) for n in (1, 3, 4, 5)]
     assert counts == [4, 4, 4, 5]
-    assert aggregate.partitions([replace(found[0], bytes=1)], 1) == 1
-    # No table, no shuffle.
+    assert aggregate.partitions([replace(found[0], bytes=1)], 1, max_bytes=100) == 1
+    # Without tables there is nothing to shuffle.
     assert aggregate.partitions([], 5) == 0
 
 
@@ -193,7 +188,7 @@ def read(found, folder):
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
-def test_a_table_that_lost_rows_is_refused(tmp_path, how):
+def test_table_that_lost_rows_is_refused(tmp_path, how):
     rng = np.random.default_rng(4)
     table = write(tmp_path, make_rows(rng, np.array(["a", "b"]), 0), 0, how)
     assert len(read([replace(table, rows=None)], tmp_path)) == 2
@@ -247,7 +242,7 @@ def test_empty_partition(tmp_path, how):
     if how == "csv":
         assert found == []
         return
-    # A file with the columns of the others, so that any number of them is one dataset.
+    # The file has the columns of the others, so that all files are one dataset.
     assert [path.name for path in found] == ["bucket-00000.parquet"]
     one = read([write(tmp_path, make_rows(np.random.default_rng(7), ["a"], 0), 0)], tmp_path)
     aggregate.write_lightcurves(one, options=options, partition_info={"number": 1})
@@ -257,30 +252,30 @@ def test_empty_partition(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
-def test_a_light_curve_that_cannot_be_written(tmp_path, how, monkeypatch):
+def test_light_curve_that_cannot_be_written_returns_the_error(tmp_path, how, monkeypatch):
     one = read([write(tmp_path, make_rows(np.random.default_rng(7), ["a"], 0), 0)], tmp_path)
     options = make_options(tmp_path, tmp_path / "lc", how)
     (tmp_path / "lc").mkdir()
 
-    def full(*_):
+    def raise_disk_full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    # Returned, as an error of a task is logged where the user sees it.
+    monkeypatch.setattr(os, "replace", raise_disk_full)
+    # The task returns the error, as Dask would log one that it raises in front of the user.
     result = aggregate.write_lightcurves(one, options=options, partition_info={"number": 0})
     assert isinstance(result, DiskFullError)
     assert str(tmp_path / "lc") in str(result)
     assert list((tmp_path / "lc").iterdir()) == []
 
 
-def test_keep_only_spares_what_is_not_ours(tmp_path):
-    ours = render_header(LIGHT_CURVE)
+def test_keep_only_leaves_files_of_the_user(tmp_path):
+    header = render_header(LIGHT_CURVE)
     for name in ("a.csv", "b.csv"):
-        (tmp_path / name).write_bytes(ours + b"x\n")
+        (tmp_path / name).write_bytes(header + b"x\n")
     for name in ("bucket-00001.parquet", "bucket-00002.parquet", "stars.parquet"):
         (tmp_path / name).write_bytes(b"PAR1")
     (tmp_path / "star.csv").write_text("ra,dec\n1,2\n")
-    (tmp_path / "notes.txt").write_bytes(ours)
+    (tmp_path / "notes.txt").write_bytes(header)
     (tmp_path / "folder").mkdir()
     names = {"a.csv", "c.csv", "bucket-00001.parquet"}
     missing, removed = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
@@ -290,7 +285,7 @@ def test_keep_only_spares_what_is_not_ours(tmp_path):
     missing, removed = aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve)
     assert (missing, removed) == (set(), {"a.csv", "bucket-00001.parquet"})
     assert {p.name for p in tmp_path.iterdir()} == users
-    # No folder, nothing to remove.
+    # In a folder that does not exist there is nothing to remove.
     nothing = aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket)
     assert nothing == (set(), set())
 
@@ -312,8 +307,7 @@ def test_table_of_another_kind_is_named(tmp_path, content):
         read([table], tmp_path)
 
 
-def test_a_table_whose_bytes_are_damaged_is_named(tmp_path):
-    """Where it says that it is whole, too."""
+def test_damaged_table_with_a_sound_end_is_named(tmp_path):
     rows = make_rows(np.random.default_rng(8), np.array([f"s{i}" for i in range(100)]), 0)
     table = write(tmp_path, rows, 0, "parquet")
     data = bytearray((tmp_path / table.name).read_bytes())

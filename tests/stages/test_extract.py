@@ -38,7 +38,7 @@ def frames(tmp_path_factory):
     exposures = [simulated.exposure(0, 3), simulated.exposure(0, 3, **qr3)]
     folder = tmp_path_factory.mktemp("frames")
     one, _ = simulated.simulate(folder, exposures, sky)
-    # The same scene in the other layout.
+    # The second frame shows the same scene in the layout of the other release.
     both = [one, simulated.SimulatedFrame(exposures[1], one.planes, folder / exposures[1].filename)]
     simulated.write_frame(both[1].path, exposures[1], one.planes, window=simulated.WINDOW)
     return sky, both
@@ -73,7 +73,7 @@ def test_table_and_outcome(frames, options, tmp_path):
     assert outcome.reason is None
     assert tuple(table.columns) == PER_IMAGE
     assert set(table["filename"]) == {frame.path.name}
-    # In the order of the catalogue's file.
+    # Rows are in the order of the catalogue's file.
     numbers = table["target_id"].str[1:].astype(int)
     assert numbers.is_monotonic_increasing
     sky = frames[0]
@@ -93,7 +93,7 @@ def test_tables_of_either_format_hold_the_same(frames, options, tmp_path, how):
     found = read_csv(path) if how == "csv" else pq.read_table(path)
     assert found.equals(text)
     assert outcome.rows == len(text) > 5
-    # The same each time.
+    # Another run writes the same bytes.
     before = path.read_bytes()
     extract(str(frame.path), str(tmp_path), replace(options, format=how))
     assert path.read_bytes() == before
@@ -110,22 +110,22 @@ def test_both_layouts_give_the_same_numbers(frames, catalogue):
     np.testing.assert_allclose(columns[0]["wavelength"], columns[1]["wavelength"], atol=0.01)
 
 
-def test_a_million_other_sources_change_nothing(frames, catalogue, tmp_path):
+def test_million_other_sources_change_nothing(frames, catalogue, tmp_path):
     sky, (frame, _) = frames
     rng = np.random.default_rng(8)
     n = 1_000_000
     ra, dec = rng.uniform(0, 360, n), np.rad2deg(np.arcsin(rng.uniform(-1, 1, n)))
-    # None near the frame, but some at its antipode and just beyond its corners.
+    # No other source is near the frame; some are at its antipode and just beyond its corners.
     near = np.hypot((ra - 270.0) * np.cos(np.deg2rad(66.56)), dec - 66.56) < 1.0
     ra, dec = ra[~near], dec[~near]
     ra[:1000] = 90.0 + rng.uniform(-0.3, 0.3, 1000)
     dec[:1000] = -66.56 + rng.uniform(-0.1, 0.1, 1000)
     ra[1000:2000] = 270.0 + rng.uniform(-9, 9, 1000)
     dec[1000:2000] = 66.56 + rng.choice([-1.5, 1.5], 1000)
-    place = np.sort(rng.choice(len(ra), len(sky), replace=False))
+    rows = np.sort(rng.choice(len(ra), len(sky), replace=False))
     ids = np.array([f"o{i}" for i in range(len(ra))], dtype=object)
-    ids[place] = [f"s{i}" for i in range(len(sky))]
-    ra[place], dec[place] = sky.ra, sky.dec
+    ids[rows] = [f"s{i}" for i in range(len(sky))]
+    ra[rows], dec[rows] = sky.ra, sky.dec
     path = tmp_path / "all.csv"
     pd.DataFrame({"targetid": ids, "ra": ra, "dec": dec}).to_csv(path, index=False)
     everything = read_catalogue(path)
@@ -134,7 +134,7 @@ def test_a_million_other_sources_change_nothing(frames, catalogue, tmp_path):
     assert len(few["x"]) > 5
 
 
-def break_file(frame, path, change):
+def write_changed(frame, path, change):
     with fits.open(frame.path) as hdus:
         change(hdus)
         hdus.writeto(path)
@@ -152,7 +152,7 @@ def break_file(frame, path, change):
     ],
 )
 def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason):
-    path = break_file(frames[1][0], tmp_path / "bad.fits", change)
+    path = write_changed(frames[1][0], tmp_path / "bad.fits", change)
     outcome = extract(str(path), str(tmp_path), options)
     assert outcome.status == "failed"
     assert reason in outcome.reason
@@ -161,19 +161,17 @@ def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason
     assert not (tmp_path / table_name("bad.fits")).exists()
 
 
-def test_unexpected_errors_are_failures_of_the_frame(
-    frames, options, tmp_path, monkeypatch, caplog
-):
-    def explode(*arguments):
+def test_unexpected_error_is_a_failure_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):
+    def raise_unexpected(*arguments):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("spxdask.stages.extract.measure_catalogue", explode)
+    monkeypatch.setattr("spxdask.stages.extract.measure_catalogue", raise_unexpected)
     outcome = extract(str(frames[1][0].path), str(tmp_path), options)
     assert outcome.reason == "unexpected ZeroDivisionError: a bug"
     assert "Traceback" in caplog.text
 
 
-def test_missing_frame_and_full_folder(frames, options, tmp_path):
+def test_missing_frame_and_missing_folder(frames, options, tmp_path):
     outcome = extract(str(tmp_path / "none.fits"), str(tmp_path), options)
     assert "No such file" in outcome.reason
     outcome = extract(str(frames[1][0].path), str(tmp_path / "nowhere"), options)
@@ -208,7 +206,7 @@ def test_fingerprint_depends_on_catalogue_and_every_option(catalogue):
     assert fingerprint(catalogue, PhotometryConfig(bad_flags=[0])) != base
 
 
-def test_a_frame_that_says_it_is_another_is_told(frames, options, tmp_path):
+def test_header_of_another_frame_is_a_warning(frames, options, tmp_path):
     original = frames[1][0].path
     assert extract(str(original), str(tmp_path), options).warnings == ()
     other = tmp_path / original.name.replace("2025W51_1A_0000_1", "2025W51_1A_0009_1")

@@ -1,4 +1,4 @@
-"""Frames out of an object store, behind a proxy that acts by script, and out of a mirror."""
+"""Frames from an object store, behind a proxy that follows a script, and from a mirror."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,8 @@ from urllib.parse import urlsplit
 import pytest
 import simulated
 from distributed import Client
-from objectstore import BUCKET, serving
+from objectstore import BUCKET
+from outputs import read_files
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.archive.observation import SERVICE_PREFIX, Observation, frame_url
@@ -39,34 +41,30 @@ HURRIED = options(1, 0.8)
 
 
 @pytest.fixture(scope="module")
-def store():
-    with serving() as store:
-        store.mkdir(PUBLIC_BUCKET)
-        yield store
+def store(object_store):
+    object_store.mkdir(PUBLIC_BUCKET)
+    return object_store
 
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    sky = simulated.field_sky()
-    folder = tmp_path_factory.mktemp("archive")
     exposures = [simulated.exposure(i, 1 + i) for i in range(3)]
-    simulated.write_catalogue(
-        folder / "sources.csv", [f"s{i}" for i in range(len(sky))], sky.ra, sky.dec
-    )
-    return folder, simulated.simulate(folder, exposures, sky)
+    return simulated.make_survey(tmp_path_factory.mktemp("survey"), exposures)
 
 
 @pytest.fixture(scope="module")
 def archive(survey, store):
-    with SimulatedArchive([frame.archived for frame in survey[1]]) as archive:
-        for frame in survey[1]:
+    """An archive by HTTP; the same frames are in two buckets."""
+    with SimulatedArchive(survey.archived) as archive:
+        for frame in survey.frames:
             key = frame.exposure.uri.removeprefix(SERVICE_PREFIX)
             store.put_file(str(frame.path), f"{BUCKET}/{key}")
             store.put_file(str(frame.path), f"{PUBLIC_BUCKET}/{key}", ACL="public-read")
         yield archive
 
 
-def mirror(folder: Path, frames, prefix: str) -> str:
+def make_mirror(folder: Path, frames, prefix: str) -> str:
+    """Copy frames to where their URIs without a prefix lead, and return the URL of the folder."""
     for frame in frames:
         path = folder / frame.exposure.uri.removeprefix(prefix)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,34 +72,25 @@ def mirror(folder: Path, frames, prefix: str) -> str:
     return folder.as_uri()
 
 
-# Whole runs
+# Whole runs.
 
 
 @pytest.fixture(scope="module")
-def run(survey, archive, tmp_path_factory):
-    """Run, and return the folder of the run and how many requests the HTTP archive had."""
+def run(survey, archive, tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, int]]]:
+    """Return a function that makes a run, and gives its folder and the number of HTTP requests."""
+    catalogue = survey.write_catalogue(tmp_path_factory.mktemp("catalogue") / "sources.csv")
     with Client(
         processes=False, n_workers=1, threads_per_worker=3, dashboard_address="127.0.0.1:0"
     ) as client:
 
         def run(url: str) -> tuple[Path, int]:
             output = tmp_path_factory.mktemp("run")
-            config = BatchConfig(
-                catalog_path=survey[0] / "sources.csv",
-                center_ra=simulated.CENTER[0],
-                center_dec=simulated.CENTER[1],
-                radius=0.05,
-                output_dir=output,
-                num_buckets=2,
-                max_retries=0,
-                tap_url=archive.tap_url,
-                archive_url=url,
-            )
-            asked = len(archive.requests)
-            summary = BatchPipeline(config, client=client).run_all()
+            options = simulated.run_options(catalogue, archive, output) | {"archive_url": url}
+            n_requests = len(archive.requests)
+            summary = BatchPipeline(BatchConfig(**options), client=client).run_all()
             assert summary.failed == {}
-            assert summary.stages["download"].done == len(survey[1])
-            return output, len(archive.requests) - asked
+            assert summary.stages["download"].done == len(survey.frames)
+            return output, len(archive.requests) - n_requests
 
         yield run
 
@@ -111,33 +100,34 @@ def over_http(run, archive):
     return run(archive.archive_url)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("source", ["bucket", "public bucket", "mirror", "mirror of the bucket"])
-def test_the_same_rows_from_everywhere(run, over_http, survey, store, source, tmp_path):
-    frames = survey[1]
+def test_every_source_gives_the_same_files(run, over_http, survey, store, source, tmp_path):
+    frames = survey.frames
     folder = tmp_path / "a mirror, 100 %"
     url = {
         "bucket": lambda: f"s3://{BUCKET}/",
         "public bucket": lambda: f"s3://{PUBLIC_BUCKET}",
-        "mirror": lambda: mirror(folder, frames, ""),
-        "mirror of the bucket": lambda: mirror(folder, frames, SERVICE_PREFIX),
+        "mirror": lambda: make_mirror(folder, frames, ""),
+        "mirror of the bucket": lambda: make_mirror(folder, frames, SERVICE_PREFIX),
     }[source]()
     expected, requests = over_http
     assert requests == 1 + len(frames)
     output, requests = run(url)
-    # The query.
+    # The query is the only request.
     assert requests == 1
     for name in ("images", "per_image", "lightcurves"):
-        found = {path.name: path.read_bytes() for path in (output / name).iterdir()}
-        assert found == {path.name: path.read_bytes() for path in (expected / name).iterdir()}
+        found = read_files(output / name)
+        assert found == read_files(expected / name)
         assert found
 
 
-# Frame by frame
+# Single frames.
 
 
 @pytest.fixture(scope="module")
 def frame(survey, archive):
-    return survey[1][0]
+    return survey.frames[0]
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +167,12 @@ def assert_done(outcome, images, content, attempts):
     assert path.read_bytes() == content
 
 
-def assert_failed(outcome, images, url, says, attempts):
+def assert_failed(outcome, images, url, reason, attempts):
     assert (outcome.status, outcome.bytes) == ("failed", 0)
     assert outcome.reason.startswith(f"{url}: ")
-    # Once is enough.
+    # The URL stands in it once.
     assert outcome.reason.count("s3://") + outcome.reason.count("file://") == 1
-    assert says in outcome.reason
+    assert reason in outcome.reason
     assert outcome.reason.isprintable()
     assert outcome.attempts == attempts
     assert list(images.iterdir()) == []
@@ -190,10 +180,11 @@ def assert_failed(outcome, images, url, says, attempts):
 
 @dataclass
 class Act:
-    """What the proxy does with one request; `Act()` passes it on.
+    """What the proxy does with one request; `Act()` passes it on to the store.
 
-    With `after`, it sends so many bytes of the body, and then leaves; or sends no more, if it
-    is to `stall`.
+    `first` is called before. With `status`, the proxy answers that error itself. With `after`,
+    it sends that many bytes of the body and closes the connection, or keeps it open in silence
+    if `stall` is set.
     """
 
     after: int | None = None
@@ -203,7 +194,7 @@ class Act:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store, each as the next of `acts` says, and keeps their headers."""
+    """Treats each request as the next of `acts` says, and records the headers."""
 
     daemon_threads = True
 
@@ -224,7 +215,7 @@ class Proxy(ThreadingHTTPServer):
         super().__exit__(*exception)
 
     def handle_error(self, *_):
-        # The client left when it had heard enough.
+        # Clients may close a connection before its end.
         pass
 
 
@@ -262,16 +253,16 @@ class Passing(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def anew():
-    """Nothing is left of the connections of one test for another."""
+def no_connections():
+    """No connection of one test is used by another."""
     open_bucket.cache_clear()
     yield
     open_bucket.cache_clear()
 
 
 @pytest.fixture
-def behind(anew, store, monkeypatch):
-    """Put a proxy before the store."""
+def behind(no_connections, store, monkeypatch):
+    """Return a function that puts a proxy in front of the store."""
 
     def behind(*acts):
         proxy = Proxy(store.s3.meta.endpoint_url, acts)
@@ -281,22 +272,20 @@ def behind(anew, store, monkeypatch):
     return behind
 
 
-def ranges(proxy):
+def requested_ranges(proxy):
     return [headers["Range"] for headers in proxy.headers]
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_frame_comes_whole(frame, content, images, behind, known):
+def test_frame_is_fetched_whole(frame, content, images, behind, known):
     with behind() as proxy:
         observation = observed(frame) if known else observed(frame, size_bytes=None)
         assert_done(fetch(images, observation), images, content, 1)
-        assert ranges(proxy) == [None]
+        assert requested_ranges(proxy) == [None]
         assert "Credential=key/" in proxy.headers[0]["Authorization"]
 
 
-def test_the_public_bucket_is_asked_without_credentials(
-    frame, content, images, behind, monkeypatch
-):
+def test_public_bucket_is_read_without_credentials(frame, content, images, behind, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with behind() as proxy:
         observation = observed(frame, f"s3://{PUBLIC_BUCKET}")
@@ -304,45 +293,45 @@ def test_the_public_bucket_is_asked_without_credentials(
         assert proxy.headers[0]["Authorization"] is None
 
 
-# Many times what is on its way at the moment when a connection breaks, and lost with it.
+# In bytes; many times what is in flight, and lost, when a connection breaks.
 SOME = 2_000_000
 
 
-def test_a_broken_transfer_goes_on_where_it_broke(frame, content, images, behind):
+def test_broken_transfer_continues_where_it_broke(frame, content, images, behind):
     with behind(Act(after=0), Act(after=SOME), Act(after=SOME)) as proxy:
         assert_done(fetch(images, observed(frame)), images, content, 4)
-        first, second, *goes_on = ranges(proxy)
+        first, second, *continued = requested_ranges(proxy)
         assert (first, second) == (None, None)
-        one, two = (int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in goes_on)
+        one, two = (int(re.fullmatch(r"bytes=(\d+)-", text)[1]) for text in continued)
         assert SOME / 2 < one <= SOME
         assert one + SOME / 2 < two <= one + SOME
         assert len({headers["If-Match"] for headers in proxy.headers[2:]}) == 1
 
 
-def test_a_transfer_that_breaks_again_and_again(frame, images, behind):
+def test_transfer_that_breaks_each_time_fails(frame, images, behind):
     with behind(*[Act(after=SOME // 4)] * 4):
         outcome = fetch(images, observed(frame))
     url = re.escape(observed(frame).download_url)
-    says = rf"{url}: the transfer broke off after \d{{6,7}} bytes \(after 4 attempts\)"
-    assert re.fullmatch(says, outcome.reason)
+    reason = rf"{url}: the transfer broke off after \d{{6,7}} bytes \(after 4 attempts\)"
+    assert re.fullmatch(reason, outcome.reason)
     assert list(images.iterdir()) == []
 
 
-def test_a_stalled_transfer_is_given_up_and_goes_on(frame, content, images, behind):
+def test_stalled_transfer_is_broken_off_and_continued(frame, content, images, behind):
     with behind(Act(after=1000, stall=True)) as proxy:
         assert_done(fetch(images, observed(frame), HURRIED), images, content, 2)
-        assert ranges(proxy) == [None, "bytes=1000-"]
+        assert requested_ranges(proxy) == [None, "bytes=1000-"]
 
 
 @pytest.mark.parametrize("after", [0, 1000])
-def test_a_store_that_stalls_each_time(frame, images, behind, after):
+def test_store_that_stalls_each_time(frame, images, behind, after):
     with behind(*[Act(after=after, stall=True)] * 2):
         outcome = fetch(images, observed(frame), HURRIED)
-    says = "no data received for 0.8 s (after 2 attempts)"
-    assert_failed(outcome, images, observed(frame).download_url, says, 2)
+    reason = "no data received for 0.8 s (after 2 attempts)"
+    assert_failed(outcome, images, observed(frame).download_url, reason, 2)
 
 
-def test_a_store_that_does_not_answer(frame, content, images, behind, monkeypatch):
+def test_store_that_does_not_answer(frame, content, images, behind, monkeypatch):
     wait = threading.Event()
     with behind(Act(first=wait.wait)):
         assert_done(fetch(images, observed(frame), HURRIED), images, content, 2)
@@ -350,17 +339,17 @@ def test_a_store_that_does_not_answer(frame, content, images, behind, monkeypatc
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_store_with_too_much_to_do(frame, content, images, behind, status):
+def test_overloaded_store_is_tried_again(frame, content, images, behind, status):
     acts = (Act(status=status), Act(after=1000, stall=True), Act(status=status))
     with behind(*acts) as proxy:
         patience = options(3, HURRIED.stall_timeout_s)
         assert_done(fetch(images, observed(frame), patience), images, content, 4)
-        # Nobody but us has tried again.
-        assert ranges(proxy) == [None, None, "bytes=1000-", "bytes=1000-"]
+        # The libraries below have not tried again by themselves.
+        assert requested_ranges(proxy) == [None, None, "bytes=1000-", "bytes=1000-"]
 
 
-def test_a_store_that_ignores_ranges(frame, content, images, behind, monkeypatch):
-    """Bytes are not joined that do not belong together."""
+def test_store_that_ignores_ranges(frame, content, images, behind, monkeypatch):
+    """The answer from the beginning is not appended to what came before."""
     monkeypatch.setattr(Passing, "do_GET", ignore_ranges(Passing.do_GET))
     with behind(Act(after=SOME)):
         assert_done(fetch(images, observed(frame)), images, content, 3)
@@ -376,44 +365,46 @@ def ignore_ranges(do_get):
 
 @pytest.fixture
 def own(frame, store, request):
-    """An object of the test's own: its path in the store, and the frame that it is said to be."""
+    """A copy of the frame for this test alone: its path in the store, and its observation."""
     uri = f"{request.node.name.partition('[')[0]}/{frame.path.name}"
     path = f"{BUCKET}/{uri}"
     store.put_file(str(frame.path), path)
     return path, observed(frame, uri=uri, download_url=f"s3://{path}")
 
 
-def test_a_frame_that_is_replaced_while_it_comes(own, content, images, behind, store):
+def test_frame_that_is_replaced_during_its_transfer(own, content, images, behind, store):
     path, observation = own
-    # Of the same length, and a frame as well with another pixel.
+    # The other frame has the same length and differs in one pixel.
     middle = len(content) // 2
     other = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     replace = Act(first=lambda: store.pipe_file(path, other))
     with behind(Act(after=SOME), replace) as proxy:
         outcome = fetch(images, observation)
         assert_done(outcome, images, other, 3)
-        assert [bool(text) for text in ranges(proxy)] == [False, True, False]
+        assert [bool(text) for text in requested_ranges(proxy)] == [False, True, False]
 
 
-def test_a_frame_that_is_gone_while_it_comes(own, images, behind, store):
+def test_frame_that_is_removed_during_its_transfer(own, images, behind, store):
     path, observation = own
     with behind(Act(after=1000), Act(first=lambda: store.rm_file(path))):
         outcome = fetch(images, observation)
-    says = "The specified key does not exist."
-    assert_failed(outcome, images, observation.download_url, says, 2)
+    reason = "The specified key does not exist."
+    assert_failed(outcome, images, observation.download_url, reason, 2)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_frame_of_another_length_is_tried_again(own, content, images, anew, store, change):
+def test_frame_of_another_length_is_tried_again(
+    own, content, images, no_connections, store, change
+):
     path, observation = own
     size = len(content) + change
     store.pipe_file(path, (content + b" ")[:size])
     outcome = fetch(images, observation)
-    says = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
-    assert_failed(outcome, images, observation.download_url, says, 4)
+    reason = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
+    assert_failed(outcome, images, observation.download_url, reason, 4)
 
 
-def test_what_is_no_frame_is_tried_again(own, content, images, anew, store):
+def test_object_that_is_no_frame_is_tried_again(own, content, images, no_connections, store):
     path, observation = own
     store.pipe_file(path, bytes(len(content)))
     outcome = fetch(images, observation)
@@ -421,49 +412,49 @@ def test_what_is_no_frame_is_tried_again(own, content, images, anew, store):
 
 
 @pytest.mark.parametrize(
-    ("bucket", "says"),
+    ("bucket", "reason"),
     [
         (BUCKET, "The specified key does not exist."),
         ("nobucket", "The specified bucket does not exist"),
     ],
 )
-def test_what_is_not_there_is_a_failure_at_once(frame, images, anew, bucket, says):
+def test_missing_object_fails_at_once(frame, images, no_connections, bucket, reason):
     url = f"s3://{bucket}/not/there/{frame.path.name}"
     outcome = fetch(images, observed(frame, download_url=url))
-    assert_failed(outcome, images, url, says, 1)
+    assert_failed(outcome, images, url, reason, 1)
 
 
-def test_no_credentials(frame, images, anew, monkeypatch):
+def test_no_credentials(frame, images, no_connections, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     outcome = fetch(images, observed(frame))
-    says = "Unable to locate credentials"
-    assert_failed(outcome, images, observed(frame).download_url, says, 1)
+    reason = "Unable to locate credentials"
+    assert_failed(outcome, images, observed(frame).download_url, reason, 1)
 
 
-def test_no_library(frame, images, anew, monkeypatch):
+def test_no_library(frame, images, no_connections, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3")
     outcome = fetch(images, observed(frame))
     assert_failed(outcome, images, observed(frame).download_url, "Install s3fs to access S3", 1)
 
 
-def test_nobody_listens(frame, images, anew, monkeypatch):
+def test_no_server(frame, images, no_connections, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     outcome = fetch(images, observed(frame))
-    says = "Could not connect to the endpoint URL"
-    assert_failed(outcome, images, observed(frame).download_url, says, 4)
+    reason = "Could not connect to the endpoint URL"
+    assert_failed(outcome, images, observed(frame).download_url, reason, 4)
 
 
-# A mirror
+# Mirrors.
 
 
 @pytest.fixture
 def mirrored(frame, tmp_path):
-    url = mirror(tmp_path / "mirror", [frame], SERVICE_PREFIX)
+    url = make_mirror(tmp_path / "mirror", [frame], SERVICE_PREFIX)
     observation = observed(frame, url)
     path = tmp_path / "mirror" / frame.exposure.uri.removeprefix(SERVICE_PREFIX)
     assert observation.download_url == path.as_uri()
@@ -471,14 +462,14 @@ def mirrored(frame, tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_frame_of_a_mirror(frame, mirrored, content, images, known):
+def test_frame_of_a_mirror(frame, mirrored, content, images, known):
     _, observation = mirrored
     if not known:
         observation = observed(frame, size_bytes=None, download_url=observation.download_url)
     assert_done(fetch(images, observation), images, content, 1)
 
 
-def test_a_mirror_that_lacks_a_frame(mirrored, images):
+def test_mirror_without_the_frame(mirrored, images):
     path, observation = mirrored
     path.unlink()
     outcome = fetch(images, observation)
@@ -486,16 +477,16 @@ def test_a_mirror_that_lacks_a_frame(mirrored, images):
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_mirrored_frame_of_another_length(mirrored, content, images, change):
+def test_mirrored_frame_of_another_length(mirrored, content, images, change):
     path, observation = mirrored
     size = len(content) + change
     path.write_bytes((content + b" ")[:size])
     outcome = fetch(images, observation)
-    says = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
-    assert_failed(outcome, images, observation.download_url, says, 4)
+    reason = f"the file has {size} bytes, the archive lists {len(content)} (after 4 attempts)"
+    assert_failed(outcome, images, observation.download_url, reason, 4)
 
 
-def test_a_folder_in_place_of_a_mirrored_frame(mirrored, images):
+def test_folder_in_place_of_a_mirrored_frame(mirrored, images):
     path, observation = mirrored
     path.unlink()
     path.mkdir()

@@ -1,4 +1,4 @@
-"""Runs in an object store."""
+"""Whole runs into an object store, by workers that share no disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,54 +22,55 @@ import simulated
 from distributed import Client
 from moto.s3.exceptions import S3AccessDeniedError
 from moto.s3.models import S3Backend
-from objectstore import BUCKET, serving
+from objectstore import BUCKET, contents
+from outputs import read_files
 from s3fs import S3FileSystem
+from spxdask.storage.files import write_each
 
 from spxdask import BatchConfig, BatchPipeline, load_query_summary
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
-from spxdask.run.lock import LeaseLock
+from spxdask.run import lock
 from spxdask.run.status import status
 from spxdask.simulate.archive import SimulatedArchive
 from spxdask.stages.aggregate import light_curve_name
 
+N_FRAMES = 4
+
+
+FOLDERS = ("images", "per_image", "lightcurves")
+# Ids that mean something in a URL or in a pattern of file names.
+IDS = ["a/b", "a*", "a[1]", "a?versionId=1", "a?b#c", "\u00e9" * 150]
+
 
 @pytest.fixture(scope="module")
-def store():
-    with serving() as store:
-        yield store
-
-
-N_FRAMES = 4
+def store(object_store):
+    return object_store
 
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory):
-    sky = simulated.field_sky(20)
     exposures = [simulated.exposure(i, 1 + i) for i in range(N_FRAMES)]
-    return sky, simulated.simulate(tmp_path_factory.mktemp("archive"), exposures, sky)
+    folder = tmp_path_factory.mktemp("survey")
+    return simulated.make_survey(folder, exposures, ids=IDS, n_sources=20)
 
 
 @pytest.fixture(scope="module")
 def archive(survey):
-    with SimulatedArchive([frame.archived for frame in survey[1]]) as archive:
+    with SimulatedArchive(survey.archived) as archive:
         yield archive
 
 
 @pytest.fixture(scope="module")
 def catalogue(survey, store, tmp_path_factory):
     """The path of a catalogue, and the URL of another of the same content."""
-    sky, _ = survey
-    ids = ["a/b", "a*", "a[1]", "a?versionId=1", "a?b#c", "\u00e9" * 150]
-    ids += [f"s{i}" for i in range(len(sky) - len(ids))]
-    path = tmp_path_factory.mktemp("catalogue") / "sources.csv"
-    simulated.write_catalogue(path, ids, sky.ra, sky.dec)
+    path = survey.write_catalogue(tmp_path_factory.mktemp("catalogue") / "sources.csv")
     store.put_file(str(path), f"{BUCKET}/catalogues/sources 1.csv")
     return path, f"s3://{BUCKET}/catalogues/sources 1.csv"
 
 
 @pytest.fixture(scope="module")
-def make_config(archive, catalogue):
+def make_config(archive, catalogue) -> Callable[..., BatchConfig]:
     def make(output, **options) -> BatchConfig:
         defaults = simulated.run_options(catalogue[1], archive, output)
         return BatchConfig(**(defaults | options))
@@ -78,7 +79,7 @@ def make_config(archive, catalogue):
 
 
 class Machine:
-    """Folders that a process of its own machine would have, empty to begin with."""
+    """The folders of a process as on a machine of its own; all are empty at first."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.work, self.home = path, path / "work", path / "home"
@@ -87,19 +88,19 @@ class Machine:
             folder.mkdir(parents=True)
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        places = {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
+        folders = {"HOME": str(self.home), "TMPDIR": str(self.temporary)}
         with open(self.path / "log", "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dask", *arguments],
                 cwd=self.work,
-                env=os.environ | places,
+                env=os.environ | folders,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
 
     def files(self) -> set[str]:
-        """Return the files that are there but for Dask's own."""
+        """Return the files in all folders but those of Dask."""
         folders = (self.work, self.home, self.temporary)
         found = (path for folder in folders for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(self.path)) for path in found}
@@ -107,7 +108,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machines(store, tmp_path_factory):
-    """A scheduler and two workers that share no folder, and a client of theirs."""
+    """A client, and the folders of its two workers; scheduler and workers share no disk."""
     home = tmp_path_factory.mktemp("machines")
     scheduler = home / "scheduler.json"
     with ExitStack() as stack:
@@ -146,7 +147,7 @@ def on_disk(make_config, catalogue, client, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_store(make_config, machines, tmp_path_factory):
-    """A run to a store, the folders of its client, and what was in those of the workers."""
+    """A run into the store, the folders of its client, and the files left by its workers."""
     client, workers = machines
     home = Machine(tmp_path_factory.mktemp("client"))
     with pytest.MonkeyPatch.context() as patch:
@@ -158,32 +159,31 @@ def in_store(make_config, machines, tmp_path_factory):
     return pipeline, home, [worker.files() for worker in workers]
 
 
-FOLDERS = ("images", "per_image", "lightcurves")
-
-
-def in_folder(pipeline, name) -> dict[str, bytes]:
+def in_folder(store, pipeline, name) -> dict[str, bytes]:
+    """Return the files in a folder of a run by name, on disk or in the store."""
     folder = getattr(pipeline.folder, name)
-    return {name: folder.get(name) for name in folder.list_names()}
+    return read_files(folder) if isinstance(folder, Path) else contents(store, folder.path)
 
 
-def test_a_run_in_a_store_is_that_on_disk(on_disk, in_store):
+def test_run_in_a_store_gives_the_files_of_one_on_disk(store, on_disk, in_store):
     pipeline, *_ = in_store
     assert pipeline.summary.failed == {}
     for name in FOLDERS:
-        found = in_folder(pipeline, name)
-        assert found == in_folder(on_disk, name)
+        found = in_folder(store, pipeline, name)
+        assert found == in_folder(store, on_disk, name)
         assert len(found) >= N_FRAMES
-    curves = in_folder(pipeline, "lightcurves")
+    curves = in_folder(store, pipeline, "lightcurves")
     assert {"a*.csv", "a[1].csv", "a?b#c.csv"} & curves.keys()
-    assert pipeline.summary.output == f"s3://{BUCKET}/runs/first"
+    assert str(pipeline.summary.output) == f"s3://{BUCKET}/runs/first"
 
 
-def test_nothing_is_written_elsewhere(in_store):
-    _, home, of_workers = in_store
+def test_nothing_is_written_outside_the_store(in_store):
+    _, home, left_by_workers = in_store
     assert home.files() == set()
-    for found in of_workers:
-        mine = f"temporary/spxdask-{os.getuid()}/"
-        assert {name for name in found if not name.startswith(mine)} == set()
+    # Workers keep a copy of the catalogue, and the file that locks it.
+    copies = f"temporary/spxdask-{os.getuid()}/"
+    for found in left_by_workers:
+        assert all(name.startswith(copies) for name in found)
         assert {Path(name).suffix for name in found} == {".arrow", ""}
         assert len(found) == 2
 
@@ -199,11 +199,11 @@ def test_status_of_a_run_in_a_store(on_disk, in_store, capsys):
     assert f"output      s3://{BUCKET}/runs/first" in capsys.readouterr().out
 
 
-def test_the_same_again_does_nothing(store, in_store, client):
+def test_second_run_in_a_store_repeats_no_work(store, in_store, client):
     pipeline, *_ = in_store
     before = store.find(f"{BUCKET}/runs/first/images", detail=True)
     before |= store.find(f"{BUCKET}/runs/first/per_image", detail=True)
-    curves = in_folder(pipeline, "lightcurves")
+    curves = in_folder(store, pipeline, "lightcurves")
     summary = BatchPipeline(pipeline.config, client=client).run_all()
     for stage in ("download", "extract"):
         report = summary.stages[stage]
@@ -211,11 +211,11 @@ def test_the_same_again_does_nothing(store, in_store, client):
     assert summary.stages["extract"].rows == pipeline.summary.stages["extract"].rows
     after = store.find(f"{BUCKET}/runs/first/images", detail=True)
     after |= store.find(f"{BUCKET}/runs/first/per_image", detail=True)
-    # Not even with the same content.
+    # No object is written again, not even with the same content.
     assert {n: f["LastModified"] for n, f in after.items()} == {
         n: f["LastModified"] for n, f in before.items()
     }
-    assert in_folder(pipeline, "lightcurves") == curves
+    assert in_folder(store, pipeline, "lightcurves") == curves
 
 
 def test_stage_by_stage_in_a_store(store, on_disk, make_config, client, archive):
@@ -223,78 +223,80 @@ def test_stage_by_stage_in_a_store(store, on_disk, make_config, client, archive)
     stages = [BatchPipeline(config, client=client) for _ in range(4)]
     stages[0].run_query()
     assert stages[1].run_download().done == N_FRAMES
-    asked = len(archive.requests)
-    # The images are read from the store.
+    n_requests = len(archive.requests)
+    # Extract reads the images from the store.
     assert stages[2].run_extract().done == N_FRAMES
-    assert len(archive.requests) == asked
-    assert stages[3].run_aggregate().total == len(in_folder(on_disk, "lightcurves"))
+    assert len(archive.requests) == n_requests
+    assert stages[3].run_aggregate().total == len(in_folder(store, on_disk, "lightcurves"))
     for name in FOLDERS:
-        assert in_folder(stages[3], name) == in_folder(on_disk, name)
-    assert len(in_folder(stages[3], "buckets")) == 5
+        assert in_folder(store, stages[3], name) == in_folder(store, on_disk, name)
+    assert len(in_folder(store, stages[3], "buckets")) == 5
     assert stages[3].images.count().compute(scheduler="sync") == N_FRAMES
     summary = load_query_summary(f"s3://{BUCKET}/runs/stages")
     assert summary["n_observations"] == N_FRAMES
 
 
-def test_an_image_that_went_bad_is_set_aside(make_config, client):
+def test_unreadable_image_is_set_aside(store, make_config, client):
     config = make_config(f"s3://{BUCKET}/runs/bad", bands=["D3"])
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_query()
     assert pipeline.run_download().done == 1
-    ((name, data),) = in_folder(pipeline, "images").items()
-    pipeline.folder.images.put(name, bytes(2880) + data[2880:])
+    ((name, data),) = in_folder(store, pipeline, "images").items()
+    write_each(pipeline.folder.images, [(name, bytes(2880) + data[2880:])])
     report = pipeline.run_extract()
     assert list(report.failed) == [name]
     assert report.failed[name].endswith(f"; set aside as {name}.unreadable")
-    assert in_folder(pipeline, "images").keys() == {f"{name}.unreadable"}
+    assert in_folder(store, pipeline, "images").keys() == {f"{name}.unreadable"}
     assert BatchPipeline(config, client=client).run_all().failed == {}
 
 
-def test_images_that_are_not_kept(on_disk, make_config, client):
+def test_images_that_are_not_kept_in_a_store(store, on_disk, make_config, client):
     config = make_config(f"s3://{BUCKET}/runs/lean", keep_images=False)
     summary = BatchPipeline(config, client=client).run_all()
     assert summary.stages["download"].done == N_FRAMES
     again = BatchPipeline(config, client=client)
     summary = again.run_all()
     assert (summary.stages["download"].done, summary.stages["extract"].reused) == (0, N_FRAMES)
-    assert in_folder(again, "images") == {}
+    assert in_folder(store, again, "images") == {}
     for name in ("per_image", "lightcurves"):
-        assert in_folder(again, name) == in_folder(on_disk, name)
+        assert in_folder(store, again, name) == in_folder(store, on_disk, name)
 
 
-def test_parquet_in_a_store(on_disk, make_config, client):
+def test_parquet_in_a_store(store, on_disk, make_config, client):
     formats = {"per_image_format": "parquet", "lightcurve_format": "parquet"}
     config = make_config(f"s3://{BUCKET}/runs/parquet", keep_images=False, **formats)
     pipeline = BatchPipeline(config, client=client)
     assert pipeline.run_all().failed == {}
-    assert {name.rpartition(".")[2] for name in in_folder(pipeline, "per_image")} == {"parquet"}
+    assert {name.rpartition(".")[2] for name in in_folder(store, pipeline, "per_image")} == {
+        "parquet"
+    }
     curves = pd.read_parquet(str(pipeline.folder.lightcurves))
     found = 0
     for target, rows in curves.groupby("target_id"):
-        expected = pd.read_csv(on_disk.folder.lightcurves.path_to(light_curve_name(target)))
+        expected = pd.read_csv(on_disk.folder.lightcurves / light_curve_name(target))
         pd.testing.assert_frame_equal(
             rows.drop(columns="target_id").reset_index(drop=True), expected, check_dtype=False
         )
         found += 1
-    assert found == len(in_folder(on_disk, "lightcurves"))
-    stood = status(pipeline.folder.path)
-    assert (stood.lightcurves, stood.measured, stood.rows) == (found, N_FRAMES, len(curves))
-    # With light curves of the other format, these are gone, and a user's file is not.
-    pipeline.folder.lightcurves.put_many([("notes.csv", b"a,b\n"), ("notes.txt", b"")])
+    assert found == len(in_folder(store, on_disk, "lightcurves"))
+    at_end = status(pipeline.folder.path)
+    assert (at_end.lightcurves, at_end.measured, at_end.rows) == (found, N_FRAMES, len(curves))
+    # Light curves in the other format replace these, and leave files of the user.
+    write_each(pipeline.folder.lightcurves, [("notes.csv", b"a,b\n"), ("notes.txt", b"")])
     other = make_config(
         f"s3://{BUCKET}/runs/parquet", keep_images=False, per_image_format="parquet"
     )
     again = BatchPipeline(other, client=client)
     again.run_all()
-    found = in_folder(again, "lightcurves")
+    found = in_folder(store, again, "lightcurves")
     assert (found.pop("notes.csv"), found.pop("notes.txt")) == (b"a,b\n", b"")
-    assert found == in_folder(on_disk, "lightcurves")
+    assert found == in_folder(store, on_disk, "lightcurves")
 
 
-def test_light_curves_of_sources_that_are_gone(survey, make_config, client, tmp_path):
-    sky, _ = survey
+def test_light_curves_of_removed_sources_are_removed(store, survey, make_config, client, tmp_path):
+    sky = survey.sky
     curves = []
-    # What is left of a name may be the name of another.
+    # Some names are patterns that match others.
     for ids in (["a[1]", "a*", "a?", "a", "a1"], ["a*", "a1"], ["a", "a1"]):
         path = tmp_path / "sources.csv"
         simulated.write_catalogue(path, ids, sky.ra[: len(ids)], sky.dec[: len(ids)])
@@ -303,7 +305,7 @@ def test_light_curves_of_sources_that_are_gone(survey, make_config, client, tmp_
         )
         pipeline = BatchPipeline(config, client=client)
         pipeline.run_all()
-        curves.append(in_folder(pipeline, "lightcurves").keys())
+        curves.append(in_folder(store, pipeline, "lightcurves").keys())
     assert curves == [
         {"a[1].csv", "a*.csv", "a?.csv", "a.csv", "a1.csv"},
         {"a*.csv", "a1.csv"},
@@ -311,92 +313,81 @@ def test_light_curves_of_sources_that_are_gone(survey, make_config, client, tmp_
     ]
 
 
-# A client that is killed
-
-
 @contextmanager
 def store_holds(folder: str, number: int) -> Iterator[threading.Event]:
-    """Have the store hold the n-th object that comes to a folder; yield when it has come."""
-    came, over, left, one_at_a_time = threading.Event(), threading.Event(), number, threading.Lock()
+    """Let the store wait with the n-th object written to a folder, until the block ends.
+
+    The event that is yielded is set when the object has arrived.
+    """
+    arrived, over, left, counting = threading.Event(), threading.Event(), number, threading.Lock()
     put = S3Backend.put_object
 
     def put_object(backend, bucket_name, key_name, *arguments, **options):
         nonlocal left
         if f"/{folder}/" in key_name:
-            with one_at_a_time:
+            with counting:
                 left -= 1
                 held = left == 0
             if held:
-                came.set()
+                arrived.set()
                 assert over.wait(100)
         return put(backend, bucket_name, key_name, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(S3Backend, "put_object", put_object)
         try:
-            yield came
+            yield arrived
         finally:
             over.set()
 
 
-class ClockThatStands:
-    """Time in which nobody waits."""
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError(f"waited for {seconds} s")
-
-
-def test_a_run_that_is_killed(store, on_disk, make_config, client, tmp_path):
+@pytest.mark.kill
+def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, caplog, tmp_path):
     url = f"s3://{BUCKET}/runs/killed"
     config = make_config(url)
     config.to_yaml(tmp_path / "run.yaml")
     arguments = ["run", "--config", str(tmp_path / "run.yaml")]
     arguments += ["--scheduler", client.scheduler.address]
-    expected = {name: in_folder(on_disk, name) for name in FOLDERS}
+    expected = {name: in_folder(store, on_disk, name) for name in FOLDERS}
     pipeline = BatchPipeline(config, client=client)
     for folder, number in (("images", 3), ("lightcurves", 10)):
         log = tmp_path / folder
         with (
-            store_holds(folder, number) as came,
+            store_holds(folder, number) as arrived,
             killing.Command("spxdask", *arguments, log=log) as command,
         ):
-            assert came.wait(60), command.said
+            assert arrived.wait(60), command.stderr
             command.kill()
-            # What is there is whole.
+            # Every object is complete.
             for name in FOLDERS:
-                found = in_folder(pipeline, name)
+                found = in_folder(store, pipeline, name)
                 assert found.items() <= expected[name].items()
-            stood = status(url)
-            assert (stood.at_work, stood.failed) == (None, {})
+            at_end = status(url)
+            assert (at_end.at_work, at_end.failed) == (None, {})
             assert store.exists(f"{url}/state/lock")
-    # It does not wait for one that is dead.
-    folder = pipeline.folder
-    folder.lock = LeaseLock(folder.state, folder.path, clock=ClockThatStands())
     summary = pipeline.run_all()
+    # It takes over the lock of a dead process at once, instead of waiting for its lease to end.
+    assert [record for record in caplog.records if record.name == lock.__name__] == []
     assert summary.failed == {}
     for name in FOLDERS:
-        assert in_folder(pipeline, name) == expected[name]
-    stood = status(url)
-    assert (stood.measured, stood.pending, stood.at_work) == (N_FRAMES, 0, None)
+        assert in_folder(store, pipeline, name) == expected[name]
+    at_end = status(url)
+    assert (at_end.measured, at_end.pending, at_end.at_work) == (N_FRAMES, 0, None)
     assert not store.exists(f"{url}/state/lock")
 
 
-def test_two_runs_in_one_folder(make_config, client):
+def test_second_run_in_a_folder_of_a_store_is_refused(make_config, client, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(lock, "LEASE_S", 2.0)
     config = make_config(f"s3://{BUCKET}/runs/two", bands=["D1"], keep_images=False)
-    said = f"{config.output_dir}: another run is at work here .process {os.getpid()} on"
+    refusal = f"another run is at work in {config.output_dir} .process {os.getpid()} on"
     first, second = (BatchPipeline(config, client=client) for _ in range(2))
-    for folder in (first.folder, second.folder):
-        options = {"renewal_interval_s": 0.1, "lease_s": 2.0}
-        folder.lock = LeaseLock(folder.state, folder.path, **options)
-    with ThreadPoolExecutor(1) as pool, store_holds("per_image", 1) as came:
+    with ThreadPoolExecutor(1) as pool, store_holds("per_image", 1) as arrived:
         running = pool.submit(first.run_all)
-        assert came.wait(60)
+        assert arrived.wait(60)
         assert status(config.output_dir).at_work
         for work in (second.run_query, second.run_extract, second.run_aggregate):
-            with pytest.raises(RunFolderError, match=said):
+            with pytest.raises(RunFolderError, match=refusal):
                 work()
     assert running.result().failed == {}
     third = BatchPipeline(config, client=client)
@@ -404,8 +395,8 @@ def test_two_runs_in_one_folder(make_config, client):
 
 
 @pytest.mark.parametrize("part", ["images", "lightcurves", "state/ledger"])
-def test_a_store_that_refuses(part, store, on_disk, make_config, client, tmp_path, capsys):
-    """With credentials that may not, or may no longer, write to a part of the folder."""
+def test_store_that_refuses_writes(part, store, on_disk, make_config, client, tmp_path, capsys):
+    """Credentials do not allow to write to one part of the folder, at first."""
     url = f"s3://{BUCKET}/runs/refused/{part}"
     config = make_config(url, bands=["D3"])
     config.to_yaml(tmp_path / "run.yaml")
@@ -428,13 +419,13 @@ def test_a_store_that_refuses(part, store, on_disk, make_config, client, tmp_pat
     assert main(command) == 0
     pipeline = BatchPipeline(config)
     for name in ("images", "per_image"):
-        found = in_folder(pipeline, name)
+        found = in_folder(store, pipeline, name)
         assert len(found) == 1
-        assert found.items() <= in_folder(on_disk, name).items()
-    assert in_folder(pipeline, "lightcurves")
+        assert found.items() <= in_folder(store, on_disk, name).items()
+    assert in_folder(store, pipeline, "lightcurves")
 
 
-# What a user gets wrong
+# Mistakes of the user. Each function makes one and returns a URL to use.
 
 
 def no_bucket(monkeypatch, store) -> str:
@@ -460,7 +451,7 @@ def no_permission(monkeypatch, store) -> str:
     return f"s3://{BUCKET}/here"
 
 
-def nobody_listens(monkeypatch, store) -> str:
+def no_server(monkeypatch, store) -> str:
     S3FileSystem.clear_instance_cache()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -480,7 +471,7 @@ MISTAKES = {
     no_file: "No such file or directory|The specified key does not exist",
     no_credentials: "NoCredentialsError: Unable to locate credentials",
     no_permission: "PermissionError: Access Denied",
-    nobody_listens: "Could not connect to the endpoint URL",
+    no_server: "Could not connect to the endpoint URL",
     no_library: "Install s3fs to access S3",
 }
 
@@ -491,12 +482,12 @@ MISTAKES = {
         (what, mistake)
         for what in ("output", "catalogue", "status")
         for mistake in MISTAKES
-        # To write, as good a place as any.
+        # A folder that does not exist yet is no mistake for the output.
         if (what, mistake) != ("output", no_file)
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_mistakes_are_told_in_a_sentence(
+def test_mistake_ends_in_one_sentence(
     what, mistake, store, archive, catalogue, client, capsys, tmp_path
 ):
     ra, dec = map(str, simulated.CENTER)
@@ -512,8 +503,8 @@ def test_mistakes_are_told_in_a_sentence(
             command += ["--catalog", str(catalog), "--output", str(output)]
             command += ["--scheduler", client.scheduler.address]
         answer = main(command)
-    if mistake in (no_credentials, nobody_listens):
-        # Connections keep what the environment was.
+    if mistake in (no_credentials, no_server):
+        # Connections keep the settings that they were made with.
         S3FileSystem.clear_instance_cache()
     assert answer == 2
     said = capsys.readouterr()
@@ -529,7 +520,7 @@ def test_mistakes_are_told_in_a_sentence(
     assert said.out == ""
 
 
-def test_a_catalogue_where_the_run_writes_is_refused(make_config, catalogue):
+def test_catalogue_where_the_run_writes_is_refused(make_config, catalogue):
     folder = f"s3://{BUCKET}/catalogues"
     for name, inside in (("sources 1.csv", False), ("state/a.csv", True), ("images/a/b.csv", True)):
         pipeline = BatchPipeline(make_config(folder, catalog_path=f"{folder}/{name}"))
@@ -540,8 +531,8 @@ def test_a_catalogue_where_the_run_writes_is_refused(make_config, catalogue):
             assert len(pipeline.catalogue) > 0
 
 
-def test_a_catalogue_by_the_url_of_a_file(make_config, tmp_path):
+def test_catalogue_by_the_url_of_a_file(make_config, tmp_path):
     path = simulated.write_catalogue(tmp_path / "a 100%.csv", ["a"], [1.0], [2.0])
     pipeline = BatchPipeline(make_config(tmp_path.as_uri() + "/out", catalog_path=path.as_uri()))
     assert pipeline.catalogue.target_id.to_pylist() == ["a"]
-    assert pipeline.folder.root.local_path == tmp_path / "out"
+    assert pipeline.folder.path == tmp_path / "out"

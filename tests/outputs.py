@@ -1,0 +1,21 @@
+"""What a run left in its output folder, read for comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_per_image(folder: Path) -> pd.DataFrame:
+    """Return the rows of all per-image tables in CSV, in the order of their names."""
+    tables = [
+        pd.read_csv(path, dtype={"target_id": str}, keep_default_na=False, na_values={"flux": [""]})
+        for path in sorted(folder.glob("*.csv"))
+    ]
+    return pd.concat(tables, ignore_index=True)

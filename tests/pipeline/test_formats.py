@@ -1,0 +1,193 @@
+"""Per-image tables and light curves in CSV and Parquet hold the same."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import dask.bag
+import dask.dataframe
+import duckdb
+import pandas as pd
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from outputs import read_files
+from spxdask.tables.rows import LIGHT_CURVE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
+
+from spxdask import BatchPipeline
+from spxdask.cli import main
+from spxdask.errors import RunFolderError
+from spxdask.run.status import status
+
+
+def test_parquet_tables_hold_the_same_as_csv_tables(finished, finished_parquet):
+    texts = sorted(finished.folder.per_image.iterdir())
+    tables = sorted(finished_parquet.folder.per_image.iterdir())
+    assert len(texts) == len(tables) == 6
+    for text, table in zip(texts, tables, strict=True):
+        assert table.name == f"{text.stem}.parquet"
+        assert pq.read_table(table).equals(read_csv(text), check_metadata=True)
+    report, other = finished_parquet.summary.stages["extract"], finished.summary.stages["extract"]
+    assert (report.done, report.rows, report.skipped) == (other.done, other.rows, other.skipped)
+    assert report.bytes == sum(path.stat().st_size for path in tables)
+
+
+def test_light_curves_do_not_depend_on_the_format_of_the_tables(finished, make_config, client):
+    pipeline = BatchPipeline(make_config(per_image_format="parquet"), client=client)
+    assert pipeline.run_all().stages["extract"].done == 6
+    assert {path.suffix for path in pipeline.folder.per_image.iterdir()} == {".parquet"}
+    curves = read_files(finished.folder.lightcurves)
+    assert read_files(pipeline.folder.lightcurves) == curves
+    # The tables alone are enough.
+    for name in ("state", "lightcurves"):
+        shutil.rmtree(pipeline.folder.path / name)
+    BatchPipeline(pipeline.config, client=client).run_aggregate()
+    assert read_files(pipeline.folder.lightcurves) == curves
+
+
+def test_parquet_light_curves_hold_the_same_as_csv_light_curves(
+    finished, finished_parquet, all_curves
+):
+    files = sorted(finished_parquet.folder.lightcurves.iterdir())
+    assert [path.name for path in files] == [f"bucket-{n:05d}.parquet" for n in range(5)]
+    found = [pq.read_table(path) for path in files]
+    schema = pa.schema([SCHEMA.field(name) for name in ("target_id", *LIGHT_CURVE)])
+    assert [table.schema for table in found] == [schema] * 5
+    for table in found:
+        keys = [tuple(row.values()) for row in table.select(SORT_KEYS).to_pylist()]
+        assert keys == sorted(keys)
+    ids = [set(table.column("target_id").to_pylist()) for table in found]
+    assert sum(map(len, ids)) == len(set.union(*ids))
+    together = pa.concat_tables(found).sort_by([(name, "ascending") for name in SORT_KEYS])
+    assert together.equals(all_curves)
+    assert finished_parquet.summary.n_measured == finished.summary.n_measured
+    assert finished_parquet.summary.stages["aggregate"].rows == len(all_curves)
+    # They are the partitions that a run with CSV light curves can keep.
+    assert read_files(finished_parquet.folder.lightcurves) == read_files(finished.folder.buckets)
+
+
+def with_pandas(folder: Path) -> pa.Table:
+    return pa.Table.from_pandas(pd.read_parquet(folder), preserve_index=False)
+
+
+def with_dask(folder: Path) -> pa.Table:
+    frame = dask.dataframe.read_parquet(folder).compute(scheduler="sync")
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def with_polars(folder: Path) -> pa.Table:
+    return polars.read_parquet(folder).to_arrow()
+
+
+def with_duckdb(folder: Path) -> pa.Table:
+    with duckdb.connect() as database:
+        return database.read_parquet(f"{folder}/*.parquet").to_arrow_table()
+
+
+# Dask calls pandas with an argument that the newest pandas deprecates.
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.reset_index")
+@pytest.mark.parametrize("read", [with_pandas, with_dask, with_polars, with_duckdb])
+def test_parquet_light_curves_are_one_dataset(finished_parquet, all_curves, read):
+    found = read(finished_parquet.folder.lightcurves)
+    assert found.column_names == all_curves.column_names
+    for name in found.column_names:
+        kind, expected = found.schema.field(name).type, all_curves.schema.field(name).type
+        # Libraries differ in the type of text.
+        text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        assert kind == expected or (text and pa.types.is_string(expected)), name
+    found = found.cast(all_curves.schema)
+    assert found.sort_by([(name, "ascending") for name in SORT_KEYS]).equals(all_curves)
+
+
+def test_status_counts_the_sources_of_parquet_light_curves(finished, finished_parquet, capsys):
+    found, other = status(finished_parquet.folder.path), status(finished.folder.path)
+    assert found.lightcurves == other.lightcurves == finished_parquet.summary.n_measured > 5
+    assert (found.measured, found.pending, found.rows) == (6, 0, other.rows)
+    assert main(["status", str(finished_parquet.folder.path)]) == 0
+    assert f"aggregate   {found.lightcurves} light curves\n" in capsys.readouterr().out
+
+
+def test_parquet_light_curves_are_the_same_bytes_in_each_run(
+    finished_parquet, make_config, client, tmp_path
+):
+    expected = read_files(finished_parquet.folder.lightcurves)
+    copy = shutil.copytree(finished_parquet.folder.path, tmp_path / "copy")
+    for path in (copy / "lightcurves").iterdir():
+        path.unlink()
+    pipeline = BatchPipeline(replace(finished_parquet.config, output_dir=copy), client=client)
+    assert pipeline.run_all().stages["extract"].reused == 6
+    assert read_files(copy / "lightcurves") == expected
+    # Light curves in other partitions replace all files of the earlier ones.
+    config = make_config(lightcurve_format="parquet", num_buckets=2)
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_all()
+    first = read_files(pipeline.folder.lightcurves)
+    assert len(first) == 2
+    pipeline = BatchPipeline(replace(config, num_buckets=5), client=client)
+    pipeline.run_aggregate()
+    assert read_files(pipeline.folder.lightcurves) == expected
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_aggregate()
+    assert read_files(pipeline.folder.lightcurves) == first
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_light_curves_in_another_format_replace_the_old(
+    finished, finished_parquet, make_config, client, archive, keep
+):
+    config = make_config(keep_bucket_files=keep)
+    pipeline = BatchPipeline(config, client=client)
+    pipeline.run_all()
+    folder = pipeline.folder.lightcurves
+    users = {
+        "notes.txt": b"mine",
+        "star.csv": b"a,b\n1,2\n",
+        "stars.parquet": parquet_bytes(pa.table({"a": [1]})),
+    }
+    for name, content in users.items():
+        (folder / name).write_bytes(content)
+    n_requests = len(archive.requests)
+    kept = read_files(finished.folder.buckets) if keep else None
+    runs = {"csv": finished, "parquet": finished_parquet}
+    for how in ("parquet", "csv", "parquet"):
+        expected = runs[how]
+        pipeline = BatchPipeline(replace(config, lightcurve_format=how), client=client)
+        summary = pipeline.run_all()
+        assert summary.stages["extract"].reused == 6
+        assert summary.n_measured == expected.summary.n_measured
+        assert read_files(folder) == read_files(expected.folder.lightcurves) | users
+        if keep:
+            assert read_files(pipeline.folder.buckets) == kept
+    assert {r.path for r in archive.requests[n_requests:]} == {"/TAP/sync"}
+
+
+def test_tables_in_another_format_are_measured_again(
+    finished, finished_parquet, make_config, client, archive
+):
+    config = make_config()
+    BatchPipeline(config, client=client).run_all()
+    n_requests = len(archive.requests)
+    for how, expected in (("parquet", finished_parquet), ("csv", finished)):
+        pipeline = BatchPipeline(replace(config, per_image_format=how), client=client)
+        summary = pipeline.run_all()
+        assert (summary.stages["extract"].done, summary.stages["extract"].reused) == (6, 0)
+        assert read_files(pipeline.folder.lightcurves) == read_files(finished.folder.lightcurves)
+        tables = read_files(pipeline.folder.per_image)
+        assert read_files(expected.folder.per_image).items() <= tables.items()
+        assert status(pipeline.folder.path).measured == 6
+        # Now they are current.
+        assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 6
+    # The images that were kept are measured, and not fetched again.
+    assert {r.path for r in archive.requests[n_requests:]} == {"/TAP/sync"}
+
+
+def test_light_curves_stay_without_tables_in_the_new_format(finished, make_config, client):
+    config = make_config()
+    BatchPipeline(config, client=client).run_all()
+    other = BatchPipeline(replace(config, per_image_format="parquet"), client=client)
+    with pytest.raises(RunFolderError, match="run extract first"):
+        other.run_aggregate()
+    assert read_files(other.folder.lightcurves) == read_files(finished.folder.lightcurves)

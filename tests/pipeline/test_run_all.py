@@ -1,0 +1,165 @@
+"""A whole run over the simulated archive: what is found, measured and reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import simulated
+from outputs import read_files, read_per_image
+from spxdask.tables.rows import LIGHT_CURVE, PER_IMAGE, SCHEMA
+
+from spxdask import BatchPipeline, load_query_summary
+from spxdask.run.status import status
+from spxdask.science.level2.frame import angular_distance
+from spxdask.stages.aggregate import light_curve_name
+
+
+def test_every_frame_is_found_once_and_measured(finished, survey):
+    newest = survey.frames[:6]
+    images = {path.name for path in finished.folder.images.iterdir()}
+    assert images == {frame.exposure.filename for frame in newest}
+    summary = finished.summary
+    assert summary.stages["query"].total == 6
+    assert summary.stages["download"].done == 6
+    assert summary.stages["extract"].done == 6
+    assert summary.failed == {}
+    rows = read_per_image(finished.folder.per_image)
+    assert summary.stages["extract"].rows == len(rows) > 40
+    assert tuple(rows.columns) == PER_IMAGE
+    assert summary.n_measured == rows["target_id"].nunique()
+    assert summary.n_measured < summary.n_sources == len(survey.sky)
+    # Every id is written as it was read, and none leads to a file outside the output folder.
+    assert set(simulated.AWKWARD_IDS) < set(rows["target_id"]) <= set(survey.ids)
+    assert {path.name for path in finished.folder.path.iterdir()} == {
+        *("images", "per_image", "lightcurves", "buckets", "state"),
+        "query_summary.yaml",
+    }
+    assert {path.name for path in finished.folder.path.parent.iterdir()} == {"out", "sources.csv"}
+    for frame in newest:
+        one = rows[rows["filename"] == frame.exposure.filename]
+        assert set(one["band"]) == {frame.exposure.band}
+        assert set(one["obs_id"]) == {frame.exposure.obs_id}
+        np.testing.assert_array_equal(
+            one["mjd"].unique(), [(frame.exposure.mjd_begin + frame.exposure.mjd_end) / 2]
+        )
+
+
+def test_recovered_flux_is_the_injected_flux(finished, survey):
+    rows = read_per_image(finished.folder.per_image)
+    ratios = []
+    for frame in survey.frames[:6]:
+        truth = pd.DataFrame(
+            {
+                "target_id": [survey.ids[i] for i in frame.planes.source],
+                "true_x": frame.planes.x,
+                "true_wavelength": frame.planes.wavelength_um,
+                "injected": frame.planes.flux_ujy,
+            }
+        )
+        both = rows[rows["filename"] == frame.exposure.filename].merge(truth, on="target_id")
+        np.testing.assert_allclose(both["x"], both["true_x"], atol=1e-6)
+        np.testing.assert_allclose(both["wavelength"], both["true_wavelength"], atol=1e-4)
+        # An aperture with a diameter of 2.1 pixels holds 85 % of the light.
+        ratio = both["flux"] / both["injected"]
+        assert 0.8 < ratio.median() < 0.9
+        ratios.append(ratio)
+    assert np.concatenate(ratios).std() < 0.1
+
+
+def test_light_curves_are_the_per_image_rows_by_source(finished):
+    rows = read_per_image(finished.folder.per_image)
+    names = set()
+    for target, expected in rows.groupby("target_id"):
+        expected = expected.sort_values(["mjd", "obs_id", "band"])
+        name = light_curve_name(target)
+        names.add(name)
+        curve = pd.read_csv(finished.folder.lightcurves / name)
+        assert tuple(curve.columns) == LIGHT_CURVE
+        assert curve["obs_id"].tolist() == expected["obs_id"].tolist()
+        for column in ("mjd", "x", "flux", "bg_level", "flag", "wavelength"):
+            np.testing.assert_array_equal(
+                curve[column].to_numpy(float), expected[column].to_numpy(float)
+            )
+    assert {p.name for p in finished.folder.lightcurves.iterdir()} == names
+    assert len(names) == rows["target_id"].nunique()
+    assert "39633458707826492.csv" in names
+
+
+def test_bucket_files_hold_the_sorted_partitions(finished):
+    rows = read_per_image(finished.folder.per_image)
+    buckets = [pd.read_parquet(p) for p in sorted(finished.folder.buckets.glob("*.parquet"))]
+    assert len(buckets) == 5
+    assert sum(map(len, buckets)) == len(rows)
+    seen = [set(b["target_id"]) for b in buckets]
+    assert sum(map(len, seen)) == len(set.union(*seen))
+    for bucket in buckets:
+        keys = bucket[["target_id", "mjd", "obs_id", "band"]].apply(tuple, axis=1).tolist()
+        assert keys == sorted(keys)
+
+
+def test_running_stage_by_stage_gives_the_same_files(finished, make_config, client):
+    pipeline = BatchPipeline(make_config(keep_bucket_files=True), client=client)
+    pipeline.run_query()
+    assert (pipeline.run_download().done, pipeline.run_extract().done) == (6, 6)
+    pipeline.run_aggregate()
+    prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert {"download", "extract"} <= prefixes
+    for folder in ("images", "per_image", "lightcurves", "buckets"):
+        made, expected = (read_files(getattr(p.folder, folder)) for p in (pipeline, finished))
+        assert made == expected, folder
+
+
+def test_summary_counts_the_frames_of_each_release(finished, make_config, client):
+    assert finished.summary.stages["query"].releases == {"qr2": 4, "qr3": 2}
+    assert "4 of qr2, 2 of qr3: their flux scales differ" in str(finished.summary)
+    one = BatchPipeline(make_config(bands=["D1"]), client=client)
+    assert repr(one) == f"BatchPipeline in {one.folder.path}"
+    assert "flux scales" not in str(one.run_all())
+    assert repr(one) == repr(one.summary) == str(one.summary)
+    assert repr(one.reports["aggregate"]).startswith("aggregate   ")
+
+
+def test_summary_counts_the_sources_outside_the_field(finished, survey):
+    ra, dec = survey.sky.ra, survey.sky.dec
+    outside = int((angular_distance(*simulated.CENTER, ra, dec) > 0.05).sum())
+    assert finished.summary.stages["query"].outside == outside > 0
+    assert f"{outside} sources lie outside" in str(finished.summary)
+
+
+def test_query_that_finds_no_frame_ends_the_run(make_config, client):
+    pipeline = BatchPipeline(make_config(center_dec=-60.0), client=client)
+    summary = pipeline.run_all()
+    assert summary.stages["query"].total == 0
+    assert "no frame covers the field" in str(summary)
+    assert list(summary.stages) == ["query"]
+    assert load_query_summary(pipeline.config.output_dir)["n_observations"] == 0
+    assert pipeline.observations.count().compute(scheduler="sync") == 0
+
+
+def test_catalogue_far_from_the_field_logs_a_warning(make_config, client, tmp_path, caplog):
+    far = simulated.write_catalogue(tmp_path / "far.csv", ["a", "b"], [10.0, 11.0], [10.0, 10.0])
+    pipeline = BatchPipeline(make_config(catalog_path=far, bands=["D1"]), client=client)
+    assert pipeline.run_all().n_measured == 0
+    assert "none of the 2 sources lies within 6.05 deg of the field's centre" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_frame_without_sources_gives_a_table_without_rows(make_config, client, tmp_path, how):
+    catalogue = simulated.write_catalogue(tmp_path / "off.csv", ["off"], [270.0], [70.5])
+    formats = {"per_image_format": how, "lightcurve_format": how}
+    config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
+    pipeline = BatchPipeline(config, client=client)
+    summary = pipeline.run_all()
+    (table,) = pipeline.folder.per_image.iterdir()
+    if how == "csv":
+        assert table.read_text() == ",".join(PER_IMAGE) + "\n"
+        assert list(pipeline.folder.lightcurves.iterdir()) == []
+    else:
+        assert (pq.read_schema(table), len(pq.read_table(table))) == (SCHEMA, 0)
+        assert len(pd.read_parquet(pipeline.folder.lightcurves)) == 0
+    assert summary.stages["extract"].done == 1
+    assert (summary.n_sources, summary.n_measured) == (1, 0)
+    assert status(pipeline.folder.path).lightcurves == 0
+    assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 1

@@ -1,0 +1,70 @@
+"""Mistakes of the caller end in an error that names them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import simulated
+
+from spxdask import BatchPipeline, run_batch
+from spxdask.errors import ConfigError, InputError, RunFolderError
+
+
+def test_usage_errors(make_config, client):
+    config = make_config()
+    with pytest.raises(ConfigError, match="not two of them"):
+        BatchPipeline(config, client=client, scheduler="tcp://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="allowed is a synchronous"):
+        BatchPipeline(config, client="tcp://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="allowed is a BatchConfig"):
+        BatchPipeline({"radius": 1})
+    with pytest.raises(ConfigError, match="not both: radius"):
+        run_batch(config, radius=1.0)
+    with pytest.raises(ConfigError, match="did you mean radius"):
+        run_batch(catalog="x.csv", center_ra=1, center_dec=1, radios=1)
+    with pytest.raises(InputError, match="no Dask scheduler at"):
+        BatchPipeline(config, scheduler="not-an-address://x").run_query()
+
+
+def test_stages_name_the_stage_that_must_run_before(make_config, client):
+    pipeline = BatchPipeline(make_config(), client=client)
+    for stage in (pipeline.run_download, pipeline.run_extract):
+        with pytest.raises(RunFolderError, match="run query first"):
+            stage()
+    with pytest.raises(RunFolderError, match="run query first"):
+        _ = pipeline.observations
+    with pytest.raises(RunFolderError, match="no per-image tables"):
+        pipeline.run_aggregate()
+    pipeline.run_query()
+    report = pipeline.run_extract()
+    assert len(report.failed) == 6
+    assert "run download first" in next(iter(report.failed.values()))
+
+
+def test_too_many_frames_stop_the_run_before_any_download(make_config, client, archive):
+    pipeline = BatchPipeline(make_config(max_images=5), client=client)
+    n_requests = len(archive.requests)
+    with pytest.raises(
+        InputError, match=r"6 frames \(0\.\d GB\) .* max_images allows 5; raise max"
+    ):
+        pipeline.run_all()
+    assert {r.path for r in archive.requests[n_requests:]} == {"/TAP/sync"}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_script_without_main_guard_fails_with_advice(tmp_path):
+    script = tmp_path / "script.py"
+    simulated.write_catalogue(tmp_path / "sources.csv", ["one"], [1.0], [1.0])
+    script.write_text(
+        "from spxdask import run_batch\n"
+        "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0,"
+        " max_extract_workers=1)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
