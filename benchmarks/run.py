@@ -2,7 +2,7 @@
 
 One command does all::
 
-    python benchmarks/run.py            # the table and the plot of the README
+    python benchmarks/run.py            # the table and the plot of docs/speed.md
     python benchmarks/run.py --quick    # within five minutes
 
 Both sides run in processes of their own, take turns on the same files, and report the
