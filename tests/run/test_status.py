@@ -58,10 +58,10 @@ def listing(folder):
 
 def look(pipeline):
     """Return the status, having seen that nothing changed and that it can be printed."""
-    before = listing(pipeline.folder.path)
+    before = listing(pipeline.folder.root.local_path)
     found = status(pipeline.folder.path)
     assert str(found)
-    assert listing(pipeline.folder.path) == before
+    assert listing(pipeline.folder.root.local_path) == before
     return found
 
 

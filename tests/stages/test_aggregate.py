@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from spxdask.errors import DiskFullError, FrameError
 from spxdask.stages import aggregate
+from spxdask.storage import LocalStore
 from spxdask.tables import rows as tables
 
 
@@ -280,15 +281,15 @@ def test_keep_only_spares_what_is_not_ours(tmp_path):
     (tmp_path / "notes.txt").write_bytes(ours)
     (tmp_path / "folder").mkdir()
     names = {"a.csv", "c.csv", "bucket-00001.parquet"}
-    missing, removed = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
+    missing, removed = aggregate.keep_only(LocalStore(tmp_path), names, aggregate.find_light_curves)
     assert (missing, removed) == ({"c.csv"}, {"b.csv", "bucket-00002.parquet"})
     users = {"stars.parquet", "star.csv", "notes.txt", "folder"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "bucket-00001.parquet"} | users
-    missing, removed = aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve)
+    missing, removed = aggregate.keep_only(LocalStore(tmp_path), set(), aggregate.find_light_curves)
     assert (missing, removed) == (set(), {"a.csv", "bucket-00001.parquet"})
     assert {p.name for p in tmp_path.iterdir()} == users
     # No folder, nothing to remove.
-    nothing = aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket)
+    nothing = aggregate.keep_only(LocalStore(tmp_path / "absent"), set(), aggregate.find_buckets)
     assert nothing == (set(), set())
 
 
