@@ -119,9 +119,10 @@ class LocalStore(Store):
 
     def put_many(self, files: Iterable[tuple[str, Content]]) -> None:
         """See `Store.put_many`."""
-        for name, data in files:
-            with raise_disk_full(self._location):
-                _write_small(self.path_to(name), data)
+        folder = self._location
+        with raise_disk_full(folder):
+            for name, data in files:
+                _write_small(f"{folder}/{name}", data)
 
     def put_if_absent(self, name: str, data: Content) -> bool:
         """See `Store.put_if_absent`."""

@@ -45,10 +45,10 @@ def list_files(folder):
 
 def checked_status(pipeline):
     """Return the status, and check that it can be printed and that asking changed no file."""
-    before = list_files(pipeline.folder.path)
+    before = list_files(pipeline.folder.root.local_path)
     found = read_status(pipeline.folder.path)
     assert str(found)
-    assert list_files(pipeline.folder.path) == before
+    assert list_files(pipeline.folder.root.local_path) == before
     return found
 
 

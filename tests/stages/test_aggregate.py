@@ -21,6 +21,7 @@ from spxdask.tables.csv import render_header
 from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
 from spxdask.tables.per_image import encode_rows
 from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA
+from spxdask.storage import LocalStore
 
 
 def make_rows(rng, ids, number) -> pd.DataFrame:
@@ -278,15 +279,15 @@ def test_keep_only_leaves_files_of_the_user(tmp_path):
     (tmp_path / "notes.txt").write_bytes(header)
     (tmp_path / "folder").mkdir()
     names = {"a.csv", "c.csv", "bucket-00001.parquet"}
-    missing, removed = aggregate.keep_only(tmp_path, names, aggregate.is_light_curve)
+    missing, removed = aggregate.keep_only(LocalStore(tmp_path), names, aggregate.find_light_curves)
     assert (missing, removed) == ({"c.csv"}, {"b.csv", "bucket-00002.parquet"})
     users = {"stars.parquet", "star.csv", "notes.txt", "folder"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "bucket-00001.parquet"} | users
-    missing, removed = aggregate.keep_only(tmp_path, set(), aggregate.is_light_curve)
+    missing, removed = aggregate.keep_only(LocalStore(tmp_path), set(), aggregate.find_light_curves)
     assert (missing, removed) == (set(), {"a.csv", "bucket-00001.parquet"})
     assert {p.name for p in tmp_path.iterdir()} == users
-    # In a folder that does not exist there is nothing to remove.
-    nothing = aggregate.keep_only(tmp_path / "absent", set(), aggregate.is_bucket)
+    # No folder, nothing to remove.
+    nothing = aggregate.keep_only(LocalStore(tmp_path / "absent"), set(), aggregate.find_buckets)
     assert nothing == (set(), set())
 
 
