@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import simulated
-from outputs import read_files, read_per_image
+from outputs import output_of, read_files, read_per_image
 
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
 from spxdask.run.summary import RunSummary
@@ -145,7 +145,7 @@ def test_edited_catalogue_is_read_again(make_config, client):
     config = make_config(bands=["D1"])
     pipeline = BatchPipeline(config, client=client)
     before = pipeline.run_all()
-    kept = read_per_image(pipeline.folder.per_image)[:2]
+    kept = read_per_image(output_of(pipeline).per_image)[:2]
     simulated.write_catalogue(config.catalog_path, kept["target_id"], kept["ra"], kept["dec"])
     after = pipeline.run_all()
     assert (after.n_sources, after.n_measured) == (2, 2)

@@ -108,10 +108,10 @@ def test_both_layouts_give_the_same_numbers(frames, catalogue):
     np.testing.assert_allclose(columns[0]["wavelength"], columns[1]["wavelength"], atol=0.01)
 
 
-def test_million_other_sources_change_nothing(frames, catalogue, tmp_path):
+def test_many_other_sources_change_nothing(frames, catalogue, tmp_path):
     sky, (frame, _) = frames
     rng = np.random.default_rng(8)
-    n = 1_000_000
+    n = 200_000
     ra, dec = rng.uniform(0, 360, n), np.rad2deg(np.arcsin(rng.uniform(-1, 1, n)))
     # No other source is near the frame; some are at its antipode and just beyond its corners.
     near = np.hypot((ra - 270.0) * np.cos(np.deg2rad(66.56)), dec - 66.56) < 1.0
