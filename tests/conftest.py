@@ -1,10 +1,10 @@
 """Fixtures, markers and the tiers of the whole suite.
 
 A test belongs to the quick tier (``pytest -m quick``) unless it carries one of the markers of
-`EXPENSIVE`. It uses no cluster and no port but those that the system chooses, and so may run in
-parallel: ``pytest -m quick -n 2 --dist loadfile``. Those markers that follow from a fixture or an import
-are added here, so that nobody has to remember them; a test that starts a cluster in another way
-without the marker fails.
+`EXPENSIVE`. It uses no cluster, and only ports that the system chooses, and so may run in parallel:
+``pytest -m quick -n 2 --dist loadfile``. Markers that follow from a fixture or an import are added
+here, so that nobody has to remember them; a test that starts a cluster in another way without the
+marker fails.
 """
 
 from __future__ import annotations
