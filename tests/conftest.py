@@ -1,8 +1,10 @@
 """Fixtures, markers and the tiers of the whole suite.
 
 A test belongs to the quick tier (``pytest -m quick``) unless it carries one of the markers of
-`EXPENSIVE`. Those that follow from a fixture or an import are added here, so that nobody has to
-remember them; a test that starts a cluster in another way without the marker fails.
+`EXPENSIVE`. It uses no cluster, and only ports that the system chooses, and so may run in parallel:
+``pytest -m quick -n 2 --dist loadfile``. Markers that follow from a fixture or an import are added
+here, so that nobody has to remember them; a test that starts a cluster in another way without the
+marker fails.
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in EXPENSIVE):
             item.add_marker("quick")
+        elif item.config.pluginmanager.hasplugin("xdist"):
+            # With `--dist loadgroup`, one process runs them all, one after another.
+            item.add_marker(pytest.mark.xdist_group("expensive"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from outputs import read_files
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.errors import RunFolderError
 from spxdask.run.folder import RunFolder
-from spxdask.run.status import status
+from spxdask.run.status import read_status
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 
 pytestmark = [pytest.mark.kill, pytest.mark.cluster]
@@ -129,7 +129,7 @@ def assert_like_undisturbed(output: Path, undisturbed: Undisturbed) -> None:
         assert read_files(output / name) == read_files(expected / name)
     buckets = {path.name: pq.read_table(path) for path in (output / "buckets").iterdir()}
     assert buckets == {p.name: pq.read_table(p) for p in (expected / "buckets").iterdir()}
-    found, other = status(output), status(expected)
+    found, other = read_status(output), read_status(expected)
     assert (found.measured, found.pending, found.failed) == (N_FRAMES, 0, {})
     assert (found.fetched, found.at_work) == (N_FRAMES, None)
     assert (found.rows, found.lightcurves) == (other.rows, other.lightcurves)
@@ -246,7 +246,7 @@ def test_worker_killed_at_a_point(make_config, client, undisturbed, tmp_path, po
     summary = BatchPipeline(config, client=client).run_all()
     assert marker.exists()
     assert summary.failed == {}
-    assert summary.stages["aggregate"].rows == status(undisturbed.output).rows
+    assert summary.stages["aggregate"].rows == read_status(undisturbed.output).rows
     assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 

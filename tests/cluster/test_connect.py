@@ -17,7 +17,7 @@ from spxdask import BatchConfig, BatchPipeline
 from spxdask.cluster.connect import check_versions, connect
 from spxdask.errors import ClusterError, ConfigError, InputError
 from spxdask.progress import Silent
-from spxdask.run.status import status
+from spxdask.run.status import read_status
 from spxdask.simulate.archive import SimulatedArchive
 
 
@@ -150,7 +150,7 @@ def test_a_client_that_lost_its_connection_goes_on_where_it_was(survey, tmp_path
             pipeline = BatchPipeline(options, client=first, progress=CallAfter(4, disconnect))
             with pytest.raises(ClusterError, match="the same command goes on"):
                 pipeline.run_all()
-            before = status(options.output_dir)
+            before = read_status(options.output_dir)
             assert 3 <= before.measured < n_frames
         with Client(cluster) as second:
             summary = BatchPipeline(options, client=second).run_all()

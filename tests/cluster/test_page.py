@@ -16,7 +16,7 @@ import simulated
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.cluster.page import TOPIC, Monitor, ProgressPublisher, show_page
 from spxdask.progress import Silent
-from spxdask.run.status import watch
+from spxdask.run.status import watch_status
 from spxdask.simulate.archive import Fault, SimulatedArchive
 
 N_FRAMES = 6
@@ -152,7 +152,7 @@ def test_watching_a_run(client, survey, tmp_path):
         run = threading.Thread(target=pipeline.run_all)
         run.start()
         assert begun.wait(60)
-        for found in watch(options.output_dir, every=0.01):
+        for found in watch_status(options.output_dir, interval_s=0.01):
             seen.append(found)
             go_on.set()
         run.join(60)

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pytest
 import simulated
 from distributed import Client
-from outputs import read_per_image
-from spxdask.tables.rows import LIGHT_CURVE, read_csv
+from outputs import output_of, read_per_image
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.simulate.archive import SimulatedArchive
-from spxdask.stages.aggregate import light_curve_name
+from spxdask.stages.light_curves import light_curve_name
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +72,8 @@ def finished_parquet(run_in, tmp_path_factory) -> BatchPipeline:
 @pytest.fixture(scope="session")
 def all_curves(finished) -> pa.Table:
     """The rows of all CSV light curves of `finished` with their ids, in order of the id."""
-    files = {path.name: path for path in finished.folder.lightcurves.iterdir()}
-    ids = sorted(set(read_per_image(finished.folder.per_image)["target_id"]))
+    files = {path.name: path for path in output_of(finished).lightcurves.iterdir()}
+    ids = sorted(set(read_per_image(output_of(finished).per_image)["target_id"]))
     assert len(ids) == len(files)
     assert set(simulated.AWKWARD_IDS) < set(ids)
     curves = []

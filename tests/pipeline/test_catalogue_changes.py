@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import simulated
-from outputs import read_files, read_per_image
+from outputs import output_of, read_files, read_per_image
 
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
+from spxdask.run.plan import table_name
 from spxdask.run.summary import RunSummary
 from spxdask.simulate.archive import SimulatedArchive
-from spxdask.stages.extract import table_name
 
 # Distance in deg between the first two frames and the third.
 APART = 1.0
@@ -72,7 +72,7 @@ def two_fields(tmp_path_factory, client) -> Iterator[TwoFields]:
         names = [exposure.filename for exposure in exposures]
         sources_on = [set(rows.loc[rows["filename"] == name, "target_id"]) for name in names]
         assert not sources_on[2] & (sources_on[0] | sources_on[1])
-        tables = [table_name(name) for name in names]
+        tables = [table_name(name, "csv") for name in names]
         yield TwoFields(folder / "base", run, catalogue, far[30:], tables, sources_on)
 
 
@@ -145,7 +145,7 @@ def test_edited_catalogue_is_read_again(make_config, client):
     config = make_config(bands=["D1"])
     pipeline = BatchPipeline(config, client=client)
     before = pipeline.run_all()
-    kept = read_per_image(pipeline.folder.per_image)[:2]
+    kept = read_per_image(output_of(pipeline).per_image)[:2]
     simulated.write_catalogue(config.catalog_path, kept["target_id"], kept["ra"], kept["dec"])
     after = pipeline.run_all()
     assert (after.n_sources, after.n_measured) == (2, 2)

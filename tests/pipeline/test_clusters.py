@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 from distributed import Client
-from outputs import read_files
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline, run_batch
 from spxdask.simulate.archive import SimulatedArchive
@@ -45,7 +45,7 @@ def test_run_batch_on_an_embedded_cluster(make_config):
     assert pipeline.summary.stages["extract"].done == 3
     assert pipeline.dashboard_link is None
     assert process_state() == state
-    before = read_files(pipeline.folder.lightcurves)
+    before = read_files(output_of(pipeline).lightcurves)
 
     # Inside a `with` block one cluster serves all stages.
     with BatchPipeline(config) as again:
@@ -54,7 +54,7 @@ def test_run_batch_on_an_embedded_cluster(make_config):
         again.run_all()
         assert again.dashboard_link == link is not None
     assert again.dashboard_link is None
-    assert read_files(pipeline.folder.lightcurves) == before
+    assert read_files(output_of(pipeline).lightcurves) == before
 
 
 def test_scheduler_address(make_config, client):

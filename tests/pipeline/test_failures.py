@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from distributed import Future, KilledWorker
-from outputs import read_files
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline, PhotometryConfig
 from spxdask.archive import retry
@@ -23,7 +23,7 @@ def test_bad_frames_do_not_stop_the_run(make_config, client, survey):
         pipeline = BatchPipeline(config, client=client)
         pipeline.run_query()
         pipeline.run_download()
-        path = pipeline.folder.images / broken.filename
+        path = output_of(pipeline).images / broken.filename
         data = bytearray(path.read_bytes())
         start = data.index(b"CTYPE1  = 'RA---TAN")
         data[start : start + 25] = b"CTYPE1  = 'GLON-TAN-SIP' "
@@ -57,7 +57,7 @@ def test_aggregate_counts_frames_without_a_table(make_config, client, survey, ar
 def test_light_curves_stay_when_all_frames_fail(make_config, client, archive, survey):
     pipeline = BatchPipeline(make_config(keep_images=False), client=client)
     pipeline.run_all()
-    curves = read_files(pipeline.folder.lightcurves)
+    curves = read_files(output_of(pipeline).lightcurves)
     for frame in survey.frames[:6]:
         archive.add_faults(frame.exposure.uri, [Fault(status=404)])
     photometry = PhotometryConfig(fwhm_multiplier=3.0)
@@ -65,7 +65,7 @@ def test_light_curves_stay_when_all_frames_fail(make_config, client, archive, su
     summary = BatchPipeline(config, client=client).run_all()
     assert len(summary.failed) == 6
     assert "aggregate" not in summary.stages
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert read_files(output_of(pipeline).lightcurves) == curves
 
 
 def test_query_whose_workers_die_is_a_cluster_error(make_config, client, monkeypatch):
@@ -138,7 +138,7 @@ def test_retry_failed_works_on_failed_frames_only(
         summary = BatchPipeline(config, client=client).run_all()
         assert summary.failed.keys() == {lost.filename, unlucky.filename}
         fail_in_workers.stop()
-        incomplete = read_files(RunFolder(config.output_dir).lightcurves)
+        incomplete = read_files(Path(config.output_dir, "lightcurves"))
         n_requests = len(archive.requests)
         config = RunFolder(config.output_dir).saved_config()
         for wanted in ([lost.uri] if keep else [lost.uri, unlucky.uri]), []:
@@ -152,8 +152,8 @@ def test_retry_failed_works_on_failed_frames_only(
             assert summary.stages["download"].done == len(wanted)
             assert summary.stages["extract"].done == (2 if wanted else 0)
             assert summary.failed == {}
-            curves = read_files(RunFolder(config.output_dir).lightcurves)
-            assert curves == read_files(finished.folder.lightcurves) != incomplete
+            curves = read_files(Path(config.output_dir, "lightcurves"))
+            assert curves == read_files(output_of(finished).lightcurves) != incomplete
 
 
 def test_retry_failed_needs_an_earlier_run(make_config, client):
@@ -164,8 +164,8 @@ def test_retry_failed_needs_an_earlier_run(make_config, client):
 def test_retry_failed_after_a_query_without_frames(make_config, client):
     pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
     pipeline.run_all()
-    curves = read_files(pipeline.folder.lightcurves)
+    curves = read_files(output_of(pipeline).lightcurves)
     nowhere = BatchPipeline(make_config(center_dec=-60.0), client=client)
     nowhere.run_all()
     nowhere.run_all(retry_failed=True)
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert read_files(output_of(pipeline).lightcurves) == curves

@@ -14,18 +14,17 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outputs import read_files
-from spxdask.tables.rows import LIGHT_CURVE, SCHEMA, SORT_KEYS, parquet_bytes, read_csv
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
-from spxdask.run.status import status
+from spxdask.run.status import read_status
 
 
 def test_parquet_tables_hold_the_same_as_csv_tables(finished, finished_parquet):
-    texts = sorted(finished.folder.per_image.iterdir())
-    tables = sorted(finished_parquet.folder.per_image.iterdir())
+    texts = sorted(output_of(finished).per_image.iterdir())
+    tables = sorted(output_of(finished_parquet).per_image.iterdir())
     assert len(texts) == len(tables) == 6
     for text, table in zip(texts, tables, strict=True):
         assert table.name == f"{text.stem}.parquet"
@@ -38,20 +37,20 @@ def test_parquet_tables_hold_the_same_as_csv_tables(finished, finished_parquet):
 def test_light_curves_do_not_depend_on_the_format_of_the_tables(finished, make_config, client):
     pipeline = BatchPipeline(make_config(per_image_format="parquet"), client=client)
     assert pipeline.run_all().stages["extract"].done == 6
-    assert {path.suffix for path in pipeline.folder.per_image.iterdir()} == {".parquet"}
-    curves = read_files(finished.folder.lightcurves)
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert {path.suffix for path in output_of(pipeline).per_image.iterdir()} == {".parquet"}
+    curves = read_files(output_of(finished).lightcurves)
+    assert read_files(output_of(pipeline).lightcurves) == curves
     # The tables alone are enough.
     for name in ("state", "lightcurves"):
-        shutil.rmtree(pipeline.folder.path / name)
+        shutil.rmtree(output_of(pipeline).path / name)
     BatchPipeline(pipeline.config, client=client).run_aggregate()
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert read_files(output_of(pipeline).lightcurves) == curves
 
 
 def test_parquet_light_curves_hold_the_same_as_csv_light_curves(
     finished, finished_parquet, all_curves
 ):
-    files = sorted(finished_parquet.folder.lightcurves.iterdir())
+    files = sorted(output_of(finished_parquet).lightcurves.iterdir())
     assert [path.name for path in files] == [f"bucket-{n:05d}.parquet" for n in range(5)]
     found = [pq.read_table(path) for path in files]
     schema = pa.schema([SCHEMA.field(name) for name in ("target_id", *LIGHT_CURVE)])
@@ -66,7 +65,9 @@ def test_parquet_light_curves_hold_the_same_as_csv_light_curves(
     assert finished_parquet.summary.n_measured == finished.summary.n_measured
     assert finished_parquet.summary.stages["aggregate"].rows == len(all_curves)
     # They are the partitions that a run with CSV light curves can keep.
-    assert read_files(finished_parquet.folder.lightcurves) == read_files(finished.folder.buckets)
+    assert read_files(output_of(finished_parquet).lightcurves) == read_files(
+        output_of(finished).buckets
+    )
 
 
 def with_pandas(folder: Path) -> pa.Table:
@@ -91,7 +92,7 @@ def with_duckdb(folder: Path) -> pa.Table:
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.reset_index")
 @pytest.mark.parametrize("read", [with_pandas, with_dask, with_polars, with_duckdb])
 def test_parquet_light_curves_are_one_dataset(finished_parquet, all_curves, read):
-    found = read(finished_parquet.folder.lightcurves)
+    found = read(output_of(finished_parquet).lightcurves)
     assert found.column_names == all_curves.column_names
     for name in found.column_names:
         kind, expected = found.schema.field(name).type, all_curves.schema.field(name).type
@@ -103,18 +104,21 @@ def test_parquet_light_curves_are_one_dataset(finished_parquet, all_curves, read
 
 
 def test_status_counts_the_sources_of_parquet_light_curves(finished, finished_parquet, capsys):
-    found, other = status(finished_parquet.folder.path), status(finished.folder.path)
+    found, other = (
+        read_status(output_of(finished_parquet).path),
+        read_status(output_of(finished).path),
+    )
     assert found.lightcurves == other.lightcurves == finished_parquet.summary.n_measured > 5
     assert (found.measured, found.pending, found.rows) == (6, 0, other.rows)
-    assert main(["status", str(finished_parquet.folder.path)]) == 0
+    assert main(["status", str(output_of(finished_parquet).path)]) == 0
     assert f"aggregate   {found.lightcurves} light curves\n" in capsys.readouterr().out
 
 
 def test_parquet_light_curves_are_the_same_bytes_in_each_run(
     finished_parquet, make_config, client, tmp_path
 ):
-    expected = read_files(finished_parquet.folder.lightcurves)
-    copy = shutil.copytree(finished_parquet.folder.path, tmp_path / "copy")
+    expected = read_files(output_of(finished_parquet).lightcurves)
+    copy = shutil.copytree(output_of(finished_parquet).path, tmp_path / "copy")
     for path in (copy / "lightcurves").iterdir():
         path.unlink()
     pipeline = BatchPipeline(replace(finished_parquet.config, output_dir=copy), client=client)
@@ -124,14 +128,14 @@ def test_parquet_light_curves_are_the_same_bytes_in_each_run(
     config = make_config(lightcurve_format="parquet", num_buckets=2)
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_all()
-    first = read_files(pipeline.folder.lightcurves)
+    first = read_files(output_of(pipeline).lightcurves)
     assert len(first) == 2
     pipeline = BatchPipeline(replace(config, num_buckets=5), client=client)
     pipeline.run_aggregate()
-    assert read_files(pipeline.folder.lightcurves) == expected
+    assert read_files(output_of(pipeline).lightcurves) == expected
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_aggregate()
-    assert read_files(pipeline.folder.lightcurves) == first
+    assert read_files(output_of(pipeline).lightcurves) == first
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -141,7 +145,7 @@ def test_light_curves_in_another_format_replace_the_old(
     config = make_config(keep_bucket_files=keep)
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_all()
-    folder = pipeline.folder.lightcurves
+    folder = output_of(pipeline).lightcurves
     users = {
         "notes.txt": b"mine",
         "star.csv": b"a,b\n1,2\n",
@@ -150,7 +154,7 @@ def test_light_curves_in_another_format_replace_the_old(
     for name, content in users.items():
         (folder / name).write_bytes(content)
     n_requests = len(archive.requests)
-    kept = read_files(finished.folder.buckets) if keep else None
+    kept = read_files(output_of(finished).buckets) if keep else None
     runs = {"csv": finished, "parquet": finished_parquet}
     for how in ("parquet", "csv", "parquet"):
         expected = runs[how]
@@ -158,9 +162,9 @@ def test_light_curves_in_another_format_replace_the_old(
         summary = pipeline.run_all()
         assert summary.stages["extract"].reused == 6
         assert summary.n_measured == expected.summary.n_measured
-        assert read_files(folder) == read_files(expected.folder.lightcurves) | users
+        assert read_files(folder) == read_files(output_of(expected).lightcurves) | users
         if keep:
-            assert read_files(pipeline.folder.buckets) == kept
+            assert read_files(output_of(pipeline).buckets) == kept
     assert {r.path for r in archive.requests[n_requests:]} == {"/TAP/sync"}
 
 
@@ -174,10 +178,12 @@ def test_tables_in_another_format_are_measured_again(
         pipeline = BatchPipeline(replace(config, per_image_format=how), client=client)
         summary = pipeline.run_all()
         assert (summary.stages["extract"].done, summary.stages["extract"].reused) == (6, 0)
-        assert read_files(pipeline.folder.lightcurves) == read_files(finished.folder.lightcurves)
-        tables = read_files(pipeline.folder.per_image)
-        assert read_files(expected.folder.per_image).items() <= tables.items()
-        assert status(pipeline.folder.path).measured == 6
+        assert read_files(output_of(pipeline).lightcurves) == read_files(
+            output_of(finished).lightcurves
+        )
+        tables = read_files(output_of(pipeline).per_image)
+        assert read_files(output_of(expected).per_image).items() <= tables.items()
+        assert read_status(output_of(pipeline).path).measured == 6
         # Now they are current.
         assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 6
     # The images that were kept are measured, and not fetched again.
@@ -190,4 +196,4 @@ def test_light_curves_stay_without_tables_in_the_new_format(finished, make_confi
     other = BatchPipeline(replace(config, per_image_format="parquet"), client=client)
     with pytest.raises(RunFolderError, match="run extract first"):
         other.run_aggregate()
-    assert read_files(other.folder.lightcurves) == read_files(finished.folder.lightcurves)
+    assert read_files(output_of(other).lightcurves) == read_files(output_of(finished).lightcurves)

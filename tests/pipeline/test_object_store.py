@@ -22,18 +22,17 @@ import simulated
 from distributed import Client
 from moto.s3.exceptions import S3AccessDeniedError
 from moto.s3.models import S3Backend
-from objectstore import BUCKET, contents
-from outputs import read_files
+from objectstore import BUCKET
+from outputs import output_of, read_files
 from s3fs import S3FileSystem
-from spxdask.storage.files import write_each
 
 from spxdask import BatchConfig, BatchPipeline, load_query_summary
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
 from spxdask.run import lock
-from spxdask.run.status import status
+from spxdask.run.status import read_status
 from spxdask.simulate.archive import SimulatedArchive
-from spxdask.stages.aggregate import light_curve_name
+from spxdask.stages.light_curves import light_curve_name
 
 N_FRAMES = 4
 
@@ -159,20 +158,26 @@ def in_store(make_config, machines, tmp_path_factory):
     return pipeline, home, [worker.files() for worker in workers]
 
 
-def in_folder(store, pipeline, name) -> dict[str, bytes]:
-    """Return the files in a folder of a run by name, on disk or in the store."""
-    folder = getattr(pipeline.folder, name)
-    return read_files(folder) if isinstance(folder, Path) else contents(store, folder.path)
+def read_folder(store, pipeline, name) -> dict[str, bytes]:
+    """Return the content of each file in a folder of a run, on disk or in the store."""
+    output = str(pipeline.config.output_dir)
+    if not output.startswith("s3://"):
+        return read_files(Path(output, name))
+    folder = f"{output}/{name}"
+    if not store.exists(folder):
+        return {}
+    files = [entry["name"] for entry in store.ls(folder, detail=True) if entry["type"] == "file"]
+    return {path.rpartition("/")[2]: store.cat_file(path) for path in files}
 
 
 def test_run_in_a_store_gives_the_files_of_one_on_disk(store, on_disk, in_store):
     pipeline, *_ = in_store
     assert pipeline.summary.failed == {}
     for name in FOLDERS:
-        found = in_folder(store, pipeline, name)
-        assert found == in_folder(store, on_disk, name)
+        found = read_folder(store, pipeline, name)
+        assert found == read_folder(store, on_disk, name)
         assert len(found) >= N_FRAMES
-    curves = in_folder(store, pipeline, "lightcurves")
+    curves = read_folder(store, pipeline, "lightcurves")
     assert {"a*.csv", "a[1].csv", "a?b#c.csv"} & curves.keys()
     assert str(pipeline.summary.output) == f"s3://{BUCKET}/runs/first"
 
@@ -190,7 +195,7 @@ def test_nothing_is_written_outside_the_store(in_store):
 
 def test_status_of_a_run_in_a_store(on_disk, in_store, capsys):
     pipeline, *_ = in_store
-    found, other = status(f"s3://{BUCKET}/runs/first"), status(on_disk.folder.path)
+    found, other = read_status(f"s3://{BUCKET}/runs/first"), read_status(on_disk.config.output_dir)
     for name in ("n_frames", "fetched", "measured", "pending", "rows", "lightcurves", "failed"):
         assert getattr(found, name) == getattr(other, name), name
     assert (found.measured, found.at_work) == (N_FRAMES, None)
@@ -203,7 +208,7 @@ def test_second_run_in_a_store_repeats_no_work(store, in_store, client):
     pipeline, *_ = in_store
     before = store.find(f"{BUCKET}/runs/first/images", detail=True)
     before |= store.find(f"{BUCKET}/runs/first/per_image", detail=True)
-    curves = in_folder(store, pipeline, "lightcurves")
+    curves = read_folder(store, pipeline, "lightcurves")
     summary = BatchPipeline(pipeline.config, client=client).run_all()
     for stage in ("download", "extract"):
         report = summary.stages[stage]
@@ -215,7 +220,7 @@ def test_second_run_in_a_store_repeats_no_work(store, in_store, client):
     assert {n: f["LastModified"] for n, f in after.items()} == {
         n: f["LastModified"] for n, f in before.items()
     }
-    assert in_folder(store, pipeline, "lightcurves") == curves
+    assert read_folder(store, pipeline, "lightcurves") == curves
 
 
 def test_stage_by_stage_in_a_store(store, on_disk, make_config, client, archive):
@@ -227,10 +232,10 @@ def test_stage_by_stage_in_a_store(store, on_disk, make_config, client, archive)
     # Extract reads the images from the store.
     assert stages[2].run_extract().done == N_FRAMES
     assert len(archive.requests) == n_requests
-    assert stages[3].run_aggregate().total == len(in_folder(store, on_disk, "lightcurves"))
+    assert stages[3].run_aggregate().total == len(read_folder(store, on_disk, "lightcurves"))
     for name in FOLDERS:
-        assert in_folder(store, stages[3], name) == in_folder(store, on_disk, name)
-    assert len(in_folder(store, stages[3], "buckets")) == 5
+        assert read_folder(store, stages[3], name) == read_folder(store, on_disk, name)
+    assert len(read_folder(store, stages[3], "buckets")) == 5
     assert stages[3].images.count().compute(scheduler="sync") == N_FRAMES
     summary = load_query_summary(f"s3://{BUCKET}/runs/stages")
     assert summary["n_observations"] == N_FRAMES
@@ -241,12 +246,12 @@ def test_unreadable_image_is_set_aside(store, make_config, client):
     pipeline = BatchPipeline(config, client=client)
     pipeline.run_query()
     assert pipeline.run_download().done == 1
-    ((name, data),) = in_folder(store, pipeline, "images").items()
-    write_each(pipeline.folder.images, [(name, bytes(2880) + data[2880:])])
+    ((name, data),) = read_folder(store, pipeline, "images").items()
+    store.pipe_file(f"{config.output_dir}/images/{name}", bytes(2880) + data[2880:])
     report = pipeline.run_extract()
     assert list(report.failed) == [name]
     assert report.failed[name].endswith(f"; set aside as {name}.unreadable")
-    assert in_folder(store, pipeline, "images").keys() == {f"{name}.unreadable"}
+    assert read_folder(store, pipeline, "images").keys() == {f"{name}.unreadable"}
     assert BatchPipeline(config, client=client).run_all().failed == {}
 
 
@@ -257,9 +262,9 @@ def test_images_that_are_not_kept_in_a_store(store, on_disk, make_config, client
     again = BatchPipeline(config, client=client)
     summary = again.run_all()
     assert (summary.stages["download"].done, summary.stages["extract"].reused) == (0, N_FRAMES)
-    assert in_folder(store, again, "images") == {}
+    assert read_folder(store, again, "images") == {}
     for name in ("per_image", "lightcurves"):
-        assert in_folder(store, again, name) == in_folder(store, on_disk, name)
+        assert read_folder(store, again, name) == read_folder(store, on_disk, name)
 
 
 def test_parquet_in_a_store(store, on_disk, make_config, client):
@@ -267,30 +272,31 @@ def test_parquet_in_a_store(store, on_disk, make_config, client):
     config = make_config(f"s3://{BUCKET}/runs/parquet", keep_images=False, **formats)
     pipeline = BatchPipeline(config, client=client)
     assert pipeline.run_all().failed == {}
-    assert {name.rpartition(".")[2] for name in in_folder(store, pipeline, "per_image")} == {
+    assert {name.rpartition(".")[2] for name in read_folder(store, pipeline, "per_image")} == {
         "parquet"
     }
-    curves = pd.read_parquet(str(pipeline.folder.lightcurves))
+    curves = pd.read_parquet(f"{config.output_dir}/lightcurves")
     found = 0
     for target, rows in curves.groupby("target_id"):
-        expected = pd.read_csv(on_disk.folder.lightcurves / light_curve_name(target))
+        expected = pd.read_csv(output_of(on_disk).lightcurves / light_curve_name(target))
         pd.testing.assert_frame_equal(
             rows.drop(columns="target_id").reset_index(drop=True), expected, check_dtype=False
         )
         found += 1
-    assert found == len(in_folder(store, on_disk, "lightcurves"))
-    at_end = status(pipeline.folder.path)
+    assert found == len(read_folder(store, on_disk, "lightcurves"))
+    at_end = read_status(config.output_dir)
     assert (at_end.lightcurves, at_end.measured, at_end.rows) == (found, N_FRAMES, len(curves))
     # Light curves in the other format replace these, and leave files of the user.
-    write_each(pipeline.folder.lightcurves, [("notes.csv", b"a,b\n"), ("notes.txt", b"")])
+    store.pipe_file(f"{config.output_dir}/lightcurves/notes.csv", b"a,b\n")
+    store.pipe_file(f"{config.output_dir}/lightcurves/notes.txt", b"")
     other = make_config(
         f"s3://{BUCKET}/runs/parquet", keep_images=False, per_image_format="parquet"
     )
     again = BatchPipeline(other, client=client)
     again.run_all()
-    found = in_folder(store, again, "lightcurves")
+    found = read_folder(store, again, "lightcurves")
     assert (found.pop("notes.csv"), found.pop("notes.txt")) == (b"a,b\n", b"")
-    assert found == in_folder(store, on_disk, "lightcurves")
+    assert found == read_folder(store, on_disk, "lightcurves")
 
 
 def test_light_curves_of_removed_sources_are_removed(store, survey, make_config, client, tmp_path):
@@ -305,7 +311,7 @@ def test_light_curves_of_removed_sources_are_removed(store, survey, make_config,
         )
         pipeline = BatchPipeline(config, client=client)
         pipeline.run_all()
-        curves.append(in_folder(store, pipeline, "lightcurves").keys())
+        curves.append(read_folder(store, pipeline, "lightcurves").keys())
     assert curves == [
         {"a[1].csv", "a*.csv", "a?.csv", "a.csv", "a1.csv"},
         {"a*.csv", "a1.csv"},
@@ -348,7 +354,7 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
     config.to_yaml(tmp_path / "run.yaml")
     arguments = ["run", "--config", str(tmp_path / "run.yaml")]
     arguments += ["--scheduler", client.scheduler.address]
-    expected = {name: in_folder(store, on_disk, name) for name in FOLDERS}
+    expected = {name: read_folder(store, on_disk, name) for name in FOLDERS}
     pipeline = BatchPipeline(config, client=client)
     for folder, number in (("images", 3), ("lightcurves", 10)):
         log = tmp_path / folder
@@ -360,9 +366,9 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
             command.kill()
             # Every object is complete.
             for name in FOLDERS:
-                found = in_folder(store, pipeline, name)
+                found = read_folder(store, pipeline, name)
                 assert found.items() <= expected[name].items()
-            at_end = status(url)
+            at_end = read_status(url)
             assert (at_end.at_work, at_end.failed) == (None, {})
             assert store.exists(f"{url}/state/lock")
     summary = pipeline.run_all()
@@ -370,8 +376,8 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
     assert [record for record in caplog.records if record.name == lock.__name__] == []
     assert summary.failed == {}
     for name in FOLDERS:
-        assert in_folder(store, pipeline, name) == expected[name]
-    at_end = status(url)
+        assert read_folder(store, pipeline, name) == expected[name]
+    at_end = read_status(url)
     assert (at_end.measured, at_end.pending, at_end.at_work) == (N_FRAMES, 0, None)
     assert not store.exists(f"{url}/state/lock")
 
@@ -385,7 +391,7 @@ def test_second_run_in_a_folder_of_a_store_is_refused(make_config, client, monke
     with ThreadPoolExecutor(1) as pool, store_holds("per_image", 1) as arrived:
         running = pool.submit(first.run_all)
         assert arrived.wait(60)
-        assert status(config.output_dir).at_work
+        assert read_status(config.output_dir).at_work
         for work in (second.run_query, second.run_extract, second.run_aggregate):
             with pytest.raises(RunFolderError, match=refusal):
                 work()
@@ -419,10 +425,10 @@ def test_store_that_refuses_writes(part, store, on_disk, make_config, client, tm
     assert main(command) == 0
     pipeline = BatchPipeline(config)
     for name in ("images", "per_image"):
-        found = in_folder(store, pipeline, name)
+        found = read_folder(store, pipeline, name)
         assert len(found) == 1
-        assert found.items() <= in_folder(store, on_disk, name).items()
-    assert in_folder(store, pipeline, "lightcurves")
+        assert found.items() <= read_folder(store, on_disk, name).items()
+    assert read_folder(store, pipeline, "lightcurves")
 
 
 # Mistakes of the user. Each function makes one and returns a URL to use.
@@ -531,8 +537,10 @@ def test_catalogue_where_the_run_writes_is_refused(make_config, catalogue):
             assert len(pipeline.catalogue) > 0
 
 
-def test_catalogue_by_the_url_of_a_file(make_config, tmp_path):
+def test_catalogue_by_the_url_of_a_file(make_config, client, tmp_path):
     path = simulated.write_catalogue(tmp_path / "a 100%.csv", ["a"], [1.0], [2.0])
-    pipeline = BatchPipeline(make_config(tmp_path.as_uri() + "/out", catalog_path=path.as_uri()))
+    config = make_config(tmp_path.as_uri() + "/out", catalog_path=path.as_uri())
+    pipeline = BatchPipeline(config, client=client)
     assert pipeline.catalogue.target_id.to_pylist() == ["a"]
-    assert pipeline.folder.path == tmp_path / "out"
+    pipeline.run_query()
+    assert load_query_summary(tmp_path / "out")["n_observations"] == N_FRAMES

@@ -8,7 +8,7 @@ import dask.bag
 import dask.dataframe
 import pytest
 import yaml
-from outputs import read_files
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline, load_query_summary
 from spxdask.archive.observation import Observation
@@ -17,7 +17,7 @@ from spxdask.errors import RunFolderError
 
 def test_query_summary(finished):
     summary = load_query_summary(finished.config.output_dir)
-    assert summary == load_query_summary(finished.folder.query_summary)
+    assert summary == load_query_summary(output_of(finished).path / "query_summary.yaml")
     assert summary["region"] == {
         "center_ra": 270.0,
         "center_dec": 66.56,
@@ -55,28 +55,30 @@ def test_task_names_on_the_dashboard_are_those_of_the_stages(finished, client):
 
 def test_saved_configuration_is_that_of_the_run(finished):
     assert finished.folder.saved_config() == finished.config
-    assert yaml.safe_load(finished.folder.config.read_text())["radius"] == 0.05
+    assert yaml.safe_load((output_of(finished).state / "config.yaml").read_text())["radius"] == 0.05
 
 
 def test_passwords_are_written_to_the_configuration_only(make_config, client, archive):
     url = archive.archive_url.replace("//", "//me:secret@")
     pipeline = BatchPipeline(make_config(bands=["D1"], archive_url=url), client=client)
     assert pipeline.run_all().failed == {}
-    files = [p for p in pipeline.folder.path.rglob("*") if p.is_file()]
-    assert [p for p in files if b"secret" in p.read_bytes()] == [pipeline.folder.config]
+    files = [p for p in output_of(pipeline).path.rglob("*") if p.is_file()]
+    assert [p for p in files if b"secret" in p.read_bytes()] == [
+        (output_of(pipeline).state / "config.yaml")
+    ]
 
 
 def test_files_of_the_user_are_not_removed(make_config, client):
     pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
     pipeline.run_all()
-    (pipeline.folder.lightcurves / "notes.txt").write_text("mine")
-    (pipeline.folder.lightcurves / "star.csv").write_text("a,b\n1,2\n")
-    curves = read_files(pipeline.folder.lightcurves)
+    (output_of(pipeline).lightcurves / "notes.txt").write_text("mine")
+    (output_of(pipeline).lightcurves / "star.csv").write_text("a,b\n1,2\n")
+    curves = read_files(output_of(pipeline).lightcurves)
     pipeline.run_aggregate()
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert read_files(output_of(pipeline).lightcurves) == curves
     # A query that finds no frame is more often a mistake than a wish to remove light curves.
     BatchPipeline(make_config(center_dec=-60.0), client=client).run_all()
-    assert read_files(pipeline.folder.lightcurves) == curves
+    assert read_files(output_of(pipeline).lightcurves) == curves
 
 
 @pytest.mark.parametrize(

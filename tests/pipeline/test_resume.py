@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from outputs import read_files
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline
 from spxdask.errors import ConfigError
@@ -15,7 +15,7 @@ from spxdask.simulate.archive import Fault
 
 
 def test_second_run_repeats_no_work(finished, client, archive, tmp_path):
-    output = shutil.copytree(finished.folder.path, tmp_path / "out")
+    output = shutil.copytree(output_of(finished).path, tmp_path / "out")
     tables = {path: path.stat().st_mtime_ns for path in (output / "per_image").iterdir()}
     n_requests = len(archive.requests)
     summary = BatchPipeline(replace(finished.config, output_dir=output), client=client).run_all()
@@ -24,7 +24,7 @@ def test_second_run_repeats_no_work(finished, client, archive, tmp_path):
     assert summary.stages["extract"].done == 0
     assert summary.stages["extract"].rows == finished.summary.stages["extract"].rows
     assert {path: path.stat().st_mtime_ns for path in (output / "per_image").iterdir()} == tables
-    assert read_files(output / "lightcurves") == read_files(finished.folder.lightcurves)
+    assert read_files(output / "lightcurves") == read_files(output_of(finished).lightcurves)
     assert [request.path for request in archive.requests[n_requests:]] == ["/TAP/sync"]
 
 
@@ -39,30 +39,32 @@ def test_images_that_are_not_kept_are_fetched_only_for_measuring(
     assert not summary.failed
     assert len(archive.requests) - n_requests == 1 + 6
     assert summary.stages["download"].bytes == finished.summary.stages["download"].bytes
-    assert read_files(pipeline.folder.lightcurves) == read_files(finished.folder.lightcurves)
-    assert list(pipeline.folder.images.iterdir()) == []
+    assert read_files(output_of(pipeline).lightcurves) == read_files(
+        output_of(finished).lightcurves
+    )
+    assert list(output_of(pipeline).images.iterdir()) == []
     # A measured frame is fetched again only if its image is to be kept.
     summary = pipeline.run_all()
     assert (summary.stages["download"].done, summary.stages["extract"].reused) == (0, 6)
     kept = BatchPipeline(make_config(), client=client).run_all()
     assert (kept.stages["download"].done, kept.stages["extract"].reused) == (6, 6)
-    assert read_files(pipeline.folder.images) == read_files(finished.folder.images)
+    assert read_files(output_of(pipeline).images) == read_files(output_of(finished).images)
     # Images that an earlier run kept are used, and stay.
-    tables = sorted(pipeline.folder.per_image.iterdir())
+    tables = sorted(output_of(pipeline).per_image.iterdir())
     tables[0].unlink()
     n_requests = len(archive.requests)
     summary = BatchPipeline(make_config(keep_images=False), client=client).run_all()
     assert (summary.stages["download"].reused, summary.stages["extract"].done) == (6, 1)
     assert len(archive.requests) - n_requests == 1
-    assert len(list(pipeline.folder.images.iterdir())) == 6
+    assert len(list(output_of(pipeline).images.iterdir())) == 6
 
 
 def test_skip_existing_can_be_turned_off(make_config, client):
     pipeline = BatchPipeline(make_config(bands=["D1"]), client=client)
     pipeline.run_all()
-    before = read_files(pipeline.folder.per_image)
+    before = read_files(output_of(pipeline).per_image)
     assert pipeline.run_extract(skip_existing=False).done == 1
-    assert read_files(pipeline.folder.per_image) == before
+    assert read_files(output_of(pipeline).per_image) == before
 
 
 def test_stage_sees_what_another_pipeline_recorded(make_config, client, survey, archive):
@@ -73,10 +75,10 @@ def test_stage_sees_what_another_pipeline_recorded(make_config, client, survey, 
     other = BatchPipeline(make_config(), client=client)
     assert other.run_all(retry_failed=True).failed == {}
     rows = other.reports["aggregate"].rows
-    curves = read_files(one.folder.lightcurves)
+    curves = read_files(output_of(one).lightcurves)
     # The first pipeline had recorded the frame as failed.
     assert one.run_aggregate().rows == rows
-    assert read_files(one.folder.lightcurves) == curves
+    assert read_files(output_of(one).lightcurves) == curves
 
 
 def test_removed_output_folder_is_made_anew(make_config, client, survey, archive):
@@ -84,7 +86,7 @@ def test_removed_output_folder_is_made_anew(make_config, client, survey, archive
     archive.add_faults(lost.uri, [Fault(status=404)])
     pipeline = BatchPipeline(make_config(), client=client)
     assert len(pipeline.run_all().failed) == 1
-    shutil.rmtree(pipeline.folder.path)
+    shutil.rmtree(output_of(pipeline).path)
     summary = pipeline.run_all()
     assert summary.failed == {}
     assert summary.stages["aggregate"].rows == summary.stages["extract"].rows
@@ -95,11 +97,11 @@ def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client,
     config = make_config(output_dir=tmp_path / "tables")
     folder = tmp_path / "tables" / "per_image"
     folder.mkdir(parents=True)
-    for path in finished.folder.per_image.iterdir():
+    for path in output_of(finished).per_image.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     BatchPipeline(config, client=client).run_aggregate()
     assert read_files(tmp_path / "tables" / "lightcurves") == read_files(
-        finished.folder.lightcurves
+        output_of(finished).lightcurves
     )
 
 

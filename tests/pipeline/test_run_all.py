@@ -7,36 +7,38 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import simulated
-from outputs import read_files, read_per_image
-from spxdask.tables.rows import LIGHT_CURVE, PER_IMAGE, SCHEMA
+from outputs import output_of, read_files, read_per_image
 
 from spxdask import BatchPipeline, load_query_summary
-from spxdask.run.status import status
+from spxdask.run.status import read_status
 from spxdask.science.level2.frame import angular_distance
-from spxdask.stages.aggregate import light_curve_name
+from spxdask.stages.light_curves import light_curve_name
 
 
 def test_every_frame_is_found_once_and_measured(finished, survey):
     newest = survey.frames[:6]
-    images = {path.name for path in finished.folder.images.iterdir()}
+    images = {path.name for path in output_of(finished).images.iterdir()}
     assert images == {frame.exposure.filename for frame in newest}
     summary = finished.summary
     assert summary.stages["query"].total == 6
     assert summary.stages["download"].done == 6
     assert summary.stages["extract"].done == 6
     assert summary.failed == {}
-    rows = read_per_image(finished.folder.per_image)
+    rows = read_per_image(output_of(finished).per_image)
     assert summary.stages["extract"].rows == len(rows) > 40
     assert tuple(rows.columns) == PER_IMAGE
     assert summary.n_measured == rows["target_id"].nunique()
     assert summary.n_measured < summary.n_sources == len(survey.sky)
     # Every id is written as it was read, and none leads to a file outside the output folder.
     assert set(simulated.AWKWARD_IDS) < set(rows["target_id"]) <= set(survey.ids)
-    assert {path.name for path in finished.folder.path.iterdir()} == {
+    assert {path.name for path in output_of(finished).path.iterdir()} == {
         *("images", "per_image", "lightcurves", "buckets", "state"),
         "query_summary.yaml",
     }
-    assert {path.name for path in finished.folder.path.parent.iterdir()} == {"out", "sources.csv"}
+    assert {path.name for path in output_of(finished).path.parent.iterdir()} == {
+        "out",
+        "sources.csv",
+    }
     for frame in newest:
         one = rows[rows["filename"] == frame.exposure.filename]
         assert set(one["band"]) == {frame.exposure.band}
@@ -47,7 +49,7 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
 
 
 def test_recovered_flux_is_the_injected_flux(finished, survey):
-    rows = read_per_image(finished.folder.per_image)
+    rows = read_per_image(output_of(finished).per_image)
     ratios = []
     for frame in survey.frames[:6]:
         truth = pd.DataFrame(
@@ -69,27 +71,27 @@ def test_recovered_flux_is_the_injected_flux(finished, survey):
 
 
 def test_light_curves_are_the_per_image_rows_by_source(finished):
-    rows = read_per_image(finished.folder.per_image)
+    rows = read_per_image(output_of(finished).per_image)
     names = set()
     for target, expected in rows.groupby("target_id"):
         expected = expected.sort_values(["mjd", "obs_id", "band"])
         name = light_curve_name(target)
         names.add(name)
-        curve = pd.read_csv(finished.folder.lightcurves / name)
+        curve = pd.read_csv(output_of(finished).lightcurves / name)
         assert tuple(curve.columns) == LIGHT_CURVE
         assert curve["obs_id"].tolist() == expected["obs_id"].tolist()
         for column in ("mjd", "x", "flux", "bg_level", "flag", "wavelength"):
             np.testing.assert_array_equal(
                 curve[column].to_numpy(float), expected[column].to_numpy(float)
             )
-    assert {p.name for p in finished.folder.lightcurves.iterdir()} == names
+    assert {p.name for p in output_of(finished).lightcurves.iterdir()} == names
     assert len(names) == rows["target_id"].nunique()
     assert "39633458707826492.csv" in names
 
 
 def test_bucket_files_hold_the_sorted_partitions(finished):
-    rows = read_per_image(finished.folder.per_image)
-    buckets = [pd.read_parquet(p) for p in sorted(finished.folder.buckets.glob("*.parquet"))]
+    rows = read_per_image(output_of(finished).per_image)
+    buckets = [pd.read_parquet(p) for p in sorted(output_of(finished).buckets.glob("*.parquet"))]
     assert len(buckets) == 5
     assert sum(map(len, buckets)) == len(rows)
     seen = [set(b["target_id"]) for b in buckets]
@@ -107,7 +109,7 @@ def test_running_stage_by_stage_gives_the_same_files(finished, make_config, clie
     prefixes = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
     assert {"download", "extract"} <= prefixes
     for folder in ("images", "per_image", "lightcurves", "buckets"):
-        made, expected = (read_files(getattr(p.folder, folder)) for p in (pipeline, finished))
+        made, expected = (read_files(output_of(p).path / folder) for p in (pipeline, finished))
         assert made == expected, folder
 
 
@@ -115,7 +117,7 @@ def test_summary_counts_the_frames_of_each_release(finished, make_config, client
     assert finished.summary.stages["query"].releases == {"qr2": 4, "qr3": 2}
     assert "4 of qr2, 2 of qr3: their flux scales differ" in str(finished.summary)
     one = BatchPipeline(make_config(bands=["D1"]), client=client)
-    assert repr(one) == f"BatchPipeline in {one.folder.path}"
+    assert repr(one) == f"BatchPipeline in {output_of(one).path}"
     assert "flux scales" not in str(one.run_all())
     assert repr(one) == repr(one.summary) == str(one.summary)
     assert repr(one.reports["aggregate"]).startswith("aggregate   ")
@@ -152,14 +154,14 @@ def test_frame_without_sources_gives_a_table_without_rows(make_config, client, t
     config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
     pipeline = BatchPipeline(config, client=client)
     summary = pipeline.run_all()
-    (table,) = pipeline.folder.per_image.iterdir()
+    (table,) = output_of(pipeline).per_image.iterdir()
     if how == "csv":
         assert table.read_text() == ",".join(PER_IMAGE) + "\n"
-        assert list(pipeline.folder.lightcurves.iterdir()) == []
+        assert list(output_of(pipeline).lightcurves.iterdir()) == []
     else:
         assert (pq.read_schema(table), len(pq.read_table(table))) == (SCHEMA, 0)
-        assert len(pd.read_parquet(pipeline.folder.lightcurves)) == 0
+        assert len(pd.read_parquet(output_of(pipeline).lightcurves)) == 0
     assert summary.stages["extract"].done == 1
     assert (summary.n_sources, summary.n_measured) == (1, 0)
-    assert status(pipeline.folder.path).lightcurves == 0
+    assert read_status(output_of(pipeline).path).lightcurves == 0
     assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from outputs import read_files
+from outputs import output_of, read_files
 
 from spxdask import BatchPipeline
 
@@ -35,7 +35,9 @@ def test_shuffle_that_was_lost_with_a_worker_is_repeated(
     pipeline = BatchPipeline(make_config(), client=client)
     if repeated:
         assert not pipeline.run_all().failed
-        assert read_files(pipeline.folder.lightcurves) == read_files(finished.folder.lightcurves)
+        assert read_files(output_of(pipeline).lightcurves) == read_files(
+            output_of(finished).lightcurves
+        )
     else:
         with pytest.raises(RuntimeError, match="something else"):
             pipeline.run_all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import simulated
 from astropy.io import fits
-from outputs import read_files, read_per_image
+from outputs import output_of, read_files, read_per_image
 
 from spxdask import BatchPipeline, PhotometryConfig
 from spxdask.errors import RunFolderError
@@ -19,18 +19,18 @@ from spxdask.simulate.archive import SimulatedArchive
 def test_tables_of_other_options_or_catalogues_are_never_mixed(make_config, client):
     first = BatchPipeline(make_config(), client=client)
     first.run_all()
-    old = read_files(first.folder.lightcurves)
+    old = read_files(output_of(first).lightcurves)
 
     fixed = make_config(photometry=PhotometryConfig(aperture_method="fixed"))
     second = BatchPipeline(fixed, client=client)
     with pytest.raises(RunFolderError, match="6 per-image tables are not those of this catalogue"):
         second.run_aggregate()
-    assert read_files(first.folder.lightcurves) == old
+    assert read_files(output_of(first).lightcurves) == old
     assert second.run_extract().done == 6
     second.run_aggregate()
-    assert set(read_per_image(second.folder.per_image)["aperture_radius"]) == {1.5}
+    assert set(read_per_image(output_of(second).per_image)["aperture_radius"]) == {1.5}
 
-    rows = read_per_image(second.folder.per_image)
+    rows = read_per_image(output_of(second).per_image)
     few = rows["target_id"].unique()[:3]
     positions = rows.drop_duplicates("target_id").set_index("target_id").loc[few]
     simulated.write_catalogue(fixed.catalog_path, few, positions["ra"], positions["dec"])
@@ -39,13 +39,13 @@ def test_tables_of_other_options_or_catalogues_are_never_mixed(make_config, clie
     assert summary.stages["extract"].done == 6
     assert summary.n_sources == summary.n_measured == 3
     # The light curves of sources that left the catalogue are removed.
-    assert len(list(third.folder.lightcurves.iterdir())) == 3
+    assert len(list(output_of(third).lightcurves.iterdir())) == 3
 
 
 def test_frame_that_fails_does_not_hold_up_new_options(make_config, client):
     first = BatchPipeline(make_config(), client=client)
     rows = first.run_all().stages["extract"].rows
-    broken = next(first.folder.images.iterdir())
+    broken = next(output_of(first).images.iterdir())
     data = bytearray(broken.read_bytes())
     data[:2880] = bytes(2880)
     broken.write_bytes(data)
@@ -61,26 +61,26 @@ def test_frame_that_fails_does_not_hold_up_new_options(make_config, client):
 def test_changed_table_is_measured_again(make_config, client):
     pipeline = BatchPipeline(make_config(), client=client)
     pipeline.run_all()
-    before = read_files(pipeline.folder.lightcurves)
-    table = max(pipeline.folder.per_image.iterdir(), key=lambda path: path.stat().st_size)
+    before = read_files(output_of(pipeline).lightcurves)
+    table = max(output_of(pipeline).per_image.iterdir(), key=lambda path: path.stat().st_size)
     table.write_bytes(table.read_bytes()[:1000])
     with pytest.raises(RunFolderError, match=f"{table.name} for one: run extract first"):
         pipeline.run_aggregate()
     assert pipeline.run_all().stages["extract"].done == 1
-    assert read_files(pipeline.folder.lightcurves) == before
+    assert read_files(output_of(pipeline).lightcurves) == before
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
 def test_light_curves_stay_when_no_frame_is_measured(make_config, client, how):
     pipeline = BatchPipeline(make_config(bands=["D1"], lightcurve_format=how), client=client)
     assert pipeline.run_all().n_measured > 0
-    curves = read_files(pipeline.folder.lightcurves)
+    curves = read_files(output_of(pipeline).lightcurves)
     # Of the frames of another query none is measured yet.
     other = BatchPipeline(make_config(bands=["D6"], lightcurve_format=how), client=client)
     other.run_query()
     with pytest.raises(RunFolderError, match="none of the 1 frames of the query is measured"):
         other.run_aggregate()
-    assert read_files(other.folder.lightcurves) == curves
+    assert read_files(output_of(other).lightcurves) == curves
 
 
 def test_stage_refuses_the_frames_of_another_query(make_config, client):
@@ -101,7 +101,7 @@ def test_frame_that_the_archive_replaced_is_measured_again(
         )
         pipeline = BatchPipeline(config, client=client)
         pipeline.run_all()
-    tables = read_files(pipeline.folder.per_image)
+    tables = read_files(output_of(pipeline).per_image)
     original = survey.frames[0].path
     # The archive has the same frame with one more extension under the same name.
     more = io.BytesIO()
@@ -114,4 +114,4 @@ def test_frame_that_the_archive_replaced_is_measured_again(
         again = BatchPipeline(config, client=client)
         summary = again.run_all()
     assert (summary.stages["extract"].done, summary.stages["extract"].reused) == (1, 1)
-    assert read_files(pipeline.folder.per_image) == tables
+    assert read_files(output_of(pipeline).per_image) == tables

@@ -129,9 +129,7 @@ def test_a_new_frame(inputs, on_disk, keep_images, expected):
     ],
 )
 def test_a_measured_frame(inputs, measured, on_disk, keep_images, expected):
-    assert (
-        decide(inputs, measured, on_disk=on_disk, table=77, keep_images=keep_images) == expected
-    )
+    assert decide(inputs, measured, on_disk=on_disk, table=77, keep_images=keep_images) == expected
 
 
 def test_one_stage_alone(inputs, measured):

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import simulated
+from outputs import output_of
 
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
@@ -45,10 +46,10 @@ def list_files(folder):
 
 def checked_status(pipeline):
     """Return the status, and check that it can be printed and that asking changed no file."""
-    before = list_files(pipeline.folder.root.local_path)
-    found = read_status(pipeline.folder.path)
+    before = list_files(output_of(pipeline).path)
+    found = read_status(output_of(pipeline).path)
     assert str(found)
-    assert list_files(pipeline.folder.root.local_path) == before
+    assert list_files(output_of(pipeline).path) == before
     return found
 
 
@@ -91,7 +92,7 @@ def test_after_a_query_all_frames_are_pending(pipeline):
 
 
 def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monkeypatch):
-    folder = pipeline.folder
+    folder = output_of(pipeline)
     lost, unread, unmeasured, _ = [frame.exposure for frame in survey.frames]
     archive.add_faults(lost.uri, [Fault(status=404)])
     summary = pipeline.run_all()
@@ -101,8 +102,8 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
 
     # One frame is removed with its table, and the end of another table is cut off.
     (folder.images.local_path / unread.filename).unlink()
-    (folder.per_image.local_path / table_name(unread.filename)).unlink()
-    table = folder.per_image.local_path / table_name(unmeasured.filename)
+    (folder.per_image.local_path / table_name(unread.filename, "csv")).unlink()
+    table = folder.per_image.local_path / table_name(unmeasured.filename, "csv")
     table.write_bytes(table.read_bytes()[:-100])
     found = checked_status(pipeline)
     assert (found.fetched, found.measured, found.pending) == (2, 1, 2)
@@ -124,7 +125,7 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
     assert checked_status(pipeline) == found
 
     # While a run is at work, other processes and threads can ask who it is.
-    with folder.locked():
+    with pipeline.folder.locked():
         assert f"process {os.getpid()} on " in checked_status(pipeline).at_work
     assert checked_status(pipeline) == found
 
@@ -148,7 +149,7 @@ def test_light_curves_are_counted_in_either_format(pipeline, client, how):
     # Files of the user beside them are not counted.
     if how == "parquet":
         for name in ("mine.parquet", "bucket.parquet", "mine.csv", ".hidden.parquet"):
-            (pipeline.folder.lightcurves.local_path / name).write_bytes(b"PAR1, or not")
+            (output_of(pipeline).lightcurves / name).write_bytes(b"PAR1, or not")
         assert_agrees(checked_status(pipeline), summary)
 
 
@@ -185,7 +186,7 @@ def test_failed_download_is_forgotten_when_the_user_adds_the_frame(
     archive.add_faults(lost.exposure.uri, [Fault(status=404)])
     summary = pipeline.run_all()
     assert list(checked_status(pipeline).failed) == list(summary.failed) == [lost.exposure.filename]
-    shutil.copy(lost.archived.path, pipeline.folder.images.local_path)
+    shutil.copy(lost.archived.path, output_of(pipeline).images)
     # It counts as failed until it is measured.
     assert list(checked_status(pipeline).failed) == [lost.exposure.filename]
     pipeline.run_extract()
@@ -208,15 +209,15 @@ def test_failed_download_is_forgotten_when_images_are_not_kept(not_kept, archive
 
 def test_watching_a_finished_run(pipeline, capsys):
     pipeline.run_all()
-    [found] = watch_status(pipeline.folder.path)
+    [found] = watch_status(output_of(pipeline).path)
     assert (found.at_work, found.pending) == (None, 0)
-    assert main(["status", str(pipeline.folder.path), "--watch"]) == 0
+    assert main(["status", str(output_of(pipeline).path), "--watch"]) == 0
     assert capsys.readouterr().out.count("at work     nobody") == 1
 
 
 def test_watching_a_run_that_may_be_starting(pipeline):
     pipeline.run_query()
-    statuses = watch_status(pipeline.folder.path, every=0.01)
+    statuses = watch_status(output_of(pipeline).path, interval_s=0.01)
     assert [next(statuses).pending for _ in range(3)] == [4] * 3
     with pipeline.folder.locked():
         assert next(statuses).at_work is not None

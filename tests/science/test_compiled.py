@@ -35,6 +35,7 @@ def start(folder, *paths):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locking", [True, False])
 def test_neighbours_do_not_compile_the_same(tmp_path, locking):
     (tmp_path / "polynomial.py").write_text(SLOW_TO_COMPILE)

@@ -66,7 +66,7 @@ def options(catalogue, tmp_path):
 def test_table_and_outcome(frames, options, tmp_path):
     frame = frames[1][0]
     outcome = extract(str(frame.path), str(tmp_path), options)
-    table = pd.read_csv(tmp_path / table_name(frame.path.name))
+    table = pd.read_csv(tmp_path / table_name(frame.path.name, "csv"))
     assert outcome.status == "done"
     assert outcome.rows == len(table) > 5
     assert outcome.fingerprint == options.fingerprint
@@ -89,7 +89,7 @@ def test_tables_of_either_format_hold_the_same(frames, options, tmp_path, how):
     path = tmp_path / f"{frame.path.stem}_photometry.{how}"
     assert path.name == table_name(frame.path.name, how)
     assert (outcome.status, outcome.bytes) == ("done", path.stat().st_size)
-    text = read_csv(tmp_path / table_name(frame.path.name))
+    text = read_csv(tmp_path / table_name(frame.path.name, "csv"))
     found = read_csv(path) if how == "csv" else pq.read_table(path)
     assert found.equals(text)
     assert outcome.rows == len(text) > 5
@@ -110,10 +110,10 @@ def test_both_layouts_give_the_same_numbers(frames, catalogue):
     np.testing.assert_allclose(columns[0]["wavelength"], columns[1]["wavelength"], atol=0.01)
 
 
-def test_million_other_sources_change_nothing(frames, catalogue, tmp_path):
+def test_many_other_sources_change_nothing(frames, catalogue, tmp_path):
     sky, (frame, _) = frames
     rng = np.random.default_rng(8)
-    n = 1_000_000
+    n = 200_000
     ra, dec = rng.uniform(0, 360, n), np.rad2deg(np.arcsin(rng.uniform(-1, 1, n)))
     # No other source is near the frame; some are at its antipode and just beyond its corners.
     near = np.hypot((ra - 270.0) * np.cos(np.deg2rad(66.56)), dec - 66.56) < 1.0

@@ -146,7 +146,7 @@ class Bench:
         self.per_image = folder / "per_image"
         self.per_image.mkdir()
         self.path = folder / simulated.exposure(0).filename
-        self.table = self.per_image / table_name(self.path.name)
+        self.table = self.per_image / table_name(self.path.name, "csv")
         self.units = {}
         planes = make_planes(simulated.exposure(0), self.sky, simulated.OPTIONS, window=WINDOW)
         for release in RELEASES:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from outputs import read_files
 
 from spxdask.errors import DiskFullError, FrameError
-from spxdask.stages import aggregate
+from spxdask.stages import light_curves
+from spxdask.storage import LocalStore
 from spxdask.tables.csv import render_header
 from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
 from spxdask.tables.per_image import encode_rows
 from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA
-from spxdask.storage import LocalStore
 
 
 def make_rows(rng, ids, number) -> pd.DataFrame:
@@ -38,17 +38,17 @@ def make_rows(rng, ids, number) -> pd.DataFrame:
     return frame[list(PER_IMAGE)]
 
 
-def write(folder, rows: pd.DataFrame, number: int, how: str = "csv") -> aggregate.Table:
+def write(folder, rows: pd.DataFrame, number: int, how: str = "csv") -> light_curves.Table:
     path = folder / f"level2_{number}_photometry.{how}"
     columns = {name: rows[name].to_numpy() for name in rows}
     size = path.write_bytes(encode_rows(columns, how))
-    return aggregate.Table(name=path.name, bytes=size, rows=len(rows))
+    return light_curves.Table(name=path.name, bytes=size, rows=len(rows))
 
 
-def make_options(per_image, folder, how="csv", buckets=None) -> aggregate.CurveOptions:
-    return aggregate.CurveOptions(
+def make_options(per_image, folder, how="csv", buckets=None) -> light_curves.CurveOptions:
+    return light_curves.CurveOptions(
         per_image=str(per_image),
-        manifest=str(per_image / "tables.parquet"),
+        table_groups=str(per_image / "tables.parquet"),
         lightcurves=str(folder),
         format=how,
         buckets=buckets,
@@ -59,15 +59,15 @@ def run(client, found, folder, num_buckets=7, how="csv", buckets=None, max_files
     """Aggregate tables that lie beside the folder of the light curves."""
     folder.mkdir(exist_ok=True)
     options = make_options(folder.parent, folder, how, buckets)
-    n_groups = aggregate.save_groups(found, options.manifest, max_files=max_files)
-    frame = aggregate.light_curves(n_groups, num_buckets, options)
+    n_groups = light_curves.save_table_groups(found, options.table_groups, max_files=max_files)
+    frame = light_curves.build_light_curves(n_groups, num_buckets, options)
     return client.compute(frame).result()
 
 
-def read_groups(manifest) -> list[list[aggregate.Table]]:
+def read_groups(manifest) -> list[list[light_curves.Table]]:
     with pq.ParquetFile(manifest) as file:
         found = [file.read_row_group(n).to_pylist() for n in range(file.num_row_groups)]
-    return [[aggregate.Table(**row) for row in group] for group in found]
+    return [[light_curves.Table(**row) for row in group] for group in found]
 
 
 def test_light_curves_equal_a_sort_in_pandas(client, tmp_path):
@@ -116,7 +116,7 @@ def test_parquet_light_curves_do_not_depend_on_groups_or_formats(client, tmp_pat
         assert written["rows"].sum() == 9 * 40
         curves.append(read_files(tmp_path / f"lc{n}"))
     assert curves[0] == curves[1] == curves[2] == curves[3]
-    assert set(curves[0]) == {aggregate.bucket_name(n) for n in range(3)}
+    assert set(curves[0]) == {light_curves.bucket_name(n) for n in range(3)}
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
@@ -128,7 +128,7 @@ def test_buckets_beside_the_light_curves(client, tmp_path, how):
     run(client, found, tmp_path / "lc", 2, how, buckets=str(tmp_path / "buckets"))
     run(client, found, tmp_path / "alone", 2, "parquet")
     assert read_files(tmp_path / "buckets") == read_files(tmp_path / "alone")
-    names = {aggregate.light_curve_name(i) for i in ids}
+    names = {light_curves.light_curve_name(i) for i in ids}
     if how == "parquet":
         names = {"bucket-00000.parquet", "bucket-00001.parquet"}
     assert set(read_files(tmp_path / "lc")) == names
@@ -151,7 +151,7 @@ def test_frames_in_any_order(client, tmp_path, seed):
     shuffled = [found[i] for i in rng.permutation(12)]
     run(client, shuffled, tmp_path / "lc", num_buckets=2, max_files=3)
     for target, expected in pd.concat(frames).groupby("target_id"):
-        curve = pd.read_csv(tmp_path / "lc" / aggregate.light_curve_name(target))
+        curve = pd.read_csv(tmp_path / "lc" / light_curves.light_curve_name(target))
         expected = expected.sort_values(["mjd", "obs_id", "band"]).reset_index(drop=True)
         expected = expected[list(LIGHT_CURVE)]
         pd.testing.assert_frame_equal(curve, expected, check_dtype=False, check_exact=True)
@@ -163,29 +163,29 @@ def test_groups_are_bounded_by_size(tmp_path):
     assert found[0].bytes == (tmp_path / found[0].name).stat().st_size
     manifest = tmp_path / "tables.parquet"
     max_bytes = int(2.5 * found[0].bytes)
-    assert aggregate.save_groups(iter(found), str(manifest), max_bytes=max_bytes) == 3
+    assert light_curves.save_table_groups(iter(found), str(manifest), max_bytes=max_bytes) == 3
     assert [len(g) for g in read_groups(manifest)] == [2, 2, 2]
     assert [t for g in read_groups(manifest) for t in g] == found
     # A table that is larger than a group forms a group of its own.
     unknown = [replace(table, rows=None) for table in found]
-    assert aggregate.save_groups(unknown, str(manifest), max_bytes=1) == 6
+    assert light_curves.save_table_groups(unknown, str(manifest), max_bytes=1) == 6
     assert read_groups(manifest) == [[table] for table in unknown]
-    assert aggregate.save_groups([], str(manifest)) == 0
+    assert light_curves.save_table_groups([], str(manifest)) == 0
 
 
 def test_partitions_are_as_many_as_requested_unless_too_large():
-    found = [aggregate.Table(name=f"{n}", bytes=n, rows=None) for n in (120, 280)]
-    counts = [aggregate.partitions(found, n, max_bytes=100) for n in (1, 3, 4, 5)]
+    found = [light_curves.Table(name=f"{n}", bytes=n, rows=None) for n in (120, 280)]
+    counts = [light_curves.count_partitions(found, n, max_bytes=100) for n in (1, 3, 4, 5)]
     assert counts == [4, 4, 4, 5]
-    assert aggregate.partitions([replace(found[0], bytes=1)], 1, max_bytes=100) == 1
+    assert light_curves.count_partitions([replace(found[0], bytes=1)], 1, max_bytes=100) == 1
     # Without tables there is nothing to shuffle.
-    assert aggregate.partitions([], 5) == 0
+    assert light_curves.count_partitions([], 5) == 0
 
 
 def read(found, folder):
     options = make_options(folder, folder / "lc")
-    assert aggregate.save_groups(found, options.manifest) == 1
-    return aggregate.read_tables(0, options)
+    assert light_curves.save_table_groups(found, options.table_groups) == 1
+    return light_curves.read_tables(0, options)
 
 
 @pytest.mark.parametrize("how", ["csv", "parquet"])
@@ -217,13 +217,13 @@ def test_rows_of_any_ids_are_conserved(tmp_path_factory, ids):
     assert sorted(one["target_id"]) == sorted(set(ids))
     assert one["rows"].sum() == len(ids)
     (folder / "lc").mkdir()
-    written = aggregate.write_lightcurves(one, options=make_options(folder, folder / "lc"))
+    written = light_curves.write_lightcurves(one, options=make_options(folder, folder / "lc"))
     assert sorted(written["target_id"]) == sorted(set(ids))
     files = list((folder / "lc").iterdir())
     assert len(files) == len(set(ids))
     assert sum(len(p.read_text().splitlines()) - 1 for p in files) == len(ids)
     options = make_options(folder, folder / "lc", "parquet")
-    again = aggregate.write_lightcurves(one, options=options, partition_info={"number": 3})
+    again = light_curves.write_lightcurves(one, options=options, partition_info={"number": 3})
     pd.testing.assert_frame_equal(again, written)
     path = folder / "lc" / "bucket-00003.parquet"
     assert pq.read_table(path).column("target_id").to_pylist() == sorted(ids)
@@ -234,8 +234,8 @@ def test_rows_of_any_ids_are_conserved(tmp_path_factory, ids):
 def test_empty_partition(tmp_path, how):
     options = make_options(tmp_path, tmp_path, how)
     for info in (None, {"number": 0}):
-        written = aggregate.write_lightcurves(
-            aggregate.SHUFFLE_META, options=options, partition_info=info
+        written = light_curves.write_lightcurves(
+            light_curves.SHUFFLE_META, options=options, partition_info=info
         )
         assert len(written) == 0
         assert list(written.columns) == ["target_id", "rows"]
@@ -246,8 +246,8 @@ def test_empty_partition(tmp_path, how):
     # The file has the columns of the others, so that all files are one dataset.
     assert [path.name for path in found] == ["bucket-00000.parquet"]
     one = read([write(tmp_path, make_rows(np.random.default_rng(7), ["a"], 0), 0)], tmp_path)
-    aggregate.write_lightcurves(one, options=options, partition_info={"number": 1})
-    empty, full = (pq.read_table(tmp_path / aggregate.bucket_name(n)) for n in range(2))
+    light_curves.write_lightcurves(one, options=options, partition_info={"number": 1})
+    empty, full = (pq.read_table(tmp_path / light_curves.bucket_name(n)) for n in range(2))
     assert (len(empty), len(full)) == (0, 1)
     assert empty.schema == full.schema
 
@@ -263,13 +263,13 @@ def test_light_curve_that_cannot_be_written_returns_the_error(tmp_path, how, mon
 
     monkeypatch.setattr(os, "replace", raise_disk_full)
     # The task returns the error, as Dask would log one that it raises in front of the user.
-    result = aggregate.write_lightcurves(one, options=options, partition_info={"number": 0})
+    result = light_curves.write_lightcurves(one, options=options, partition_info={"number": 0})
     assert isinstance(result, DiskFullError)
     assert str(tmp_path / "lc") in str(result)
     assert list((tmp_path / "lc").iterdir()) == []
 
 
-def test_keep_only_leaves_files_of_the_user(tmp_path):
+def test_remove_others_leaves_files_of_the_user(tmp_path):
     header = render_header(LIGHT_CURVE)
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_bytes(header + b"x\n")
@@ -279,15 +279,21 @@ def test_keep_only_leaves_files_of_the_user(tmp_path):
     (tmp_path / "notes.txt").write_bytes(header)
     (tmp_path / "folder").mkdir()
     names = {"a.csv", "c.csv", "bucket-00001.parquet"}
-    missing, removed = aggregate.keep_only(LocalStore(tmp_path), names, aggregate.find_light_curves)
+    missing, removed = light_curves.remove_others(
+        LocalStore(tmp_path), names, light_curves.find_light_curves
+    )
     assert (missing, removed) == ({"c.csv"}, {"b.csv", "bucket-00002.parquet"})
     users = {"stars.parquet", "star.csv", "notes.txt", "folder"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "bucket-00001.parquet"} | users
-    missing, removed = aggregate.keep_only(LocalStore(tmp_path), set(), aggregate.find_light_curves)
+    missing, removed = light_curves.remove_others(
+        LocalStore(tmp_path), set(), light_curves.find_light_curves
+    )
     assert (missing, removed) == (set(), {"a.csv", "bucket-00001.parquet"})
     assert {p.name for p in tmp_path.iterdir()} == users
     # No folder, nothing to remove.
-    nothing = aggregate.keep_only(LocalStore(tmp_path / "absent"), set(), aggregate.find_buckets)
+    nothing = light_curves.remove_others(
+        LocalStore(tmp_path / "absent"), set(), light_curves.find_buckets
+    )
     assert nothing == (set(), set())
 
 
@@ -303,7 +309,7 @@ def test_keep_only_leaves_files_of_the_user(tmp_path):
 )
 def test_table_of_another_kind_is_named(tmp_path, content):
     (tmp_path / "x_photometry.csv").write_bytes(content)
-    table = aggregate.Table(name="x_photometry.csv", bytes=len(content), rows=None)
+    table = light_curves.Table(name="x_photometry.csv", bytes=len(content), rows=None)
     with pytest.raises(FrameError, match=r"x_photometry.csv is not a per-image table"):
         read([table], tmp_path)
 
@@ -326,12 +332,14 @@ def test_the_order_of_arrival_does_not_matter_for_two_releases(tmp_path):
     found = [write(tmp_path, one, 0), write(tmp_path, other, 1)]
     groups = []
     for table in found:
-        aggregate.save_groups([table], options.manifest)
-        groups.append(aggregate.read_tables(0, options))
+        light_curves.save_table_groups([table], options.table_groups)
+        groups.append(light_curves.read_tables(0, options))
     curves = []
     for parts in (groups, groups[::-1]):
         (tmp_path / "lc").mkdir(exist_ok=True)
-        written = aggregate.write_lightcurves(pd.concat(parts, ignore_index=True), options=options)
+        written = light_curves.write_lightcurves(
+            pd.concat(parts, ignore_index=True), options=options
+        )
         assert written["rows"].tolist() == [2, 2]
         curves.append([path.read_bytes() for path in sorted((tmp_path / "lc").iterdir())])
     assert curves[0] == curves[1]
