@@ -16,6 +16,8 @@ from outputs import output_of, read_per_image
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.simulate.archive import SimulatedArchive
 from spxdask.stages.light_curves import light_curve_name
+from spxdask.tables.csv import read_csv
+from spxdask.tables.schema import LIGHT_CURVE
 
 
 @pytest.fixture(scope="session")

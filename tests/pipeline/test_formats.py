@@ -20,6 +20,9 @@ from spxdask import BatchPipeline
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
 from spxdask.run.status import read_status
+from spxdask.tables.csv import read_csv
+from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.schema import LIGHT_CURVE, SCHEMA, SORT_KEYS
 
 
 def test_parquet_tables_hold_the_same_as_csv_tables(finished, finished_parquet):
@@ -149,7 +152,7 @@ def test_light_curves_in_another_format_replace_the_old(
     users = {
         "notes.txt": b"mine",
         "star.csv": b"a,b\n1,2\n",
-        "stars.parquet": parquet_bytes(pa.table({"a": [1]})),
+        "stars.parquet": encode_parquet(pa.table({"a": [1]})),
     }
     for name, content in users.items():
         (folder / name).write_bytes(content)

@@ -13,6 +13,7 @@ from spxdask import BatchPipeline, load_query_summary
 from spxdask.run.status import read_status
 from spxdask.science.level2.frame import angular_distance
 from spxdask.stages.light_curves import light_curve_name
+from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA
 
 
 def test_every_frame_is_found_once_and_measured(finished, survey):

@@ -124,6 +124,25 @@ def test_fingerprints_of_earlier_runs_are_known_again():
     assert legacy_fingerprint(b"\x00\x01'", other) == "7758e82beab20b188228e459bec73159"
 
 
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        ({}, "927806c4d7480eca230c9e7ad7930c13"),
+        (
+            {
+                "window_size": (20, 40),
+                "bad_flags": [3, 0],
+                "aperture_diameter": 4,
+                "aperture_method": "fixed",
+            },
+            "c03ee99403e8b504d4b41085eda4c7a8",
+        ),
+    ],
+)
+def test_fingerprints_of_earlier_versions_still_hold(options, digest):
+    assert legacy_fingerprint("catalogue", PhotometryConfig(**options)) == digest
+
+
 @pytest.mark.parametrize("module", ["spxdask.run.plan", "spxdask.run.recipe"])
 def test_the_plan_needs_no_dask_network_or_disk(module):
     code = f"import sys, {module}; print('\\n'.join(sys.modules))"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,6 @@ from spxdask.science.options import PhotometryConfig
 from spxdask.stages.extract import (
     ExtractOptions,
     extract,
-    fingerprint,
     measure_catalogue,
     table_name,
 )
@@ -58,18 +56,22 @@ def options(catalogue, tmp_path):
     return ExtractOptions(
         catalogue=str(tmp_path / "catalogue.arrow"),
         photometry=PhotometryConfig(),
-        fingerprint=fingerprint(catalogue, PhotometryConfig()),
+        recipe="recipe",
+        catalogue_fingerprint=catalogue.fingerprint,
         serial=False,
     )
 
 
-def test_table_and_outcome(frames, options, tmp_path):
+def test_table_and_outcome(frames, catalogue, options, tmp_path):
     frame = frames[1][0]
     outcome = extract(str(frame.path), str(tmp_path), options)
     table = pd.read_csv(tmp_path / table_name(frame.path.name, "csv"))
     assert outcome.status == "done"
     assert outcome.rows == len(table) > 5
-    assert outcome.fingerprint == options.fingerprint
+    assert outcome.recipe == options.recipe
+    assert outcome.catalogue == catalogue.fingerprint
+    near = catalogue.within(*outcome.bounding_circle)
+    assert outcome.sources_fingerprint == catalogue.digest(near).hex()
     assert outcome.reason is None
     assert tuple(table.columns) == PER_IMAGE
     assert set(table["filename"]) == {frame.path.name}
@@ -176,34 +178,6 @@ def test_missing_frame_and_missing_folder(frames, options, tmp_path):
     assert "No such file" in outcome.reason
     outcome = extract(str(frames[1][0].path), str(tmp_path / "nowhere"), options)
     assert outcome.status == "failed"
-
-
-@pytest.mark.parametrize(
-    ("options", "digest"),
-    [
-        ({}, "927806c4d7480eca230c9e7ad7930c13"),
-        (
-            {
-                "window_size": (20, 40),
-                "bad_flags": [3, 0],
-                "aperture_diameter": 4,
-                "aperture_method": "fixed",
-            },
-            "c03ee99403e8b504d4b41085eda4c7a8",
-        ),
-    ],
-)
-def test_fingerprints_of_earlier_versions_still_hold(options, digest):
-    # Made by spxdask when options were kept in lists, as in folders that are resumed.
-    catalogue = SimpleNamespace(fingerprint="catalogue")
-    assert fingerprint(catalogue, PhotometryConfig(**options)) == digest
-
-
-def test_fingerprint_depends_on_catalogue_and_every_option(catalogue):
-    base = fingerprint(catalogue, PhotometryConfig())
-    assert fingerprint(catalogue, PhotometryConfig()) == base
-    assert fingerprint(catalogue, PhotometryConfig(aperture_diameter=3.1)) != base
-    assert fingerprint(catalogue, PhotometryConfig(bad_flags=[0])) != base
 
 
 def test_header_of_another_frame_is_a_warning(frames, options, tmp_path):
