@@ -131,7 +131,7 @@ def assert_like_undisturbed(output: Path, undisturbed: Undisturbed) -> None:
     assert buckets == {p.name: pq.read_table(p) for p in (expected / "buckets").iterdir()}
     found, other = read_status(output), read_status(expected)
     assert (found.measured, found.pending, found.failed) == (N_FRAMES, 0, {})
-    assert (found.fetched, found.at_work) == (N_FRAMES, None)
+    assert (found.fetched, found.running) == (N_FRAMES, None)
     assert (found.rows, found.lightcurves) == (other.rows, other.lightcurves)
 
 

@@ -156,9 +156,9 @@ def test_watching_a_run(client, survey, tmp_path):
             seen.append(found)
             go_on.set()
         run.join(60)
-    assert seen[0].at_work is not None
+    assert seen[0].running is not None
     assert seen[0].pending > 0
-    assert seen[-1].at_work is None
+    assert seen[-1].running is None
     assert seen[-1].measured == N_FRAMES
     assert seen[-1].per_second > 0
     assert "frames/s" in str(seen[-1])

@@ -198,7 +198,7 @@ def test_status_of_a_run_in_a_store(on_disk, in_store, capsys):
     found, other = read_status(f"s3://{BUCKET}/runs/first"), read_status(on_disk.config.output_dir)
     for name in ("n_frames", "fetched", "measured", "pending", "rows", "lightcurves", "failed"):
         assert getattr(found, name) == getattr(other, name), name
-    assert (found.measured, found.at_work) == (N_FRAMES, None)
+    assert (found.measured, found.running) == (N_FRAMES, None)
     assert found.rows == pipeline.summary.stages["extract"].rows > 0
     assert main(["status", f"s3://{BUCKET}/runs/first"]) == 0
     assert f"output      s3://{BUCKET}/runs/first" in capsys.readouterr().out
@@ -369,7 +369,7 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
                 found = read_folder(store, pipeline, name)
                 assert found.items() <= expected[name].items()
             at_end = read_status(url)
-            assert (at_end.at_work, at_end.failed) == (None, {})
+            assert (at_end.running, at_end.failed) == (None, {})
             assert store.exists(f"{url}/state/lock")
     summary = pipeline.run_all()
     # It takes over the lock of a dead process at once, instead of waiting for its lease to end.
@@ -378,7 +378,7 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
     for name in FOLDERS:
         assert read_folder(store, pipeline, name) == expected[name]
     at_end = read_status(url)
-    assert (at_end.measured, at_end.pending, at_end.at_work) == (N_FRAMES, 0, None)
+    assert (at_end.measured, at_end.pending, at_end.running) == (N_FRAMES, 0, None)
     assert not store.exists(f"{url}/state/lock")
 
 
@@ -391,7 +391,7 @@ def test_second_run_in_a_folder_of_a_store_is_refused(make_config, client, monke
     with ThreadPoolExecutor(1) as pool, store_holds("per_image", 1) as arrived:
         running = pool.submit(first.run_all)
         assert arrived.wait(60)
-        assert read_status(config.output_dir).at_work
+        assert read_status(config.output_dir).running
         for work in (second.run_query, second.run_extract, second.run_aggregate):
             with pytest.raises(RunFolderError, match=refusal):
                 work()

@@ -15,6 +15,7 @@ from outputs import output_of
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
 from spxdask.pipeline import BatchPipeline
+from spxdask.progress import Silent
 from spxdask.run.plan import table_name
 from spxdask.run.status import read_status, watch_status
 from spxdask.science.options import PhotometryConfig
@@ -64,7 +65,7 @@ def assert_agrees(found, summary):
     assert sum(found.warnings.values()) == sum(map(len, stages["extract"].warnings.values()))
     assert found.failed == summary.failed
     assert found.pending == 0
-    assert found.at_work is None
+    assert found.running is None
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -88,7 +89,7 @@ def test_after_a_query_all_frames_are_pending(pipeline):
     assert (found.n_frames, found.pending) == (4, 4)
     assert found.frame_bytes == pipeline.reports["query"].bytes > 0
     assert (found.fetched, found.measured, found.rows, found.lightcurves) == (0, 0, 0, 0)
-    assert (found.failed, found.last, found.at_work) == ({}, None, None)
+    assert (found.failed, found.last, found.running) == ({}, None, None)
 
 
 def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monkeypatch):
@@ -126,7 +127,7 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
 
     # While a run is at work, other processes and threads can ask who it is.
     with pipeline.folder.locked():
-        assert f"process {os.getpid()} on " in checked_status(pipeline).at_work
+        assert f"process {os.getpid()} on " in checked_status(pipeline).running
     assert checked_status(pipeline) == found
 
     summary = pipeline.run_all()
@@ -207,12 +208,36 @@ def test_failed_download_is_forgotten_when_images_are_not_kept(not_kept, archive
     assert again.run_all().failed == checked_status(again).failed == {}
 
 
+def test_a_query_with_other_options_makes_all_frames_pending(pipeline, client):
+    pipeline.run_all()
+    other = dataclasses.replace(pipeline.config, photometry=PhotometryConfig(fwhm_multiplier=3.0))
+    again = BatchPipeline(other, client=client)
+    again.run_query()
+    found = checked_status(again)
+    assert (found.fetched, found.measured, found.pending) == (4, 0, 4)
+    with pytest.raises(RunFolderError, match="fwhm_multiplier was 2.5, is 3.0"):
+        again.run_aggregate()
+
+
+def test_pending_never_grows_while_all_is_measured_again(pipeline, client):
+    pipeline.run_all()
+    pending = []
+
+    class Recorder(Silent):
+        def advance(self, *, failed=False):
+            pending.append(read_status(output_of(pipeline).path).pending)
+
+    other = dataclasses.replace(pipeline.config, photometry=PhotometryConfig(fwhm_multiplier=3.0))
+    BatchPipeline(other, client=client, progress=Recorder()).run_extract()
+    assert pending == [3, 2, 1, 0]
+
+
 def test_watching_a_finished_run(pipeline, capsys):
     pipeline.run_all()
     [found] = watch_status(output_of(pipeline).path)
-    assert (found.at_work, found.pending) == (None, 0)
+    assert (found.running, found.pending) == (None, 0)
     assert main(["status", str(output_of(pipeline).path), "--watch"]) == 0
-    assert capsys.readouterr().out.count("at work     nobody") == 1
+    assert capsys.readouterr().out.count("running     no") == 1
 
 
 def test_watching_a_run_that_may_be_starting(pipeline):
@@ -220,8 +245,8 @@ def test_watching_a_run_that_may_be_starting(pipeline):
     statuses = watch_status(output_of(pipeline).path, interval_s=0.01)
     assert [next(statuses).pending for _ in range(3)] == [4] * 3
     with pipeline.folder.locked():
-        assert next(statuses).at_work is not None
-    assert next(statuses).at_work is None
+        assert next(statuses).running is not None
+    assert next(statuses).running is None
     assert list(statuses) == []
 
 
@@ -232,4 +257,4 @@ def test_file_system_without_locks(pipeline, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", raise_no_locks)
-    assert checked_status(pipeline).at_work is None
+    assert checked_status(pipeline).running is None
