@@ -20,11 +20,11 @@ from scipy.interpolate import RegularGridInterpolator
 
 from spxdask.config import PhotometryConfig
 from spxdask.errors import FrameError
-from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.fits import BLOCK, CARD, verify
 from spxdask.science.photometry import margin
 from spxdask.simulate.frames import make_planes, write_frame
 from spxdask.stages.extract import ExtractOptions, extract, fingerprint, table_name
+from spxdask.tables.catalogue import read_catalogue
 from spxdask.tables.csv import read_csv
 
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
@@ -133,7 +133,7 @@ class Bench:
         )
         ids = [f"s{i}" for i in range(len(self.sky))]
         csv = simulated.write_catalogue(folder / "sources.csv", ids, self.sky.ra, self.sky.dec)
-        catalogue = Catalogue.from_csv(csv)
+        catalogue = read_catalogue(csv)
         catalogue.save(folder / "catalogue.arrow")
         self.options = ExtractOptions(
             catalogue=str(folder / "catalogue.arrow"),
