@@ -1,7 +1,7 @@
-"""Where the time of a frame goes: `python benchmarks/profile_frame.py` prints a table.
+"""What the time of a frame is spent on: `python benchmarks/profile_frame.py` prints a table.
 
-Each piece is timed by itself while frames are extracted one after the other, in one
-process and one thread, from files in the page cache; the rest is what is not in a piece.
+Each step is timed while frames are extracted one after the other, in one process and one
+thread, from files in the page cache; "the rest" is the time outside of all steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spxdask.tables.catalogue import read_catalogue
 REPEATS = 25
 WARM_UP = 3
 # What is timed, and the module or class through which the function is called.
-PIECES = {
+STEPS = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
     "zodiacal fit, one pass of four planes": (photometry, "sum_zodi"),
@@ -41,7 +41,7 @@ PIECES = {
 
 
 def profile(image: Path, catalogue: Path, folder: Path) -> dict[str, float]:
-    """Return milliseconds a frame for each piece, the rest and the total, medians."""
+    """Return milliseconds a frame for each step, the rest and the total, medians."""
     read_catalogue(catalogue).save(f"{catalogue}.arrow")
     options = extract.ExtractOptions(
         catalogue=f"{catalogue}.arrow",
@@ -63,8 +63,8 @@ def profile(image: Path, catalogue: Path, folder: Path) -> dict[str, float]:
 
         return call
 
-    originals = {name: getattr(*place) for name, place in PIECES.items()}
-    for name, (owner, attribute) in PIECES.items():
+    originals = {name: getattr(*owner) for name, owner in STEPS.items()}
+    for name, (owner, attribute) in STEPS.items():
         setattr(owner, attribute, timed(name, originals[name]))
     try:
         for _ in range(WARM_UP + REPEATS):
@@ -76,9 +76,9 @@ def profile(image: Path, catalogue: Path, folder: Path) -> dict[str, float]:
             rest = total - sum(spent.values())
             frames.append({**spent, "the rest": rest, "in all": total})
     finally:
-        for name, (owner, attribute) in PIECES.items():
+        for name, (owner, attribute) in STEPS.items():
             setattr(owner, attribute, originals[name])
-    names = [*PIECES, "the rest", "in all"]
+    names = [*STEPS, "the rest", "in all"]
     return {n: 1e3 * float(np.median([f.get(n, 0.0) for f in frames[WARM_UP:]])) for n in names}
 
 

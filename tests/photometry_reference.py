@@ -1,7 +1,7 @@
-"""The photometry of a frame by another road: whole planes, plain numpy, photutils.
+"""The photometry of a frame computed independently: whole planes, numpy and photutils.
 
-Slow and literal, so that it can be read beside the definitions. It shares nothing with
-the package but the configuration; planes are given in MJy/sr, native floats.
+It is slow and follows the definitions literally, so that both can be read side by side. It
+shares only the configuration with the package; planes are given in MJy/sr, native floats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNIT = (1 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
 def measure(
     image, variance, zodi, flags, x, y, *, pixel_area, fwhm, wavelengths, config, source_bit=21
 ):
-    """Return one dict a source, None where it gets no row, and the zodiacal scale."""
+    """Return a dict for each source, None for one without a row, and the zodiacal scale."""
     image, variance, zodi = (np.asarray(p, float) for p in (image, variance, zodi))
     flags = np.asarray(flags).astype(np.int64)
     bad = (flags & sum(1 << b for b in config.bad_flags)) != 0

@@ -150,7 +150,7 @@ def write_changed(frame, path, change):
         (lambda h: h["IMAGE"].header.set("CTYPE1", "GLON-CAR"), "no usable celestial WCS"),
         (lambda h: h["IMAGE"].data.fill(np.nan), "IMAGE has no finite pixel"),
         (lambda h: h["VARIANCE"].data.fill(0.0), "VARIANCE has no finite positive pixel"),
-        (lambda h: h["IMAGE"].header.set("DETECTOR", 7), "DETECTOR is 7"),
+        (lambda h: h["IMAGE"].header.set("DETECTOR", 7), "DETECTOR must be 1 to 6, got 7"),
     ],
 )
 def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason):

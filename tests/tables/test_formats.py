@@ -1,3 +1,5 @@
+"""Tables as CSV and Parquet, and their rows as lines of light curves."""
+
 from __future__ import annotations
 
 import csv
@@ -19,7 +21,7 @@ from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
 from spxdask.tables.per_image import encode_rows
 from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS
 
-# The columns of PHOTOMETRY, spelt out: this is a file format.
+# The columns are spelt out, as they are a file format.
 NAMES = [
     "target_id",
     "ra",

@@ -523,7 +523,7 @@ def test_a_table_that_does_not_claim_to_be_an_image(scene, tmp_path):
 @pytest.mark.parametrize("name", ["IMAGE", "VARIANCE", "ZODI"])
 def test_planes_that_claim_to_be_tables(damaged, name):
     replace_card(damaged, "XTENSION", "'BINTABLE'", name=name)
-    assert_refused(damaged, f"^{name} is a 'BINTABLE' extension, 'IMAGE' is needed$")
+    assert_refused(damaged, f"^{name} must be an 'IMAGE' extension, got 'BINTABLE'$")
 
 
 @pytest.mark.parametrize(
