@@ -373,7 +373,7 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     path = None
     if saved:
         if getattr(options, "config", None) is not None:
-            raise ConfigError("--retry-failed goes on with the options of the run; drop --config")
+            raise ConfigError("--retry-failed uses the options of the last run; drop --config")
         output = expand_path(flags.get("output_dir", BATCH_OPTIONS["output_dir"].default))
         values = RunFolder(output).saved_config().to_dict()
     elif options.config is not None:
