@@ -7,6 +7,7 @@ import os
 import pytest
 from distributed import Client, LocalCluster
 from hypothesis import settings
+from scheduling import pytest_xdist_make_scheduler  # noqa: F401
 
 # The same examples each time where a red run must mean a change; new ones elsewhere.
 settings.register_profile("ci", derandomize=True, deadline=None)
