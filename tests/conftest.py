@@ -17,6 +17,7 @@ import pytest
 import simulated
 from distributed import Client, LocalCluster
 from hypothesis import settings
+from scheduling import pytest_xdist_make_scheduler  # noqa: F401
 
 from spxdask import BatchConfig
 from spxdask.simulate.archive import SimulatedArchive

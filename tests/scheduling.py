@@ -1,0 +1,49 @@
+"""How tests are shared out under ``pytest -n 2``.
+
+Tests that start clusters, kill processes or submit jobs would disturb each other's timing. They
+are run one by one by one process of pytest-xdist, while the other processes take the rest, file
+by file. Markers are not known where xdist shares tests out, and `--dist loadgroup` of
+pytest-xdist 3.8 has no effect with pytest 9.2, so the files are named here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
+ONE_BY_ONE = (
+    "tests/cluster/",
+    "tests/pipeline/",
+    "tests/stages/test_aggregate.py",
+    "tests/stages/test_sources.py",
+    "tests/test_demo.py",
+    "tests/test_kills.py",
+    "tests/test_pipeline.py",
+    "tests/test_streaming.py",
+)
+
+
+def find_group(nodeid: str) -> str:
+    """Return the group of a test: those of one group are run by one process, in order."""
+    file = nodeid.partition("::")[0]
+    return "one by one" if file.startswith(ONE_BY_ONE) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling | None:
+    if config.getoption("dist") != "load":
+        return None
+    # Imported here, as pytest-xdist need not be installed.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return find_group(nodeid)
+
+    # The order of the files is kept, as the long group comes early in it.
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
