@@ -215,7 +215,7 @@ def test_a_query_with_other_options_makes_all_frames_pending(pipeline, client):
     again.run_query()
     found = checked_status(again)
     assert (found.fetched, found.measured, found.pending) == (4, 0, 4)
-    with pytest.raises(RunFolderError, match="fwhm_multiplier was 2.5, is 3.0"):
+    with pytest.raises(RunFolderError, match=r"fwhm_multiplier was 2\.5, is 3\.0"):
         again.run_aggregate()
 
 
