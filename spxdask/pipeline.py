@@ -240,7 +240,7 @@ class BatchPipeline:
         """
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
-            run.choose_tables(self.folder.load_observations(self.config), self._inputs)
+            run.choose_tables(self.folder.load_observations(self.config), self._make_inputs())
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -275,9 +275,9 @@ class BatchPipeline:
         self.summary = RunSummary(stages=self.reports, n_sources=n_sources, output=self.folder.path)
         return self.summary
 
-    @property
-    def _inputs(self) -> MeasurementInputs:
-        return MeasurementInputs(photometry=self.config.photometry, catalogue=self.catalogue)
+    def _make_inputs(self, *, with_catalogue: bool = True) -> MeasurementInputs:
+        catalogue = self.catalogue if with_catalogue else None
+        return MeasurementInputs(photometry=self.config.photometry, catalogue=catalogue)
 
     def _run_frames(
         self, *stages: str, skip_existing: bool = True, only_failed: bool = False
@@ -287,7 +287,8 @@ class BatchPipeline:
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,
-                inputs=self._inputs,
+                # A download needs no catalogue, which may be elsewhere.
+                inputs=self._make_inputs(with_catalogue="extract" in stages),
                 observations=self._load_observations(),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,

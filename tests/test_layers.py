@@ -49,7 +49,6 @@ LIBRARIES = {
 WITHOUT_DASK = ["archive", "config", "run", "science", "simulate", "storage", "tables"]
 
 
-
 def list_modules(room: str) -> list[str]:
     """Return the names of all modules of a room."""
     paths = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else (ROOT / room).rglob("*.py")

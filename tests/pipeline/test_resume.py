@@ -28,6 +28,58 @@ def test_second_run_repeats_no_work(finished, client, archive, tmp_path):
     assert [request.path for request in archive.requests[n_requests:]] == ["/TAP/sync"]
 
 
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """Fail a test that starts a cluster."""
+
+    def fail(*_, **__):
+        pytest.fail("a cluster was started")
+
+    monkeypatch.setattr("spxdask.cluster.session.embedded_client", fail)
+
+
+def test_nothing_left_to_do_needs_no_cluster(finished, no_cluster, tmp_path):
+    output = shutil.copytree(output_of(finished).path, tmp_path / "out")
+    curves = {path: path.stat().st_mtime_ns for path in (output / "lightcurves").iterdir()}
+    with BatchPipeline(replace(finished.config, output_dir=output)) as pipeline:
+        summary = pipeline.run_all()
+        assert pipeline.dashboard_link is None
+    aggregated = summary.stages["aggregate"]
+    assert (aggregated.done, aggregated.reused) == (0, finished.summary.n_measured)
+    assert aggregated.rows == finished.summary.stages["aggregate"].rows
+    assert summary.n_measured == finished.summary.n_measured
+    assert "already there" in str(summary)
+    assert {path: path.stat().st_mtime_ns for path in (output / "lightcurves").iterdir()} == curves
+
+
+@pytest.mark.parametrize("change", ["removed", "cut short", "record damaged", "other options"])
+def test_light_curves_that_are_not_as_they_were_are_made_again(finished, client, tmp_path, change):
+    output = shutil.copytree(output_of(finished).path, tmp_path / "out")
+    config = replace(finished.config, output_dir=output)
+    one = min((output / "lightcurves").iterdir())
+    if change == "removed":
+        one.unlink()
+    elif change == "cut short":
+        one.write_bytes(one.read_bytes()[:-1])
+    elif change == "record damaged":
+        (output / "state" / "aggregation.json").write_bytes(b"{")
+    else:
+        config = replace(config, num_buckets=config.num_buckets + 1)
+    report = BatchPipeline(config, client=client).run_aggregate()
+    assert (report.done, report.reused) == (finished.summary.n_measured, 0)
+    assert read_files(output / "lightcurves") == read_files(output_of(finished).lightcurves)
+    again = BatchPipeline(config, client=client).run_aggregate()
+    assert (again.done, again.reused) == (0, finished.summary.n_measured)
+
+
+def test_measuring_again_outdates_the_light_curves(finished, client, tmp_path):
+    output = shutil.copytree(output_of(finished).path, tmp_path / "out")
+    pipeline = BatchPipeline(replace(finished.config, output_dir=output), client=client)
+    pipeline.run_extract(skip_existing=False)
+    assert not (output / "state" / "aggregation.json").exists()
+    assert pipeline.run_aggregate().done == finished.summary.n_measured
+
+
 def test_images_that_are_not_kept_are_fetched_only_for_measuring(
     finished, make_config, client, archive
 ):
