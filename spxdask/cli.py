@@ -440,8 +440,7 @@ def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
     # Read now, so that a mistake in it is reported before a cluster is started.
     _ = pipeline.catalogue
-    with pipeline:
-        summary = pipeline.run_all(retry_failed=options.retry_failed)
+    summary = pipeline.run_all(retry_failed=options.retry_failed)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
 
@@ -450,11 +449,10 @@ def _stage(options: argparse.Namespace) -> int:
     from spxdask.run.summary import describe
 
     pipeline = _pipeline(options, saved=options.command != "query")
-    with pipeline:
-        if options.command == "extract":
-            pipeline.run_extract(skip_existing=not options.all)
-        else:
-            getattr(pipeline, f"run_{options.command}")()
+    if options.command == "extract":
+        pipeline.run_extract(skip_existing=not options.all)
+    else:
+        getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]
     print(describe(report))
     for filename, reason in report.failed.items():

@@ -105,7 +105,9 @@ class BatchPipeline:
         return f"BatchPipeline in {self.folder.path}"
 
     def __enter__(self) -> BatchPipeline:
+        # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
         self._held.enter_context(self._session.hold())
+        self._session.connect()
         return self
 
     def __exit__(

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 ONE_BY_ONE = (
     "tests/cluster/",
     "tests/pipeline/",
-    "tests/stages/test_aggregate.py",
+    "tests/run/test_status.py",
+    "tests/stages/test_light_curves.py",
     "tests/stages/test_sources.py",
+    "tests/test_cli.py",
     "tests/test_demo.py",
     "tests/test_kills.py",
-    "tests/test_pipeline.py",
     "tests/test_streaming.py",
 )
 

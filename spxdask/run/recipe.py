@@ -133,15 +133,18 @@ class Recipe:
             if now is None or then is None:
                 found.append(f"{name}: {'not done now' if now is None else 'not done then'}")
                 continue
-            for option in sorted(now.keys() | then.keys()):
-                if now.get(option) != then.get(option):
-                    was, is_ = (_show(step.get(option)) for step in (then, now))
-                    found.append(f"{name}: {option} was {was}, is {is_}")
+            changed = [o for o in sorted(now.keys() & then.keys()) if now[o] != then[o]]
+            found += [
+                f"{name}: {option} was {then[option]}, is {now[option]}" for option in changed
+            ]
+            # Where the method is another, so are the options that it reads.
+            only_one_has = [] if changed else sorted(now.keys() ^ then.keys())
+            found += [
+                f"{name}: {option} {'is' if option in now else 'was'} "
+                f"{now.get(option, then.get(option))}"
+                for option in only_one_has
+            ]
         return found
-
-
-def _show(value: Any) -> str:
-    return "not set" if value is None else str(value)
 
 
 def make_recipe(

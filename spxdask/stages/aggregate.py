@@ -124,8 +124,8 @@ class Aggregation:
             )
         if not choice.tables:
             raise NothingMeasuredError(
-                f"no frame of the query is measured ({choice.left_out:,} are not), so the light "
-                f"curves in {folder.lightcurves} are left as they are"
+                "no frame of the query is measured: the light curves in "
+                f"{folder.lightcurves} stay as they are"
             )
         self._report.left_out = choice.left_out
         self._tables = [light_curves.describe_table(*table) for table in choice.tables]

@@ -122,9 +122,9 @@ def test_links_are_forwarded_to_who_wants_them():
         def finish(self) -> None: ...
 
     linked = Linked()
-    ProgressPublisher(linked, "out").connect("dashboard   http://127.0.0.1:8787/status")
+    ProgressPublisher(linked, "out").connect(None, "dashboard   http://127.0.0.1:8787/status")
     assert linked.links == "dashboard   http://127.0.0.1:8787/status"
-    ProgressPublisher(Unlinked(), "out").connect("dashboard")
+    ProgressPublisher(Unlinked(), "out").connect(None, "dashboard")
 
 
 class HoldAfter(Silent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from distributed import Future, KilledWorker
 from outputs import output_of, read_files
 
 from spxdask import BatchPipeline, PhotometryConfig
-from spxdask.archive import retry
+from spxdask.archive.retry import RetryPolicy
 from spxdask.errors import ClusterError, FrameError, RunFolderError
 from spxdask.run.folder import RunFolder
 from spxdask.simulate.archive import Fault, SimulatedArchive
@@ -73,7 +74,7 @@ def test_query_whose_workers_die_is_a_cluster_error(make_config, client, monkeyp
         raise KilledWorker("query", None, 3)
 
     monkeypatch.setattr(Future, "result", raise_killed_worker)
-    with pytest.raises(ClusterError, match="each worker that was to ask the archive died"):
+    with pytest.raises(ClusterError, match="every worker that began the task query died"):
         BatchPipeline(make_config(), client=client).run_query()
 
 
@@ -90,30 +91,25 @@ FAULTS = [
 
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_many_faults_of_the_archive_change_no_result(
-    finished, make_config, client, survey, keep_images
+    finished, make_config, client, survey, monkeypatch, keep_images
 ):
     """Every frame meets several faults, and the run gives the bytes of one without faults."""
-
-    def set_first_delay(seconds: float) -> None:
-        retry.FIRST_DELAY_S = seconds
 
     rng = random.Random(20261122)
     frames = survey.archived
     faults = {frame.uri: rng.choices(FAULTS, k=5) for frame in frames}
-    client.run(set_first_delay, 0.001)
-    try:
-        with SimulatedArchive(frames, faults=faults) as archive:
-            config = make_config(
-                max_retries=5,
-                stall_timeout=0.3,
-                keep_images=keep_images,
-                tap_url=archive.tap_url,
-                archive_url=archive.archive_url,
-            )
-            summary = BatchPipeline(config, client=client).run_all()
-            assert len(archive.requests) == 1 + 6 * (5 + 1)
-    finally:
-        client.run(set_first_delay, retry.FIRST_DELAY_S)
+    quick = functools.partial(RetryPolicy, first_delay_s=0.001)
+    monkeypatch.setattr("spxdask.stages.frames.RetryPolicy", quick)
+    with SimulatedArchive(frames, faults=faults) as archive:
+        config = make_config(
+            max_retries=5,
+            stall_timeout=0.3,
+            keep_images=keep_images,
+            tap_url=archive.tap_url,
+            archive_url=archive.archive_url,
+        )
+        summary = BatchPipeline(config, client=client).run_all()
+        assert len(archive.requests) == 1 + 6 * (5 + 1)
     assert not summary.failed
     for folder in ("per_image", "lightcurves"):
         made, expected = (Path(c.output_dir) / folder for c in (config, finished.config))

@@ -18,9 +18,9 @@ from spxdask.run.plan import table_name
 @pytest.mark.parametrize(
     ("module", "name", "folder"),
     [
-        ("spxdask.stages.download", "direct_write", "images"),
-        ("spxdask.stages.extract", "atomic_path", "per_image"),
-        ("spxdask.storage.files", "atomic_write", "lightcurves"),
+        ("spxdask.storage.local", "_write_direct", "images"),
+        ("spxdask.storage.local", "_write_durable", "per_image"),
+        ("spxdask.storage.local", "_write_small", "lightcurves"),
     ],
 )
 def test_full_disk_stops_the_run(
@@ -46,7 +46,7 @@ def test_full_disk_stops_the_run(
         assert done <= {p.name for p in output_of(pipeline).per_image.iterdir()}
         return len(done)
 
-    if name == "atomic_write":
+    if name == "_write_small":
         assert (begun, count_recorded()) == (6, 6)
     else:
         # One frame succeeds in each worker; a failed one and the one fetched next add to them.

@@ -20,7 +20,7 @@ def test_second_run_in_a_locked_folder_is_refused(make_config, client):
     assert BatchPipeline(make_config(), client=client).run_query()
 
 
-@pytest.mark.parametrize("unit", ["frames", "buckets"])
+@pytest.mark.parametrize("unit", ["frames", "partitions"])
 def test_run_that_lost_its_lock_stops(make_config, client, monkeypatch, unit):
     class LoseLock(Silent):
         def start(self, stage, total, unit_):

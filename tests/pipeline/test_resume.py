@@ -41,9 +41,7 @@ def no_cluster(monkeypatch):
 def test_nothing_left_to_do_needs_no_cluster(finished, no_cluster, tmp_path):
     output = shutil.copytree(output_of(finished).path, tmp_path / "out")
     curves = {path: path.stat().st_mtime_ns for path in (output / "lightcurves").iterdir()}
-    with BatchPipeline(replace(finished.config, output_dir=output)) as pipeline:
-        summary = pipeline.run_all()
-        assert pipeline.dashboard_link is None
+    summary = BatchPipeline(replace(finished.config, output_dir=output)).run_all()
     aggregated = summary.stages["aggregate"]
     assert (aggregated.done, aggregated.reused) == (0, finished.summary.n_measured)
     assert aggregated.rows == finished.summary.stages["aggregate"].rows

@@ -23,7 +23,9 @@ def test_tables_of_other_options_or_catalogues_are_never_mixed(make_config, clie
 
     fixed = make_config(photometry=PhotometryConfig(aperture_method="fixed"))
     second = BatchPipeline(fixed, client=client)
-    with pytest.raises(RunFolderError, match="6 per-image tables are not those of this catalogue"):
+    with pytest.raises(
+        RunFolderError, match=r"6 per-image tables are stale.*aperture_method was fwhm, is fixed"
+    ):
         second.run_aggregate()
     assert read_files(output_of(first).lightcurves) == old
     assert second.run_extract().done == 6
@@ -64,7 +66,7 @@ def test_changed_table_is_measured_again(make_config, client):
     before = read_files(output_of(pipeline).lightcurves)
     table = max(output_of(pipeline).per_image.iterdir(), key=lambda path: path.stat().st_size)
     table.write_bytes(table.read_bytes()[:1000])
-    with pytest.raises(RunFolderError, match=f"{table.name} for one: run extract first"):
+    with pytest.raises(RunFolderError, match=f"{table.name} it has 1000 bytes, 11897 were written"):
         pipeline.run_aggregate()
     assert pipeline.run_all().stages["extract"].done == 1
     assert read_files(output_of(pipeline).lightcurves) == before
@@ -78,7 +80,7 @@ def test_light_curves_stay_when_no_frame_is_measured(make_config, client, how):
     # Of the frames of another query none is measured yet.
     other = BatchPipeline(make_config(bands=["D6"], lightcurve_format=how), client=client)
     other.run_query()
-    with pytest.raises(RunFolderError, match="none of the 1 frames of the query is measured"):
+    with pytest.raises(RunFolderError, match="no frame of the query is measured"):
         other.run_aggregate()
     assert read_files(output_of(other).lightcurves) == curves
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import simulated
 
 from spxdask import BatchPipeline, run_batch
 from spxdask.errors import ConfigError, InputError, RunFolderError
@@ -16,9 +15,9 @@ def test_usage_errors(make_config, client):
     config = make_config()
     with pytest.raises(ConfigError, match="not two of them"):
         BatchPipeline(config, client=client, scheduler="tcp://127.0.0.1:1")
-    with pytest.raises(ConfigError, match="allowed is a synchronous"):
+    with pytest.raises(ConfigError, match="must be a synchronous"):
         BatchPipeline(config, client="tcp://127.0.0.1:1")
-    with pytest.raises(ConfigError, match="allowed is a BatchConfig"):
+    with pytest.raises(ConfigError, match="must be a BatchConfig"):
         BatchPipeline({"radius": 1})
     with pytest.raises(ConfigError, match="not both: radius"):
         run_batch(config, radius=1.0)
@@ -55,14 +54,10 @@ def test_too_many_frames_stop_the_run_before_any_download(make_config, client, a
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_script_without_main_guard_fails_with_advice(tmp_path):
+def test_script_without_main_guard_fails_with_advice(make_config, tmp_path):
     script = tmp_path / "script.py"
-    simulated.write_catalogue(tmp_path / "sources.csv", ["one"], [1.0], [1.0])
-    script.write_text(
-        "from spxdask import run_batch\n"
-        "run_batch(catalog='sources.csv', center_ra=1.0, center_dec=1.0, radius=1.0,"
-        " max_extract_workers=1)\n"
-    )
+    options = make_config(bands=["D1"], max_extract_workers=1).to_dict()
+    script.write_text(f"from spxdask import run_batch\nrun_batch(**{options!r})\n")
     ended = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -422,10 +422,10 @@ def summed(qr2, tmp_path_factory):
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        (lambda hdus: hdus["IMAGE"].fileinfo()["datLoc"] + 3, "DATASUM says"),
+        (lambda hdus: hdus["IMAGE"].fileinfo()["datLoc"] + 3, "DATASUM is"),
         (lambda hdus: hdus[-1].fileinfo()["datLoc"] - 1, "CHECKSUM"),
         # Where nobody looks.
-        (lambda hdus: -1, "DATASUM says"),
+        (lambda hdus: -1, "DATASUM is"),
     ],
     ids=["pixel", "header", "padding"],
 )

@@ -160,7 +160,7 @@ def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason
     assert reason in outcome.reason
     assert "\n" not in outcome.reason
     assert outcome.rows == 0
-    assert not (tmp_path / table_name("bad.fits")).exists()
+    assert not (tmp_path / table_name("bad.fits", "csv")).exists()
 
 
 def test_unexpected_error_is_a_failure_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):

@@ -160,6 +160,8 @@ for path in sys.argv[1:]:
     for source in (path, memoryview(content), memoryview(bytearray(content))):
         frame = open_frame(source, "frame.fits")
         measure(frame, *frame.wcs.pixel_to_sky([60.0], [50.0]), PhotometryConfig(window_size=25))
+from spxdask.science.kernels import projection, rice, sources, statistics, zodi
+
 modules = (projection, rice, sources, statistics, zodi)
 functions = {name: f for module in modules for name, f in vars(module).items()}
 compiled = {name: f.dispatcher for name, f in functions.items() if hasattr(f, "dispatcher")}
