@@ -554,6 +554,7 @@ def to_yaml(options: CheckedOptions, path: str | os.PathLike[str] | None = None)
     Parameters
     ----------
     options : BatchConfig or PhotometryConfig
+        The options.
     path : path, optional
         The file, which is replaced if it exists.
 

@@ -33,7 +33,13 @@ class Clock(Protocol):
         """Return the time, s."""
 
     def sleep(self, seconds: float, /) -> None:
-        """Wait."""
+        """Wait.
+
+        Parameters
+        ----------
+        seconds : float
+            How long, s.
+        """
 
 
 class RunLock(ABC):

@@ -231,16 +231,17 @@ def _type_name(annotation: Any) -> str:
 
 
 def as_native(value: Any) -> Any:
-    """Make numpy's scalars and arrays Python's own, and lists tuples.
+    """Convert numpy scalars and arrays to Python objects, and lists to tuples.
 
     Parameters
     ----------
     value : object
+        Any value of an option.
 
     Returns
     -------
     object
-        Quantities with a unit, and all that is not numpy's nor a list, are left as they are.
+        Anything else, and a Quantity with a unit, is returned unchanged.
     """
     # A Quantity has no list without its unit.
     if hasattr(value, "tolist") and not hasattr(value, "unit"):
@@ -406,7 +407,7 @@ def check_options(model: type, values: Mapping[str, Any]) -> None:
                 raise _within(info.name, error) from None
             del plain[info.name]
     try:
-        # As its own __init__ does, for an object that nobody sees.
+        # __init__ would do the same; this object is only used within this method.
         model.__pydantic_validator__.validate_python(  # type: ignore[attr-defined]
             ArgsKwargs((), plain), self_instance=object.__new__(model)
         )

@@ -131,7 +131,12 @@ class Aggregation:
         self._tables = [light_curves.describe_table(*table) for table in choice.tables]
 
     def is_up_to_date(self) -> bool:
-        """Return whether the light curves of these tables are there, and report them if so."""
+        """Return whether the light curves of these tables are there, and report them if so.
+
+        Returns
+        -------
+        bool
+        """
         record = load_aggregation(self._folder.state)
         if record is None or record.tables != self._digest_tables():
             return False
