@@ -446,7 +446,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from spxdask.run.summary import describe
+    from spxdask.run.summary import describe_stage
 
     pipeline = _pipeline(options, saved=options.command != "query")
     if options.command == "extract":
@@ -454,7 +454,7 @@ def _stage(options: argparse.Namespace) -> int:
     else:
         getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]
-    print(describe(report))
+    print(describe_stage(report))
     for filename, reason in report.failed.items():
         print(f"{filename}: {reason}", file=sys.stderr)
     return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE

@@ -138,25 +138,3 @@ class Bars:
         """Close the bar and leave it as it is."""
         if self._bar is not None:
             self._bar.close()
-
-
-def format_duration(seconds: float) -> str:
-    """Format a time for people.
-
-    Parameters
-    ----------
-    seconds : float
-        The time.
-
-    Returns
-    -------
-    str
-        Such as ``42 s``, ``12 min``, ``3 h 5 min`` or ``2 d 4 h``.
-    """
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 2:
-        return f"{60 * hours + minutes} min"
-    days, rest = divmod(round(seconds / 3600), 24)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{days} d {rest} h"

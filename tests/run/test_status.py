@@ -137,7 +137,12 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
     assert main(["status", "out"]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == (f"{checked_status(pipeline)}\n", "")
-    for text in ("4 frames", f"{summary.n_measured} light curves", "nobody", str(folder.path)):
+    for text in (
+        "4 frames",
+        f"{summary.n_measured} light curves",
+        "running     no",
+        str(folder.path),
+    ):
         assert text in out
 
 
