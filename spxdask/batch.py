@@ -33,7 +33,7 @@ def run_batch(
     catalog : path, optional
         Another name of the option ``catalog_path``.
     client : distributed.Client, optional
-        See `BatchPipeline`, as for the next three.
+        Cluster to use; `BatchPipeline` describes this and the next three parameters.
     scheduler : str, optional
         Address of a scheduler, or its scheduler file.
     jobqueue : path, optional
