@@ -139,7 +139,7 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
     os.chdir(tmp_path / "elsewhere")
     again = ["run", "--retry-failed", "--output", "../o"]
     for more, status, says in [
-        ([], 1, "HTTP 503 Service Unavailable (after 1 attempts)"),
+        ([], 1, "HTTP 503 Service Unavailable (after 1 attempt)"),
         (["--max-retries", "1"], 1, "HTTP 404"),
         ([], 0, "1 of 1 frame"),
         ([], 0, "nothing to do"),

@@ -229,9 +229,10 @@ def _count_light_curves(folder: Store, table_format: str) -> int:
         return sum(name.endswith(".csv") and not name.startswith(".") for name in names)
     count = 0
     for name in names:
-        if not name.endswith(".parquet"):
+        # Other Parquet files are the user's.
+        if not (name.startswith("bucket-") and name.endswith(".parquet")):
             continue
-        # A run at work may remove one.
+        # A run in progress may remove one.
         with suppress(FileNotFoundError), folder.open_seekable(name) as file:
             metadata = pq.read_metadata(file).metadata or {}
             count += int(metadata.get(b"sources", 0))
