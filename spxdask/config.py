@@ -137,13 +137,13 @@ def _check_archive_url(value: Any) -> str:
 
 
 def _normalise(url: str) -> str:
-    """Write the scheme in lower case, as those who compare it expect, and no slash at the end."""
+    """Return a URL with its scheme in lower case, for comparisons, and no slash at the end."""
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest.rstrip("/")
 
 
 def _to_degrees(value: Any) -> Any:
-    """Return astropy's angles in degrees, without importing it, and all else as it is."""
+    """Return astropy's angles in degrees, without importing astropy, and other values unchanged."""
     if not hasattr(value, "unit") or not hasattr(value, "to_value"):
         return value
     try:
@@ -151,7 +151,7 @@ def _to_degrees(value: Any) -> Any:
     # UnitConversionError is both.
     except (TypeError, ValueError):
         raise ValueError("an angle or a number of degrees") from None
-    # Of an angle, which is an array without dimensions.
+    # An angle is an array without dimensions.
     return degrees.tolist() if hasattr(degrees, "tolist") else degrees
 
 
@@ -355,7 +355,7 @@ class BatchConfig(CheckedOptions):
     scratch_gb: Annotated[
         float,
         option(
-            "a worker holds no more frames than this at once, nor than a quarter of its memory",
+            "limit of the frames that a worker holds at once; a quarter of its memory is another",
             unit="GB",
             group=WORKERS,
             gt=0,

@@ -378,10 +378,7 @@ def _format_run(run: dict[str, Any]) -> str:
     since = format_duration(run["seconds_since_report"])
     gone = ""
     if run["stages"][-1]["state"] == "client gone":
-        gone = (
-            "<p class=failed>The client has disconnected; the same command goes on where it "
-            "was.</p>"
-        )
+        gone = "<p class=failed>The client has disconnected; the same command resumes the run.</p>"
     return (
         f"<h2>{html.escape(str(run['output']))}</h2><p>{html.escape(str(run['process']))}, last "
         f"report {since} ago</p>{gone}" + "".join(map(_format_stage, run["stages"]))

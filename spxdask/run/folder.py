@@ -255,7 +255,7 @@ class RunFolder:
             if found.query_options[name] != value:
                 raise RunFolderError(
                     f"the frames in {self.path} were found with {name} "
-                    f"{found.query_options[name]!r}, the configuration says {value!r}: run query "
+                    f"{found.query_options[name]!r}, the configuration has {value!r}: run query "
                     "first"
                 )
         return found

@@ -1,8 +1,8 @@
 """What is left to do for each frame, decided from plain data.
 
 This is the one answer to "is this frame done?": the stages that go frame by frame, the
-aggregation's choice of tables and `spxdask status` all ask it. Nothing here reads a disk,
-asks an archive or knows of Dask; whoever executes a plan records what became of it.
+aggregation's choice of tables and `spxdask status` all use it. Nothing here reads a disk,
+sends a request or depends on Dask; the code that executes a plan records the outcomes.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _limits(metadata: Iterable[Any]) -> Iterable[str]:
 
 
 def _kind(annotation: Any) -> str:
-    """Return what a value must be, in words, as far as its type says."""
+    """Return a description of the values that a type allows."""
     if get_origin(annotation) is Literal:
         *most, last = get_args(annotation)
         return f"{', '.join(most)} or {last}"
@@ -469,7 +469,7 @@ def _translate(
     if first["type"] in ("greater_than", "greater_than_equal", "less_than_equal"):
         rule = info.limits or rule
     elif cause is not None:
-        # What a validator of the option says has more to it than its rule.
+        # The message of an option's own validator is more precise than its rule.
         rule = str(cause).replace("{rule}", info.rule)
     value = values.get(info.name, first["input"])
     if hasattr(value, "tolist") and not hasattr(value, "unit"):
