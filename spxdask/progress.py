@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
-# Rates are averages over the last so many seconds.
+# Rates are averages over this many seconds.
 RATE_WINDOW_S = 120.0
 
 
@@ -135,6 +135,6 @@ class Bars:
         self._bar.update()
 
     def finish(self) -> None:
-        """Close the bar and leave it as it is."""
+        """Close the bar; it stays on the terminal."""
         if self._bar is not None:
             self._bar.close()

@@ -20,6 +20,7 @@ from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
+from spxdask.text import format_count
 
 TEXT_DTYPE = pd.ArrowDtype(pa.string())
 # A shuffle costs about 30 ms for each input partition, so small tables are read in groups.
@@ -264,8 +265,8 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
             raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
             raise FrameError(
-                f"{folder.path_to(name)} has {len(rows)} rows, {expected} were measured; "
-                "extract it again"
+                f"{folder.path_to(name)} has {format_count(len(rows), 'row')}, {expected:,} were "
+                "measured: run extract again"
             )
         read.append(rows)
     return _to_pandas(_merge_lines_by_source(pa.concat_tables(read)))
