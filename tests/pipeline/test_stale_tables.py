@@ -66,7 +66,7 @@ def test_changed_table_is_measured_again(make_config, client):
     before = read_files(output_of(pipeline).lightcurves)
     table = max(output_of(pipeline).per_image.iterdir(), key=lambda path: path.stat().st_size)
     table.write_bytes(table.read_bytes()[:1000])
-    with pytest.raises(RunFolderError, match=f"{table.name} it has 1000 bytes, 11897 were written"):
+    with pytest.raises(RunFolderError, match=f"{table.name} .it has 1000 bytes, 11897 "):
         pipeline.run_aggregate()
     assert pipeline.run_all().stages["extract"].done == 1
     assert read_files(output_of(pipeline).lightcurves) == before
