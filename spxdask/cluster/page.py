@@ -61,7 +61,7 @@ class ProgressPublisher:
     output : str
         The output folder, which names the run.
     interval_s : float
-        While a stage goes on, reports are at least this many seconds apart.
+        During a stage, reports are at least this many seconds apart.
 
     Attributes
     ----------

@@ -117,12 +117,13 @@ class Aggregation:
             count = format_count(len(choice.stale), "per-image table")
             verb = "is" if len(choice.stale) == 1 else "are"
             raise RunFolderError(
-                f"{count} {verb} stale, such as {choice.stale[0]} ({choice.stale_reason}): run extract first"
+                f"{count} {verb} stale, such as {choice.stale[0]} ({choice.stale_reason}): "
+                "run extract first"
             )
         if not choice.tables:
             raise NothingMeasuredError(
                 "no frame of the query is measured: the light curves in "
-                f"{folder.lightcurves} stay as they are"
+                f"{folder.lightcurves} are unchanged"
             )
         self._report.left_out = choice.left_out
         self._tables = [light_curves.describe_table(*table) for table in choice.tables]
