@@ -1,7 +1,7 @@
-"""Memory of workers that may have 2 GB each: `python benchmarks/memory.py` prints the peaks.
+"""Memory of workers with a limit of 2 GB: `python benchmarks/memory.py` prints the peaks.
 
-Full-size frames with 10,000 sources on each, through all four stages; a worker that Dask
-had to restart has another process id in the end.
+All four stages process full-size frames with 10,000 sources on each. Workers that Dask had to
+restart are counted by their process ids, which differ after the run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    # One file under many names.
+    # The archive serves one file under many names.
     image = workloads.frame(work, workloads.exposure())
     frames = [workloads.archived(number, image) for number in range(options.frames)]
     output = work / "out-memory"

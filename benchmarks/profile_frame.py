@@ -1,6 +1,6 @@
-"""What the time of a frame is spent on: `python benchmarks/profile_frame.py` prints a table.
+"""Time of each step of an extraction: `python benchmarks/profile_frame.py` prints a table.
 
-Each step is timed while frames are extracted one after the other, in one process and one
+The steps are timed while frames are extracted one after the other, in one process and one
 thread, from files in the page cache; "the rest" is the time outside of all steps.
 """
 
@@ -26,7 +26,7 @@ from spxdask.tables.catalogue import read_catalogue
 
 REPEATS = 25
 WARM_UP = 3
-# What is timed, and the module or class through which the function is called.
+# The steps, and for each its function and the module or class through which it is called.
 STEPS = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
@@ -41,12 +41,13 @@ STEPS = {
 
 
 def profile(image: Path, catalogue: Path, folder: Path) -> dict[str, float]:
-    """Return milliseconds a frame for each step, the rest and the total, medians."""
+    """Return the median time per frame, ms, of each step, of the rest and in total."""
     read_catalogue(catalogue).save(f"{catalogue}.arrow")
     options = extract.ExtractOptions(
         catalogue=f"{catalogue}.arrow",
         photometry=PhotometryConfig(),
-        fingerprint="benchmark",
+        recipe="benchmark",
+        catalogue_fingerprint="benchmark",
         serial=False,
     )
     spent: dict[str, float] = defaultdict(float)

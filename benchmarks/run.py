@@ -1,13 +1,13 @@
-"""Measure spxdask beside its peer, and how it scales.
+"""Compare the speed of spxdask and its peer, and measure how spxdask scales.
 
-One command does all::
+One command does both::
 
     python benchmarks/run.py            # the table and the plot of docs/speed.md
-    python benchmarks/run.py --quick    # within five minutes
+    python benchmarks/run.py --quick    # takes up to five minutes
 
-Both sides run in processes of their own, take turns on the same files, and report the
-time of the work alone, without starting up. The peer, spxquery 0.4.1, gets a virtual
-environment of its own, or is found with --peer-python.
+Each side runs in a separate process. They process the same files in turn, and report the time
+of the work without that of starting up. The peer, spxquery 0.4.1, is installed into a separate
+virtual environment, unless --peer-python names an interpreter that has it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from spxdask.simulate.archive import SimulatedArchive
 
 HERE = Path(__file__).parent
 PEER = "spxquery==0.4.1"
-# One thread a process, for either side.
+# Both sides use one thread a process.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Side:
-    """A process that runs one side's work on command."""
+    """A process that runs the work of one side on command."""
 
     def __init__(self, python: str, script: str) -> None:
         self.process = subprocess.Popen(
@@ -70,7 +70,7 @@ class Side:
 
 @dataclass
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     work: str
     ours: list[float]
@@ -111,7 +111,7 @@ def table(rows: list[Row]) -> str:
 
 
 def in_turn(repeats: int, *runs: Callable[[], dict]) -> list[list[dict]]:
-    """Run each once to warm up, then all in turn, `repeats` times."""
+    """Run each function once to warm up, then all in turn `repeats` times; return the results."""
     for run in runs:
         run()
     return [
@@ -122,9 +122,9 @@ def in_turn(repeats: int, *runs: Callable[[], dict]) -> list[list[dict]]:
 
 @contextmanager
 def fresh_folders(work: Path, side: str) -> Iterator[Iterator[Path]]:
-    """Give a new folder each time one is asked for, and remove them all at the end.
+    """Yield an iterator over paths of new folders, and remove all of them at the end.
 
-    Not before: ext4 is slow to make files soon after others were removed.
+    They are not removed earlier, because ext4 creates files slowly after others were removed.
     """
     parent = work / f"out-{side}"
     shutil.rmtree(parent, ignore_errors=True)
@@ -137,33 +137,31 @@ def seconds(results: list[dict]) -> list[float]:
 
 
 def compare_tables(ours: str, peer: str, n_on_frame: int) -> str:
-    """Say how the peer's table of a frame agrees with ours."""
+    """Describe how the peer's table of a frame agrees with ours."""
     read = {"dtype": {"target_id": str}}
     a, b = (pd.read_csv(path, **read).set_index("target_id") for path in (ours, peer))
     common = a.index.intersection(b.index)
     only_ours, only_peer = len(a) - len(common), len(b) - len(common)
     a, b = a.loc[common], b.loc[common]
     background = np.abs(a["bg_level"] - b["bg_level"]).max()
-    # The peer takes the product of two pixel scales for the area, 0.08 % more, so that its
-    # aperture is smaller by half of that.
+    # The peer uses the product of two pixel scales as the area of a pixel, which is 0.08 % too
+    # large, so that its aperture is smaller by half of that.
     ratio = np.nanmedian(b["flux"] / a["flux"])
-    said = [f"{len(common):,} in both", f"the peer's flux {100 * (ratio - 1):+.2f} %"]
-    said.append(f"background within {background:.0e}")
+    notes = [f"{len(common):,} in both", f"the peer's flux {100 * (ratio - 1):+.2f} %"]
+    notes.append(f"background within {background:.0e}")
     if only_peer:
-        said.append(f"{only_peer:,} of the peer's are not on the frame")
+        notes.append(f"{only_peer:,} of the peer's are not on the frame")
     if only_ours:
-        said.append(f"{only_ours:,} only ours")
+        notes.append(f"{only_ours:,} only ours")
     assert len(a) >= n_on_frame - only_ours
-    return ", ".join(said)
+    return ", ".join(notes)
 
 
 def compare_curves(ours: str, peer: str) -> str:
-    """Say how the peer's light curves agree with ours."""
+    """Compare the numbers of light curves."""
     a, b = ({p.name for p in Path(folder).glob("*.csv")} for folder in (ours, peer))
-    said = [f"{len(a):,} curves, the peer {len(b):,}"]
-    if len(a) > len(b):
-        said.append("whose ids collide in double precision")
-    return " ".join(said)
+    text = f"{len(a):,} curves, the peer {len(b):,}"
+    return f"{text} whose ids collide in double precision" if len(a) > len(b) else text
 
 
 def bench_extract(ours: Side, peer: Side, work: Path, repeats: int, quick: bool) -> list[Row]:
@@ -274,7 +272,7 @@ def bench_run(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
         "radius": 0.5,
         "max_download_workers": 4,
     }
-    # Each name is served from a file that says it is that frame.
+    # Each frame needs a file of its own, because the header has the id of the exposure.
     files = []
     for number in range(n_frames):
         path = work / workloads.exposure(number).filename
@@ -385,7 +383,7 @@ def bench_scaling(ours: Side, work: Path, quick: bool) -> dict[str, list[tuple[f
 
 
 def plot(scaling: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Draw the scaling, a panel a question."""
+    """Plot the scaling with the size of each input, one panel for each."""
     panels = [
         ("sources on the frame", "ms a frame", "log", "log"),
         ("sources in the catalogue", "ms a frame, 1,000 on it", "log", "linear"),
@@ -407,7 +405,7 @@ def plot(scaling: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def peer_python(work: Path) -> str:
-    """Return the interpreter of an environment that holds the peer."""
+    """Return the interpreter of an environment with the peer; make it if necessary."""
     folder = work / "peer"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -417,7 +415,7 @@ def peer_python(work: Path) -> str:
 
 
 def machine() -> str:
-    """Describe the machine in a line."""
+    """Return one line that describes the machine."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -432,7 +430,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=["extract", "aggregate", "run", "scaling"], help="some parts"
     )
-    parser.add_argument("--peer-python", help="interpreter that has spxquery; default: make one")
+    parser.add_argument("--peer-python", help="interpreter that has spxquery; default: install it")
     parser.add_argument("--work", type=Path, default=Path("benchmark_data"), help="for the data")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="for table and plot")
     parser.add_argument("--repeats", type=int, default=9)

@@ -1,4 +1,7 @@
-"""Our side of a benchmark: the same commands as the peer's, one a line."""
+"""The side of spxdask in a benchmark: it answers the same commands as the peer's side.
+
+It reads commands as JSON from standard input, one on each line, and answers each with a line.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ class Ours:
         return {"version": spxdask.__version__, "python": sys.version.split()[0]}
 
     def load(self, catalogue: str) -> dict:
-        """Read the catalogue and lay out its index, once a run."""
+        """Read the catalogue and save its index, as a run does once."""
         started = time.perf_counter()
         read_catalogue(catalogue).save(f"{catalogue}.arrow")
         return {"seconds": time.perf_counter() - started}
 
     def floor(self, image: str) -> dict:
-        """Read the four planes into arrays of the machine's own byte order."""
+        """Read the four planes into arrays in native byte order."""
         started = time.perf_counter()
         frame = open_frame(image)
         planes = (frame.image, frame.variance, frame.zodi, frame.flags)
@@ -50,7 +53,8 @@ class Ours:
         options = ExtractOptions(
             catalogue=f"{catalogue}.arrow",
             photometry=PhotometryConfig(),
-            fingerprint="benchmark",
+            recipe="benchmark",
+            catalogue_fingerprint="benchmark",
             serial=False,
         )
         started = time.perf_counter()
@@ -61,7 +65,7 @@ class Ours:
         return {"seconds": seconds, "table": str(table), "rows": outcome.rows}
 
     def start_cluster(self, processes: int) -> dict:
-        """Start the cluster that a run without one would start."""
+        """Start the embedded cluster of a run."""
         self.stop_cluster()
         config = BatchConfig(
             center_ra=0,
@@ -83,7 +87,7 @@ class Ours:
         return {}
 
     def aggregate(self, per_image: str, folder: str) -> dict:
-        """Aggregate on the running cluster; the tables are taken by a link."""
+        """Aggregate on the running cluster; a symbolic link leads to the tables."""
         out = Path(folder)
         out.mkdir(parents=True)
         (out / "per_image").symlink_to(per_image)
@@ -115,11 +119,12 @@ class Ours:
         }
 
     def frames_per_second(self, images: list[str], catalogue: str, folder: str) -> dict:
-        """Extract many frames on the running cluster, its workers warm."""
+        """Extract many frames on the running cluster, after a first pass to warm up."""
         options = ExtractOptions(
             catalogue=f"{catalogue}.arrow",
             photometry=PhotometryConfig(),
-            fingerprint="benchmark",
+            recipe="benchmark",
+            catalogue_fingerprint="benchmark",
             serial=True,
         )
 

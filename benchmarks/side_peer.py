@@ -1,7 +1,7 @@
-"""The peer's side of a benchmark: spxquery, driven from outside in its own environment.
+"""The peer's side of a benchmark: spxquery, in a separate environment.
 
-Reads one command a line, JSON, from standard input and answers each with a line. Runs
-under the peer's interpreter and imports nothing of spxdask.
+It reads commands as JSON from standard input, one on each line, and answers each with a line.
+It runs under the peer's interpreter and imports nothing of spxdask.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spxquery.batch.config import load_catalog  # noqa: E402
 from spxquery.batch.extract import process_single_image  # noqa: E402
 from spxquery.core.config import PhotometryConfig  # noqa: E402
 
-# A message a source would be timed as well.
+# Otherwise the time would include that of logging a message for each source.
 logging.disable(logging.CRITICAL)
 
 

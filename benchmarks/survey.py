@@ -1,14 +1,14 @@
-"""Runs as large as a survey, on one machine: what stays flat, and what it costs.
+"""Runs as large as a survey on one machine: their memory, CPU time and rate.
 
 ::
 
     python benchmarks/survey.py stubs     # 100,000 frames whose fetch and measurement are stubs
     python benchmarks/survey.py soak      # 2,000 real-size frames x 10,000 sources
-    python benchmarks/survey.py overlap   # download and extraction against either alone
+    python benchmarks/survey.py overlap   # download with extraction, and each of them alone
 
-`stubs` leaves all else real: the query's answer, graph, archive cap, ledger, per-image tables,
-shuffle, light curves. `soak` and `overlap` fetch a few files under many names from the embedded
-archive. Each prints what it found and writes it, with a plot, to benchmarks/results/.
+In `stubs`, everything else is real: query, graph, limit of downloads, ledger, per-image tables,
+shuffle and light curves. `soak` and `overlap` fetch a few files under many names from the
+simulated archive. Each prints its results and writes them to benchmarks/results/, with a plot.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from matplotlib.figure import Figure
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.run.ledger import Outcome
+from spxdask.run.plan import table_name
 from spxdask.science.level2.frame import open_frame
 from spxdask.science.photometry import measure
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
-from spxdask.stages.extract import table_name
 from spxdask.storage import open_store
 from spxdask.tables.catalogue import read_catalogue
 from spxdask.tables.per_image import encode_rows
@@ -49,9 +49,9 @@ MB = 1e6
 
 
 class Stubs(WorkerPlugin):
-    """Has workers wait in place of fetching a frame, and make rows up in place of measuring.
+    """Makes workers wait instead of fetching frames, and invent rows instead of measuring.
 
-    The rows are as many, and as long, as those of a measurement.
+    Number and length of the rows are those of real measurements.
     """
 
     name = "stubs"
@@ -101,7 +101,7 @@ class Stubs(WorkerPlugin):
                 )
             columns["filename"] = observation.filename
             content = encode_rows(columns, options.format)
-            open_store(per_image).put(table_name(observation.filename), content)
+            open_store(per_image).put(table_name(observation.filename, options.format), content)
             return Outcome(
                 stage="extract",
                 filename=observation.filename,
@@ -109,16 +109,17 @@ class Stubs(WorkerPlugin):
                 seconds=0.05,
                 bytes=len(content),
                 rows=rows,
-                fingerprint=options.fingerprint,
-                sources="0" * 32,
-                cap=(270.0, 66.56, 2.5),
+                recipe=options.recipe,
+                catalogue=options.catalogue_fingerprint,
+                sources_fingerprint="0" * 32,
+                bounding_circle=(270.0, 66.56, 2.5),
             )
 
         stream.fetch_frame, stream.extract_frame = fetch_frame, extract_frame
 
 
 class Cluster:
-    """A scheduler and workers in processes of their own, as on a cluster."""
+    """A scheduler and workers in separate processes, as on a cluster of machines."""
 
     def __init__(self, work: Path, workers: int, threads: int, memory: str) -> None:
         self._scheduler_file = work / "scheduler.json"
@@ -166,7 +167,7 @@ class Cluster:
 
 
 class Watch:
-    """A progress that notes memory, and the disk of frames, against frames that ended."""
+    """A progress that records memory and the disk space of frames while frames end."""
 
     def __init__(self, cluster: Cluster, output: Path) -> None:
         self._cluster, self._output = cluster, output
@@ -217,7 +218,7 @@ class Watch:
 
 
 def many(number: int, files: list[Path]) -> list[ArchivedFrame]:
-    """Return entries of the archive, a few files under many names."""
+    """Return frames of the archive: a few files under many names."""
     base = [workloads.archived(i, path) for i, path in enumerate(files)]
     made = []
     for i in range(number):
@@ -250,9 +251,10 @@ def config(work: Path, archive: SimulatedArchive, catalogue: Path, **options) ->
 
 
 def growth(samples: list[dict], name: str) -> float:
-    """Return MB a thousand frames, by a straight line through the later half.
+    """Return the growth of memory, MB per thousand frames, from a line fitted to the later half.
 
-    Dask keeps a log of a hundred thousand transitions, which some 15,000 to 50,000 frames fill.
+    The earlier half is excluded because Dask's log of 100,000 transitions grows until it is
+    full, which takes about 15,000 to 50,000 frames.
     """
     at = [s for s in samples if s["stage"] == "frames" and s["ended"]]
     at = at[len(at) // 2 :]
@@ -334,7 +336,7 @@ def soak(options: argparse.Namespace, work: Path) -> dict:
         pipeline = BatchPipeline(options_, client=cluster.client, progress=watch)
         summary = pipeline.run_all()
         watch.close()
-    # Each file by itself, without the pipeline.
+    # The expected rows are measured from each file directly, without the pipeline.
     expected: Counter[str] = Counter()
     known = read_catalogue(catalogue)
     for i, path in enumerate(files):
@@ -369,9 +371,9 @@ def soak(options: argparse.Namespace, work: Path) -> dict:
 
 
 def overlap(options: argparse.Namespace, work: Path) -> dict:
-    """Time runs whose archive gives a part of what extraction alone could take.
+    """Time runs whose archive has a fraction of the bandwidth that extraction could use.
 
-    The archive is on the same cores, and needs one of them at some GB/s.
+    The archive runs on the same cores, and uses one of them to send some GB/s.
     """
     n, sources = options.frames or 60, options.sources or 10_000
     image = workloads.frame(work, workloads.exposure())
@@ -398,7 +400,7 @@ def overlap(options: argparse.Namespace, work: Path) -> dict:
                 return pipeline.run_extract().seconds
             if only == "download":
                 return pipeline.run_download().seconds
-            pipeline._frames("download", "extract")
+            pipeline._run_frames("download", "extract")
             return pipeline.reports["extract"].seconds
 
     rows = []

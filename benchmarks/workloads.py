@@ -1,4 +1,4 @@
-"""Data for the benchmarks, made from the simulator and kept between runs."""
+"""Data for the benchmarks, which are simulated once and reused by later runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spxdask.tables.schema import PER_IMAGE
 
 CENTER = (270.0, 66.56)
 FIRST_ID = 39633458707826492
-# Clear of every margin that either side keeps.
+# Range of pixels that is outside of the margins at which either side rejects sources.
 INSIDE = (40.0, 2000.0)
 
 
@@ -33,19 +33,19 @@ def exposure(number: int = 0, **options) -> Exposure:
 
 
 def frame(folder: Path, one: Exposure) -> Path:
-    """Return a full-size frame, made if it is not there, in the page cache."""
+    """Return a full-size frame in the page cache; simulate it if it does not exist."""
     path = folder / one.filename
     if not path.exists():
         sky = make_sky(*CENTER, 1.2, n_sources=1500, min_separation_arcsec=90, seed=1)
         write_frame(path, one, make_planes(one, sky, SceneOptions(crowding=0.45)))
-    _read_anew(path)
+    _reload_page_cache(path)
     return path
 
 
-def _read_anew(path: Path) -> None:
-    """Have a file in the page cache as one that was read from disk, in large pieces.
+def _reload_page_cache(path: Path) -> None:
+    """Read a file into the page cache again, from disk.
 
-    As it was written there, in small ones, it takes more than twice as long to map.
+    Pages from writing the file are small, and mapping them takes more than twice as long.
     """
     with path.open("rb") as file:
         if hasattr(os, "posix_fadvise"):
@@ -56,7 +56,7 @@ def _read_anew(path: Path) -> None:
 
 
 def catalogue(folder: Path, on_frame: int, all_sky: int = 0) -> Path:
-    """Return a catalogue with so many sources on the frame, and so many elsewhere."""
+    """Return a catalogue with `on_frame` sources on the frame and `all_sky` elsewhere."""
     path = folder / f"catalogue-{on_frame}-{all_sky}.csv"
     if path.exists():
         return path
@@ -66,7 +66,7 @@ def catalogue(folder: Path, on_frame: int, all_sky: int = 0) -> Path:
     if all_sky:
         elsewhere_ra = rng.uniform(0, 360, all_sky)
         elsewhere_dec = np.rad2deg(np.arcsin(rng.uniform(-1, 1, all_sky)))
-        # Three degrees from the frame's centre is off its corners.
+        # The corners of the frame are less than three degrees from its centre.
         near = np.cos(np.deg2rad(elsewhere_dec - CENTER[1])) > np.cos(np.deg2rad(3.0))
         near &= np.abs((elsewhere_ra - CENTER[0] + 180) % 360 - 180) < 3 / np.cos(
             np.deg2rad(abs(CENTER[1]) + 3)
@@ -81,10 +81,10 @@ def catalogue(folder: Path, on_frame: int, all_sky: int = 0) -> Path:
 
 
 def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int) -> Path:
-    """Return a folder of per-image tables with so many rows in all."""
-    place = folder / f"tables-{rows}-{sources}"
-    done = place / "done"
-    target = place / "per_image"
+    """Return a folder of per-image tables with `rows` rows in total."""
+    parent = folder / f"tables-{rows}-{sources}"
+    done = parent / "done"
+    target = parent / "per_image"
     if done.exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
@@ -112,5 +112,5 @@ def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int)
 
 
 def archived(number: int, path: Path) -> ArchivedFrame:
-    """Return an entry of the archive."""
+    """Return a frame of the archive."""
     return ArchivedFrame.of(exposure(number), path)

@@ -26,9 +26,9 @@ UNSUPPORTED_PLATFORM = (
     "(https://learn.microsoft.com/windows/wsl)"
 )
 
-# Imported when first asked for: Dask takes a second, which the command line's help and
-# the modules that do without Dask should not cost.
-_HOME = {
+# Modules of the public names. They are imported when a name is first used, because importing
+# Dask takes a second, which `spxdask --help` and modules that do not need Dask should not cost.
+_MODULES = {
     "BatchConfig": "spxdask.config",
     "BatchPipeline": "spxdask.pipeline",
     "load_query_summary": "spxdask.run.query_summary",
@@ -38,11 +38,11 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'spxdask' has no attribute {name!r}")
     if sys.platform == "win32":
         raise ImportError(UNSUPPORTED_PLATFORM)
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -29,18 +29,24 @@ def run_batch(
     Parameters
     ----------
     config : BatchConfig, optional
-        The run; or give its options by name.
+        The options of the run. Without it, they are passed by name.
     catalog : path, optional
-        Short for the option ``catalog_path``.
-    client, scheduler, jobqueue, progress
-        As in `BatchPipeline`.
+        Another name of the option ``catalog_path``.
+    client : distributed.Client, optional
+        Cluster to use; `BatchPipeline` describes this and the next three parameters.
+    scheduler : str, optional
+        Address of a scheduler, or its scheduler file.
+    jobqueue : path, optional
+        YAML file of a batch system.
+    progress : bool or Progress, default True
+        Whether a bar is drawn for each stage, or an object that receives the progress.
     **options
         Options of `BatchConfig`, such as ``center_ra``, ``radius`` or ``bands``.
 
     Returns
     -------
     BatchPipeline
-        Finished; its `summary` says what happened.
+        The finished pipeline; its `summary` counts what was done and names what failed.
 
     Raises
     ------
@@ -59,7 +65,7 @@ def run_batch(
     if config is None:
         config = BatchConfig.from_dict(options)
     elif options:
-        raise ConfigError(f"give a config or options, not both: {', '.join(options)}")
+        raise ConfigError(f"pass a config or options, not both: {', '.join(options)}")
     pipeline = BatchPipeline(
         config, client=client, scheduler=scheduler, jobqueue=jobqueue, progress=progress
     )

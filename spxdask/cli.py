@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spxdask: {error}", file=sys.stderr)
         return EXIT_FRAMES_FAILED
     except KeyboardInterrupt:
-        print("spxdask: stopped; the same command goes on where it was", file=sys.stderr)
+        print("spxdask: stopped; the same command resumes the run", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -181,10 +181,10 @@ def _write_out(argument: str) -> str:
 
 
 def _attach_negative_values(arguments: Sequence[str]) -> list[str]:
-    """Write --dec -66d as --dec=-66d, so that the configuration can say what is wrong with it.
+    """Write --dec -66d as --dec=-66d, so that the configuration can report the invalid value.
 
-    argparse takes -66d for a flag, as click and typer do for a value that begins with a
-    letter; none of them offers more than this.
+    argparse interprets -66d as a flag, as click and typer do a value that begins with a
+    letter; none of them has an option to prevent this.
     """
     attached: list[str] = []
     for argument in map(_write_out, arguments):
@@ -446,7 +446,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from spxdask.run.summary import describe
+    from spxdask.run.summary import describe_stage
 
     pipeline = _pipeline(options, saved=options.command != "query")
     if options.command == "extract":
@@ -454,7 +454,7 @@ def _stage(options: argparse.Namespace) -> int:
     else:
         getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]
-    print(describe(report))
+    print(describe_stage(report))
     for filename, reason in report.failed.items():
         print(f"{filename}: {reason}", file=sys.stderr)
     return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE

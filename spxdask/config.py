@@ -59,7 +59,7 @@ T = TypeVar("T", bound=CheckedOptions)
 
 
 class LiteralPath(str):
-    """A path in which a dollar sign is one, and nothing is left to expand."""
+    """A path that is not expanded: a dollar sign in it is a dollar sign."""
 
 
 _VARIABLE = re.compile(r"\$(?:(?P<escape>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\})")
@@ -72,7 +72,7 @@ def _expand(text: str) -> str:
         if match["escape"]:
             return "$"
         name = match["name"] or match["braced"]
-        # An empty one would turn $SCRATCH/run into /run.
+        # An empty variable would turn $SCRATCH/run into /run.
         if not os.environ.get(name):
             raise ValueError(
                 f"a path of variables that are set (${name} is not; $$ is a dollar sign)"
@@ -95,7 +95,7 @@ def _check_path(value: Any) -> str:
         raise ValueError("{rule}")
     if "://" not in text:
         return _keep(text) if isinstance(text, LiteralPath) else _expand(text)
-    # Late, as its import takes as long as that of this module.
+    # It is imported here because its import takes as long as that of this module.
     from fsspec import available_protocols
 
     scheme, _, rest = text.partition("://")
@@ -127,7 +127,7 @@ def _check_tap_url(value: Any) -> str:
 def _check_archive_url(value: Any) -> str:
     is_mirror = isinstance(value, str) and value[:5].lower() == "file:"
     if is_mirror and not isinstance(value, LiteralPath):
-        # Before the check, as file://$DATA/mirror has a host until $DATA is expanded.
+        # This precedes the check, because file://$DATA/mirror has a host until $DATA is expanded.
         _, slashes, path = re.split("^[^:]*:(//)?", value)
         value = _keep(f"file:{slashes or ''}{_expand(path)}")
     if _scheme(value) not in ("http", "https", "s3", "file"):
@@ -137,26 +137,26 @@ def _check_archive_url(value: Any) -> str:
 
 
 def _normalise(url: str) -> str:
-    """Write the scheme in lower case, as those who compare it expect, and no slash at the end."""
+    """Return a URL with its scheme in lower case, for comparisons, and no slash at the end."""
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest.rstrip("/")
 
 
 def _to_degrees(value: Any) -> Any:
-    """Return astropy's angles in degrees, without importing it, and all else as it is."""
+    """Return astropy's angles in degrees, without importing astropy, and other values unchanged."""
     if not hasattr(value, "unit") or not hasattr(value, "to_value"):
         return value
     try:
         degrees = value.to_value("deg")
-    # UnitConversionError is both.
+    # UnitConversionError is a subclass of both.
     except (TypeError, ValueError):
         raise ValueError("an angle or a number of degrees") from None
-    # Of an angle, which is an array without dimensions.
+    # An angle is an array without dimensions.
     return degrees.tolist() if hasattr(degrees, "tolist") else degrees
 
 
 def _coordinate(sexagesimal: str) -> BeforeValidator:
-    """Return a check that explains itself for a text such as the one given."""
+    """Return a validator of degrees whose error has an example of what is refused."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and not _reads_as_number(value):
@@ -175,7 +175,7 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _sort_bands(value: Any) -> Any:
-    """Return the names of bands in upper case, sorted, without those that come twice."""
+    """Return the names of bands in upper case, sorted, without duplicates."""
     if not isinstance(value, tuple | set | frozenset):
         return value
     if not all(isinstance(band, str) for band in value):
@@ -190,7 +190,7 @@ def _check_order(value: tuple[float, float] | None) -> tuple[float, float] | Non
 
 
 def _as_photometry(value: Any) -> Any:
-    # None is, in YAML, what a heading with nothing but comments below it is.
+    # In YAML, the value of a heading with only comments below it is None.
     if value is None or isinstance(value, Mapping):
         return PhotometryConfig.from_dict(value or {})
     return value
@@ -355,7 +355,7 @@ class BatchConfig(CheckedOptions):
     scratch_gb: Annotated[
         float,
         option(
-            "a worker holds no more frames than this at once, nor than a quarter of its memory",
+            "limit of the frames that a worker holds at once; a quarter of its memory is another",
             unit="GB",
             group=WORKERS,
             gt=0,
@@ -495,7 +495,7 @@ def expand_path(path: str | os.PathLike[str], option: str = "output_dir") -> str
         raise ConfigError(option=option, value=path, rule=rule) from None
 
 
-# What the command line calls some options, and what they are called everywhere else.
+# Names of options that differ on the command line, and their names everywhere else.
 SHORT_NAMES = {
     info.flag.removeprefix("--"): info.name
     for info in list_options(BatchConfig)
@@ -554,6 +554,7 @@ def to_yaml(options: CheckedOptions, path: str | os.PathLike[str] | None = None)
     Parameters
     ----------
     options : BatchConfig or PhotometryConfig
+        The options.
     path : path, optional
         The file, which is replaced if it exists.
 
@@ -573,13 +574,13 @@ def _dump(value: Any, *, in_one_line: bool = False) -> str:
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = in_one_line
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    # No line is broken, as spaces at its end would be lost.
+    # Long lines are not broken, because spaces at the end of a line would be lost.
     writer.width = 1_000_000
     stream = StringIO()
     writer.dump(value, stream)
     text = stream.getvalue()
     if re.search("[\x85\u2028\u2029]", text):
-        # These are line breaks to some readers, unless they are escaped.
+        # Some readers interpret these characters as line breaks, unless they are escaped.
         writer.allow_unicode = False
         stream = StringIO()
         writer.dump(value, stream)
@@ -605,7 +606,7 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     ConfigError
         If the file cannot be read, or is not a mapping of options; it has the `path`.
     """
-    # Late, as ``spxdask --help`` reads no file.
+    # It is imported here because ``spxdask --help`` reads no file.
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -629,7 +630,7 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _explain(error: Any) -> str:
-    """Make ruamel.yaml's account of an error one sentence with the line."""
+    """Return the message of an error of ruamel.yaml as one sentence with the line number."""
     problem = " ".join((getattr(error, "problem", None) or str(error)).split())
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = f"line {mark.line + 1}: " if mark is not None else ""

@@ -1,4 +1,4 @@
-"""The demo: four stages against a simulated archive, and the result against its truth."""
+"""The demo: a run against a simulated archive, and its results compared with the truth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from photutils.aperture import CircularAperture
 from tqdm.auto import tqdm
 
@@ -32,25 +33,26 @@ from spxdask.simulate.frames import (
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300
-# Pointings a degree apart, so that each source is seen at three wavelengths a detector.
+# Offsets of the pointings. They are a degree apart, so that each detector measures a source at
+# three wavelengths.
 DEC_OFFSETS_DEG = (-1.0, 0.0, 1.0)
 FIRST_ID = 39633458707826492
 STAMP_SIZE = 21
-# In the folder of a demo, and no other.
+# A file with this name marks the folder of a demo, which later demos may overwrite.
 MARK = "spxdask-demo.txt"
-MARK_TEXT = "spxdask demo made this folder, and will write over what is in it.\n"
+MARK_TEXT = "spxdask demo made this folder and will overwrite the files in it.\n"
 
 
 @dataclass(frozen=True)
 class DemoFrame:
-    """A simulated frame and what was put into it, a row a source."""
+    """A simulated frame, and the true values of each source in it, one row a source."""
 
     archived: ArchivedFrame
     truth: pd.DataFrame
 
 
 def run_demo(output: str) -> RunSummary:
-    """Simulate an archive, run the pipeline against it, print and plot what came out.
+    """Simulate an archive, run the pipeline against it, print and plot the results.
 
     Parameters
     ----------
@@ -60,14 +62,15 @@ def run_demo(output: str) -> RunSummary:
     Returns
     -------
     RunSummary
+        The summary that is also printed.
 
     Raises
     ------
     InputError
-        If the folder holds anything that is not of an earlier demo.
+        If the folder contains files that an earlier demo did not write.
     """
     folder = RunFolder(output)
-    _claim(folder)
+    _prepare_folder(folder)
     print(
         "The sky of this demo is SIMULATED: sources of known spectrum, rendered into full-size\n"
         "Level 2 frames and served by an archive on 127.0.0.1. The four stages are the real ones.\n"
@@ -87,8 +90,8 @@ def run_demo(output: str) -> RunSummary:
         prefix="archive-", dir=folder.path, ignore_cleanup_errors=True
     ) as archive_folder:
         frames = [
-            _simulate(exposure, sky, Path(archive_folder))
-            for exposure in tqdm(_exposures(), "simulate", unit=" frames", disable=None)
+            _simulate_frame(exposure, sky, Path(archive_folder))
+            for exposure in tqdm(_make_exposures(), "simulate", unit=" frames", disable=None)
         ]
         with SimulatedArchive([frame.archived for frame in frames]) as archive:
             config = BatchConfig(
@@ -104,17 +107,17 @@ def run_demo(output: str) -> RunSummary:
             with pipeline:
                 summary = pipeline.run_all()
     print(summary)
-    measured = _compare(folder, pd.concat([frame.truth for frame in frames]))
-    print(_table(measured))
+    measured = _compare_with_truth(folder, pd.concat([frame.truth for frame in frames]))
+    print(_format_comparison(measured))
     plot = Path(folder.path, "spectra.png")
-    _plot(plot, measured, sky)
+    _plot_spectra(plot, measured, sky)
     print(f"\nspectra     {plot}")
     return summary
 
 
-def _claim(folder: RunFolder) -> None:
-    """Make the folder of the demo, or raise InputError if it is somebody else's."""
-    elsewhere = "give the demo another folder with --output"
+def _prepare_folder(folder: RunFolder) -> None:
+    """Make and mark the folder of the demo; raise InputError if it has other files."""
+    elsewhere = "choose another folder for the demo with --output"
     path = folder.root.local_path
     if path is None:
         raise InputError(f"{folder.path} is not on a disk of this machine: {elsewhere}")
@@ -122,16 +125,16 @@ def _claim(folder: RunFolder) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not mark.exists() and any(path.iterdir()):
-            raise InputError(f"{folder.path} holds what is not of an earlier demo: {elsewhere}")
+            raise InputError(f"{folder.path} has files that no demo wrote: {elsewhere}")
         if folder.state.exists(CONFIG_NAME) and "127.0.0.1" not in folder.saved_config().tap_url:
-            raise InputError(f"{folder.path} holds a real run: {elsewhere}")
+            raise InputError(f"{folder.path} has the files of a real run: {elsewhere}")
         mark.write_text(MARK_TEXT, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder.path}: {error.strerror}") from error
 
 
-def _exposures() -> list[Exposure]:
-    """Three pointings with six detectors each, and one of the frames in an older release too."""
+def _make_exposures() -> list[Exposure]:
+    """Return three pointings with six detectors each, and one frame in an older release, too."""
     exposures = []
     for number, offset in enumerate(DEC_OFFSETS_DEG):
         for detector in range(1, 7):
@@ -163,9 +166,9 @@ def _exposures() -> list[Exposure]:
     ]
 
 
-def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
-    # Crowded as the real sky is, but with more than half of the pixels free, so that the
-    # zodiacal light is fitted.
+def _simulate_frame(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
+    # The frame is crowded, as the real sky is, but more than half of its pixels are free of
+    # sources, which the fit of the zodiacal light requires.
     planes = make_planes(exposure, sky, SceneOptions(crowding=0.45))
     path = folder / exposure.uri
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,7 @@ def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
     truth = pd.DataFrame(
         {
             "filename": exposure.filename,
-            "target_id": [_target_id(i) for i in planes.source],
+            "target_id": [_make_target_id(i) for i in planes.source],
             "true_x": planes.x,
             "true_y": planes.y,
             "true_wavelength": planes.wavelength_um,
@@ -184,7 +187,7 @@ def _simulate(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
     return DemoFrame(ArchivedFrame.of(exposure, path), truth)
 
 
-def _target_id(number: int) -> str:
+def _make_target_id(number: int) -> str:
     return str(FIRST_ID + int(number))
 
 
@@ -193,11 +196,11 @@ def _write_catalogue(path: Path, sky: Sky) -> None:
         writer = csv.writer(file)
         writer.writerow(["targetid", "ra", "dec"])
         for number, position in enumerate(zip(sky.ra.tolist(), sky.dec.tolist(), strict=True)):
-            writer.writerow([_target_id(number), *position])
+            writer.writerow([_make_target_id(number), *position])
 
 
-def _compare(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
-    """Read the light curves as a user would and set the truth beside each row."""
+def _compare_with_truth(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
+    """Read the light curves as a user would, and add the true values to each row."""
     per_image = pd.concat(
         pd.read_csv(
             path, dtype={"target_id": str}, usecols=["target_id", "obs_id", "band", "filename"]
@@ -210,13 +213,13 @@ def _compare(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
     keys = ["target_id", "obs_id", "band"]
     measured = pd.concat(curves).merge(per_image, on=keys, validate="one_to_one")
     measured = measured.merge(truth, on=["filename", "target_id"], validate="one_to_one")
-    measured["expected"] = measured["injected"] * _encircled_fraction(measured)
+    measured["expected"] = measured["injected"] * _compute_encircled_fractions(measured)
     measured["pull"] = (measured["flux"] - measured["expected"]) / measured["flux_error"]
     return measured
 
 
-def _encircled_fraction(measured: pd.DataFrame) -> np.ndarray:
-    """Part of the simulated PSF that falls into each aperture, by photutils."""
+def _compute_encircled_fractions(measured: pd.DataFrame) -> np.ndarray:
+    """Return the fraction of the simulated PSF within each aperture, computed by photutils."""
     fractions = []
     middle = STAMP_SIZE // 2
     for row in measured.itertuples():
@@ -230,16 +233,28 @@ def _encircled_fraction(measured: pd.DataFrame) -> np.ndarray:
     return np.array(fractions)
 
 
-def robust_scatter(values) -> float:
-    """Return 1.4826 x the median absolute deviation, which is sigma for a Gaussian."""
+def robust_scatter(values: ArrayLike) -> float:
+    """Return 1.4826 x the median absolute deviation, which is sigma for a Gaussian.
+
+    Parameters
+    ----------
+    values : (n,) array_like
+        The values.
+
+    Returns
+    -------
+    float
+        In the unit of the values.
+    """
     values = np.asarray(values)
     return float(1.4826 * np.median(np.abs(values - np.median(values))))
 
 
-def _table(measured: pd.DataFrame) -> str:
+def _format_comparison(measured: pd.DataFrame) -> str:
+    """Return a table of the injected and the recovered flux in each band."""
     lines = [
         "",
-        "Injected against recovered flux. Expected is the injected flux times the part of the",
+        "Injected and recovered flux. Expected is the injected flux times the part of the",
         "PSF inside the aperture; sigma is the flux_error of each measurement.",
         "",
         "                            median of each, in uJy         (measured - expected) / sigma",
@@ -260,8 +275,8 @@ def _table(measured: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _plot(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
-    """Draw the spectra of the brightest, a faint and two middling sources."""
+def _plot_spectra(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
+    """Plot the spectra of four sources, from the brightest to a faint one."""
     order = np.argsort(sky.amplitude)[::-1]
     chosen = order[[0, len(order) // 4, len(order) // 2, -len(order) // 8]]
     wavelength = np.linspace(0.75, 5.0, 600)
@@ -270,8 +285,8 @@ def _plot(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
         axes = figure.add_subplot(2, 2, number + 1)
         one = sky.take(np.array([source]))
         axes.plot(wavelength, [one.flux(w)[0] for w in wavelength], color="0.7", label="injected")
-        rows = measured[measured["target_id"] == _target_id(source)]
-        # To total flux, for comparison with the spectrum.
+        rows = measured[measured["target_id"] == _make_target_id(source)]
+        # The spectrum is total flux, so the aperture flux is corrected to that.
         correction = rows["injected"] / rows["expected"]
         axes.errorbar(
             rows["wavelength"],
@@ -281,7 +296,9 @@ def _plot(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
             markersize=3,
             label="recovered",
         )
-        axes.set(xlabel="wavelength (um)", ylabel="flux density (uJy)", title=_target_id(source))
+        axes.set(
+            xlabel="wavelength (um)", ylabel="flux density (uJy)", title=_make_target_id(source)
+        )
     figure.axes[0].legend()
     figure.suptitle("spxdask demo: spectra of simulated sources")
     figure.savefig(path, dpi=120)

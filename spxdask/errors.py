@@ -28,7 +28,7 @@ __all__ = [
 Location = str | os.PathLike[str] | None
 
 
-# Of a value within a sentence; the attribute `value` has all of it.
+# Limit for a value within a sentence, characters; the attribute `value` has the whole value.
 MAX_VALUE_CHARACTERS = 100
 
 
@@ -60,7 +60,8 @@ class SpxdaskError(Exception):
     """
 
     def __init__(self, reason: str = "", *, path: Location = None) -> None:
-        # The only positional argument, as pickle makes the error of `args` and sets the rest.
+        # There is one positional argument only, because pickle creates the error from `args`
+        # and then sets the attributes.
         super().__init__(reason)
         self.reason = reason
         self.path = None if path is None else os.fspath(path)
@@ -70,7 +71,7 @@ class SpxdaskError(Exception):
 
 
 class InputError(SpxdaskError):
-    """Something the user gave cannot be used; the command line exits with 2."""
+    """An input of the user cannot be used; the command line exits with 2."""
 
 
 class ConfigError(InputError, ValueError):
@@ -112,7 +113,7 @@ class ConfigError(InputError, ValueError):
         self.rule = rule
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A value that cannot be pickled must not keep the sentence from arriving.
+        # The error must arrive even if its value cannot be pickled.
         try:
             pickle.dumps(self.value)
             value = self.value
@@ -151,7 +152,7 @@ class RunFolderError(InputError):
 
 
 class ArchiveError(SpxdaskError):
-    """The archive did not give what was asked for, retries included.
+    """The archive did not answer a request as expected, after all retries.
 
     Parameters
     ----------
@@ -185,11 +186,11 @@ class TruncatedAnswerError(ArchiveError):
 
 
 class ClusterError(SpxdaskError):
-    """The Dask cluster that does the work is gone, or is not one that can do it."""
+    """The Dask cluster is gone, or cannot run the tasks of spxdask."""
 
 
 class DiskFullError(SpxdaskError):
-    """There is no room left for what a run writes."""
+    """A disk or quota has no room left for the files of a run."""
 
 
 class StoreError(SpxdaskError):

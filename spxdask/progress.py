@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
-# Rates are averages over the last so many seconds.
+# Rates are averages over this many seconds.
 RATE_WINDOW_S = 120.0
 
 
@@ -135,28 +135,6 @@ class Bars:
         self._bar.update()
 
     def finish(self) -> None:
-        """Close the bar and leave it as it is."""
+        """Close the bar; it stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
-
-
-def format_duration(seconds: float) -> str:
-    """Format a time for people.
-
-    Parameters
-    ----------
-    seconds : float
-        The time.
-
-    Returns
-    -------
-    str
-        Such as ``42 s``, ``12 min``, ``3 h 5 min`` or ``2 d 4 h``.
-    """
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 2:
-        return f"{60 * hours + minutes} min"
-    days, rest = divmod(round(seconds / 3600), 24)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{days} d {rest} h"

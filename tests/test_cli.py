@@ -73,7 +73,7 @@ def test_stages_find_the_saved_configuration(run, tmp_path):
     saved = BatchConfig.from_yaml(tmp_path / "o" / "state" / "config.yaml")
     assert saved.photometry == PhotometryConfig(aperture_method="fixed")
     assert saved.num_buckets == 3
-    assert run("extract", "--output", "o")[1].count("2 already there") == 1
+    assert run("extract", "--output", "o")[1].count("2 frames, ") == 1
     status, out, _ = run("extract", "--output", "o", "--all")
     assert status == 0
     assert "already there" not in out
@@ -121,7 +121,7 @@ def test_failed_frames_show_in_the_exit_status(run, frames):
     run.archive.add_faults(uri, [Fault(status=404)])
     status, out, _ = run("run", *FIELD)
     assert status == 1
-    assert "1 frames" in out
+    assert "failed      1 frame\n" in out
     assert frames[1][0].exposure.filename in out
     assert "404" in out
     assert run("run", *FIELD)[0] == 0
@@ -139,17 +139,17 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
     os.chdir(tmp_path / "elsewhere")
     again = ["run", "--retry-failed", "--output", "../o"]
     for more, status, says in [
-        ([], 1, "HTTP 503 Service Unavailable (after 1 attempts)"),
+        ([], 1, "HTTP 503 Service Unavailable (after 1 attempt)"),
         (["--max-retries", "1"], 1, "HTTP 404"),
-        ([], 0, "1 of 1 frames"),
-        ([], 0, "0 of 0 frames"),
+        ([], 0, "1 of 1 frame"),
+        ([], 0, "nothing to do"),
     ]:
         asked = len(run.archive.requests)
         ended, out, err = run(*again, *more)
         assert (ended, says in out) == (status, True), out
         assert "Traceback" not in err
         paths = [request.path for request in run.archive.requests[asked:]]
-        assert paths == [f"/{uri}"] * (0 if says.startswith("0 of") else 1 + len(more) // 2)
+        assert paths == [f"/{uri}"] * (0 if says == "nothing to do" else 1 + len(more) // 2)
     tables = [p.read_text() for p in (tmp_path / "o" / "per_image").iterdir()]
     assert len(tables) == 2
     assert all(",1.5,level2_" in table for table in tables)

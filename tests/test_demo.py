@@ -53,7 +53,7 @@ def test_demo_leaves_a_real_run_alone(tmp_path, capsys):
     # That an earlier demo wrote to the folder does not matter.
     (tmp_path / MARK).touch()
     assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert "holds a real run" in capsys.readouterr().err
+    assert "has the files of a real run" in capsys.readouterr().err
 
 
 def read_tree(folder):
@@ -70,7 +70,7 @@ def test_demo_leaves_a_folder_with_other_files_alone(tmp_path, capsys, name):
     assert main(["demo", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"{tmp_path} holds what is not of an earlier demo" in err
+    assert f"{tmp_path} has files that no demo wrote" in err
     assert read_tree(tmp_path) == before
 
 

@@ -434,7 +434,7 @@ def test_interrupt(home, archive, interrupted, undisturbed, tmp_path):
     assert interrupted.seconds < 10
     assert interrupted.left_behind == []
     assert "spxdask: stopping; Ctrl-C again stops at once" in interrupted.stderr
-    assert interrupted.stderr[-1] == "spxdask: stopped; the same command goes on where it was"
+    assert interrupted.stderr[-1] == "spxdask: stopped; the same command resumes the run"
     assert_resumes(interrupted, home, archive, undisturbed, tmp_path)
 
 
@@ -449,5 +449,5 @@ def test_interrupt_twice(home, archive, interrupted_twice, undisturbed, tmp_path
 def test_interrupt_writes_two_lines(interrupted):
     assert [line for line in interrupted.stderr if line] == [
         "spxdask: stopping; Ctrl-C again stops at once",
-        "spxdask: stopped; the same command goes on where it was",
+        "spxdask: stopped; the same command resumes the run",
     ]

@@ -17,12 +17,13 @@ ROOT = Path(spxdask.__file__).parent
 # What each room, or module beside the rooms, may import of the package, besides itself.
 SCIENCE = {"errors", "science"}
 INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
-OPTIONS = INPUT_AND_OUTPUT | {"config", "progress"}
+OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
 EVERYTHING = STAGES | {"stages", "pipeline", "batch", "demo", "cli", "simulate"}
 MAY_IMPORT = {
     "errors": set(),
     "progress": {"errors"},
+    "text": set(),
     "science": SCIENCE,
     "simulate": {"errors"},
     "storage": SCIENCE,

@@ -1,12 +1,12 @@
-"""A run in the region of SPHEREx's public bucket, on EC2 machines that live as long as it does.
+"""A run in the region of SPHEREx's public bucket, on EC2 machines that end with the run.
 
     pip install 'spxdask[s3]' dask-cloudprovider[aws]
     python run.py
 
-Needs AWS credentials of yours that may start EC2 machines and write to the bucket of
-`output_dir`, and an image built from deploy/container that the machines can pull. In the
-region, reading the archive's bucket costs nothing but requests, and is some ten times as fast
-as from elsewhere.
+It needs AWS credentials that may start EC2 machines and write to the bucket of `output_dir`,
+and an image built from deploy/container that the machines can pull. Within the region, only
+requests to the archive's bucket cost money, and reading is about ten times as fast as from
+elsewhere.
 """
 
 from dask_cloudprovider.aws import EC2Cluster
@@ -37,12 +37,11 @@ if __name__ == "__main__":
             instance_type="m6i.xlarge",
             docker_image=IMAGE,
             n_workers=8,
-            # A thread a core to measure, and as many to wait for downloads.
+            # One thread per core measures, and as many wait for downloads.
             worker_options={"nthreads": 8, "memory_limit": "14GB"},
-            # A role of yours that may write to the bucket.
+            # A role that may write to the bucket of output_dir.
             iam_instance_profile={"Name": "spxdask-worker"},
             env_vars={"AWS_DEFAULT_REGION": REGION},
-            # Spot machines come and go; nothing is lost when they do.
             use_private_ip=False,
         ) as cluster,
         Client(cluster) as client,

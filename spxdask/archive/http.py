@@ -38,7 +38,7 @@ async def receive_from_http(url: str, received: ReceivedFile, stall_timeout_s: f
     )
     # trust_env: compute nodes may need the proxies of the environment, which TAP uses, too.
     filesystem = fsspec.filesystem(url.partition(":")[0], client_kwargs={"trust_env": True})
-    # Not `open_async`, whose file ignores headers and timeout (fsspec 2026.9).
+    # The file of `open_async` would ignore headers and timeout (fsspec 2026.9).
     session = await filesystem.set_session()
     async with get_following_redirects(
         session, filesystem.encode_url(url), headers=headers, timeout=timeout

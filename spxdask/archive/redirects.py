@@ -69,7 +69,7 @@ async def _resolve_redirect(archive: URL, current: URL, location: str) -> URL:
         target = current.join(reference)
         if not location or (reference.scheme in ("http", "https") and not reference.host):
             raise ValueError("it has no host")
-        # Without user name and password, as the message goes into the ledger.
+        # User name and password are removed, because the message is saved in the ledger.
         shown = target.with_user(None) if target.host else f"{target.scheme}:{target.path}"
         if target.scheme not in ("http", "https"):
             raise ArchiveError(f"redirected to {shown}, which is not followed")

@@ -145,7 +145,7 @@ class _Query:
         job = self._repeat(create, name, self._url)
         try:
             self._wait_for(job, name)
-            # Not `fetch_result`, which lets errors of many kinds through.
+            # `fetch_result` would raise errors of many kinds.
             url = job.result_uri or f"{job.url}/results/result"
             session = self._service._session
             return self._repeat(lambda: _fetch(DALQuery(url, session=session)), name, url)
@@ -272,7 +272,7 @@ class _Session(requests.Session):
     """A session with what pyvo lacks: timeouts, closed answers, and errors of a busy server.
 
     Both a busy server and one that rejects a query may answer with a VOTable that states an
-    error; only the status code tells them apart.
+    error; only the status codes differ.
     """
 
     def __init__(self, timeout_s: tuple[float, float]) -> None:

@@ -116,6 +116,6 @@ def scheduler_lost_error(client: Client) -> ClusterError:
     ClusterError
     """
     return ClusterError(
-        f"the Dask scheduler at {client.scheduler.address} is gone; the same command goes on "
-        "where this one was"
+        f"the Dask scheduler at {client.scheduler.address} is gone; the same command "
+        "resumes the run"
     )

@@ -38,7 +38,18 @@ class WorkerThreads(NamedTuple):
 
 
 def get_adapt_limits(cluster: Any) -> AdaptLimits | None:
-    """Return the limits of an adaptive cluster, None if it does not adapt."""
+    """Return the limits of an adaptive cluster.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+
+    Returns
+    -------
+    AdaptLimits or None
+        None if the cluster does not adapt.
+    """
     adaptive = getattr(cluster, "_adaptive", None)
     if adaptive is None or adaptive.state not in ("starting", "running"):
         return None
@@ -46,29 +57,77 @@ def get_adapt_limits(cluster: Any) -> AdaptLimits | None:
 
 
 def count_planned_workers(cluster: Any) -> int:
-    """Return how many workers a cluster has or has asked for."""
+    """Return how many workers a cluster has or has asked for.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+
+    Returns
+    -------
+    int
+    """
     return len(cluster.plan)
 
 
 def get_requested_jobs(cluster: Any) -> set[Any]:
-    """Return the names of the jobs that a cluster wants to have."""
+    """Return the names of the jobs that a cluster wants to have.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+
+    Returns
+    -------
+    set
+        The names, which are integers or strings.
+    """
     return set(cluster.worker_spec)
 
 
 def get_jobs(cluster: Any) -> dict[Any, Any]:
-    """Return the jobs of a cluster by name; only to be called on its event loop."""
+    """Return the jobs of a cluster by name; only to be called on its event loop.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+
+    Returns
+    -------
+    dict
+        Job by name.
+    """
     return dict(cluster.workers)
 
 
 async def close_job(cluster: Any, name: Any, job: Any) -> None:
-    """Close a job so that the cluster submits another; only to be called on its event loop."""
+    """Close a job so that the cluster submits another; only to be called on its event loop.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+    name : int or str
+        Name of the job.
+    job : Job
+        The job; if the name belongs to another job by now, nothing is closed.
+    """
     if cluster.workers.get(name) is job:
         del cluster.workers[name]
         await job.close()
 
 
 def abandon_cluster(cluster: Any) -> None:
-    """Stop what the constructor of a cluster had begun before it failed."""
+    """Stop what the constructor of a cluster started before it failed.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+    """
     cluster.status = Status.closed
     # The constructor may have failed before it made the loop.
     with suppress(AttributeError):
@@ -76,22 +135,63 @@ def abandon_cluster(cluster: Any) -> None:
 
 
 def submit_coroutine(cluster: Any, function: Any) -> None:
-    """Have the event loop of a cluster run a coroutine function, without waiting for it."""
+    """Have the event loop of a cluster run a coroutine function, without waiting for it.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+    function : coroutine function
+        It is called without arguments.
+    """
     cluster.loop.add_callback(function)
 
 
 def run_coroutine(cluster: Any, function: Any, *arguments: Any) -> Any:
-    """Run a coroutine function on the event loop of a cluster and return its result."""
+    """Run a coroutine function on the event loop of a cluster and wait for it.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster.
+    function : coroutine function
+        The function.
+    *arguments : object
+        Its arguments.
+
+    Returns
+    -------
+    object
+        What the function returns.
+    """
     return cluster.sync(function, *arguments)
 
 
 def cancel_futures(client: Client, reason: str) -> None:
-    """Cancel all that a client waits for."""
+    """Cancel all futures that a client waits for.
+
+    Parameters
+    ----------
+    client : Client
+        The client.
+    reason : str
+        The reason that Dask logs.
+    """
     client.cancel([Future(key, client) for key in list(client.futures)], reason=reason)
 
 
 def get_default_processes(cores: int) -> int:
-    """Return into how many processes Dask divides a worker of so many cores."""
+    """Return into how many processes Dask divides a worker.
+
+    Parameters
+    ----------
+    cores : int
+        Cores of the worker.
+
+    Returns
+    -------
+    int
+    """
     return nprocesses_nthreads(cores)[0]
 
 
@@ -99,22 +199,63 @@ def get_default_processes(cores: int) -> int:
 
 
 def get_memory_limit(worker: Any) -> float:
-    """Return the bytes that a worker may use, infinity if it has no limit."""
+    """Return how much memory a worker may use.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+
+    Returns
+    -------
+    float
+        The limit in bytes, infinity if there is none.
+    """
     return worker.memory_manager.memory_limit or math.inf
 
 
 def get_threads(worker: Any) -> WorkerThreads:
-    """Return the threads that run the tasks of a worker."""
+    """Return the threads that run the tasks of a worker.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+
+    Returns
+    -------
+    WorkerThreads
+    """
     return WorkerThreads(worker.state.nthreads, worker.executors["default"])
 
 
 def set_threads(worker: Any, threads: WorkerThreads) -> None:
-    """Have other threads run the tasks of a worker from now on."""
+    """Replace the threads that run the tasks of a worker.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+    threads : WorkerThreads
+        The threads that run its tasks from now on.
+    """
     worker.state.nthreads, worker.executors["default"] = threads
 
 
 def make_threads(n_threads: int, name: str) -> WorkerThreads:
-    """Return threads of a new pool, whose names begin with `name`."""
+    """Make a new pool of threads for a worker.
+
+    Parameters
+    ----------
+    n_threads : int
+        Number of threads.
+    name : str
+        The names of the threads begin with it.
+
+    Returns
+    -------
+    WorkerThreads
+    """
     return WorkerThreads(n_threads, ThreadPoolExecutor(n_threads, thread_name_prefix=name))
 
 
@@ -122,38 +263,113 @@ def make_threads(n_threads: int, name: str) -> WorkerThreads:
 
 
 def get_web_application(scheduler: Any) -> Any:
-    """Return the tornado application that serves the dashboard, None if there is none."""
+    """Return the application that serves the dashboard.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+
+    Returns
+    -------
+    tornado.web.Application or None
+        None if the scheduler has no dashboard.
+    """
     return getattr(scheduler, "http_application", None)
 
 
 def get_workers(scheduler: Any) -> Mapping[str, Any]:
-    """Return the workers of a scheduler by address; only to be called on its event loop."""
+    """Return the workers of a scheduler by address; only to be called on its event loop.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+
+    Returns
+    -------
+    mapping of str to WorkerState
+        Worker by address.
+    """
     return scheduler.workers
 
 
 def get_worker_name(worker: Any) -> Any:
-    """Return the name of one of the workers of a scheduler."""
+    """Return the name of one of the workers of a scheduler.
+
+    Parameters
+    ----------
+    worker : WorkerState
+        The worker.
+
+    Returns
+    -------
+    int or str
+    """
     return worker.name
 
 
 def count_threads(scheduler: Any) -> int:
-    """Return how many threads the workers of a scheduler have."""
+    """Return how many threads the workers of a scheduler have.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+
+    Returns
+    -------
+    int
+    """
     return scheduler.total_nthreads
 
 
 def count_task_states(scheduler: Any, prefix: str) -> dict[str, int]:
-    """Return how many tasks whose keys begin with `prefix` are in each of Dask's states."""
+    """Count the tasks of one kind in each of Dask's states.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+    prefix : str
+        How the keys of the tasks begin.
+
+    Returns
+    -------
+    dict of str to int
+        Number of tasks by Dask's name of the state; empty if there was no such task yet.
+    """
     found = scheduler.task_prefixes.get(prefix)
     return {} if found is None else dict(found.states)
 
 
 def get_worker_plugin_names(scheduler: Any) -> list[str]:
-    """Return the names of the plugins that a scheduler hands to its workers."""
+    """Return the names of the plugins that a scheduler installs on its workers.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+
+    Returns
+    -------
+    list of str
+    """
     return list(scheduler.worker_plugins)
 
 
 def get_client_ids(scheduler: Any) -> list[str]:
-    """Return the ids of the clients that are connected to a scheduler."""
+    """Return the ids of the clients that are connected to a scheduler.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler.
+
+    Returns
+    -------
+    list of str
+    """
     return list(scheduler.clients)
 
 
@@ -161,7 +377,17 @@ def get_client_ids(scheduler: Any) -> list[str]:
 
 
 def is_shuffle_lost(error: RuntimeError) -> bool:
-    """Tell whether an error says that a shuffle did not survive the loss of a worker."""
+    """Return whether an error means that a shuffle did not survive the loss of a worker.
+
+    Parameters
+    ----------
+    error : RuntimeError
+        An error of a shuffle.
+
+    Returns
+    -------
+    bool
+    """
     return str(error).lstrip().startswith(_SHUFFLE_LOST)
 
 
@@ -169,12 +395,32 @@ def is_shuffle_lost(error: RuntimeError) -> bool:
 
 
 def get_job_class(cluster_class: Any) -> Any:
-    """Return the class of the jobs that a class of clusters submits."""
+    """Return the class of the jobs that a class of clusters submits.
+
+    Parameters
+    ----------
+    cluster_class : type
+        A class of clusters.
+
+    Returns
+    -------
+    type
+    """
     return cluster_class.job_cls
 
 
 def get_keywords(cluster_class: Any) -> set[str]:
-    """Return the keywords that a class of clusters and its jobs accept."""
+    """Return the keywords that a class of clusters and its jobs accept.
+
+    Parameters
+    ----------
+    cluster_class : type
+        A class of clusters.
+
+    Returns
+    -------
+    set of str
+    """
     known: set[str] = set()
     for each in (*cluster_class.__mro__, *get_job_class(cluster_class).__mro__):
         if each.__module__.startswith("dask_jobqueue") and "__init__" in vars(each):
@@ -185,7 +431,18 @@ def get_keywords(cluster_class: Any) -> set[str]:
 def detach_commands(job_class: Any) -> Any:
     """Return a class of jobs whose commands do not receive a Ctrl-C from the terminal.
 
-    If one ended while it submits a job, the job would exist and nobody would know its number.
+    If Ctrl-C ended a command that submits a job, the job would exist, but its number would be
+    lost.
+
+    Parameters
+    ----------
+    job_class : type
+        A class of jobs of dask-jobqueue.
+
+    Returns
+    -------
+    type
+        A subclass of it.
     """
 
     class DetachedJob(job_class):

@@ -26,7 +26,8 @@ from spxdask.cluster.dask_internals import (
     get_web_application,
     get_workers,
 )
-from spxdask.progress import RATE_WINDOW_S, Progress, format_duration
+from spxdask.progress import RATE_WINDOW_S, Progress
+from spxdask.text import format_count, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class ProgressPublisher:
     output : str
         The output folder, which names the run.
     interval_s : float
-        While a stage goes on, reports are at least this many seconds apart.
+        During a stage, reports are at least this many seconds apart.
 
     Attributes
     ----------
@@ -368,23 +369,16 @@ progress {{ width: 100%; height: 1.2em }} td {{ padding: .1em 1.5em .1em 0 }}
 .failed {{ color: #a00 }} code {{ font-size: .9em }}
 </style></head><body>
 <h1>spxdask</h1>
-<p>{_count(state["workers"], "worker")}, {_count(state["threads"], "thread")};
+<p>{format_count(state["workers"], "worker")}, {format_count(state["threads"], "thread")};
 <a href="{root}status">dashboard</a>, <a href="{root}{PATH[1:]}/state.json">as JSON</a></p>
 {runs}{tasks}</body></html>"""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _format_run(run: dict[str, Any]) -> str:
     since = format_duration(run["seconds_since_report"])
     gone = ""
     if run["stages"][-1]["state"] == "client gone":
-        gone = (
-            "<p class=failed>The client has disconnected; the same command goes on where it "
-            "was.</p>"
-        )
+        gone = "<p class=failed>The client has disconnected; the same command resumes the run.</p>"
     return (
         f"<h2>{html.escape(str(run['output']))}</h2><p>{html.escape(str(run['process']))}, last "
         f"report {since} ago</p>{gone}" + "".join(map(_format_stage, run["stages"]))

@@ -107,7 +107,13 @@ class ClusterSession:
             self._open, self._client = None, self._given
 
     def connect(self) -> Client:
-        """Return the client; start the cluster if there is none yet. Only within `hold`."""
+        """Return the client; start the cluster if there is none yet. Only within `hold`.
+
+        Returns
+        -------
+        Client
+            The same one each time.
+        """
         if self._client is None:
             assert self._open is not None
             if self._jobqueue is not None:

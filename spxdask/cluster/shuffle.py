@@ -28,7 +28,7 @@ from spxdask.cluster.dask_internals import (
 from spxdask.errors import ClusterError, SpxdaskError
 
 if TYPE_CHECKING:
-    # Not at run time, as a scheduler imports this module and has no use for them.
+    # They are not imported at run time, because a scheduler imports this module without them.
     import dask.dataframe as dd
     import pandas as pd
 
@@ -126,11 +126,11 @@ def _compute_partitions(
             on_result(result)
     except KilledWorker as error:
         raise ClusterError(
-            "every worker that took one of the partitions died, perhaps for lack of memory: give "
-            "the same command again, with fewer threads or more memory per worker"
+            "every worker that received one of the partitions died, perhaps for lack of memory: "
+            "run the same command again, with fewer threads or more memory per worker"
         ) from error
     except RuntimeError as error:
-        # A shuffle reports what went wrong in a task as a failure of its own.
+        # The error of a task is the cause of the error that the shuffle raises.
         cause = error.__cause__
         if isinstance(cause, SpxdaskError | OSError) and not isinstance(cause, CommClosedError):
             raise cause from None

@@ -136,7 +136,7 @@ def run_window(
     *,
     interrupt_grace_s: float = INTERRUPT_GRACE_S,
 ) -> Iterator[tuple[Any, Any]]:
-    """Run delayed tasks, no more at the same time than `window` returns.
+    """Run delayed tasks, at most as many at the same time as `window` returns.
 
     The client counts the tasks in flight, so the bound holds however many workers join or
     leave. Results are released as soon as they have arrived.

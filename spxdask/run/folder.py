@@ -1,4 +1,4 @@
-"""The output folder of a run: what is where, the configuration, the catalogue and the lock."""
+"""The output folder of a run: its layout, saved configuration, catalogue and lock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CATALOGUE_PREFIX = "catalogue-"
 
 
 class RunFolder:
-    """The output folder of a run; making one touches nothing.
+    """The output folder of a run. Creating the object reads and writes nothing.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ class RunFolder:
     path : str
         The folder as text, absolute on disk.
     images, per_image, lightcurves, buckets, state : Store
-        Folders below it.
+        Folders within it.
     lock : RunLock
-        Keeps other runs out.
+        The lock that one run at a time holds.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,7 +60,7 @@ class RunFolder:
         return self.images, self.per_image, self.lightcurves, self.buckets, self.state
 
     def refuse_within(self, path: str | os.PathLike[str]) -> None:
-        """Refuse a file of the user's that a run could write over.
+        """Raise an error for a file of the user that a run could overwrite.
 
         Parameters
         ----------
@@ -70,7 +70,7 @@ class RunFolder:
         Raises
         ------
         RunFolderError
-            If it is among the files of the run.
+            If it lies in one of the folders that the run writes.
         """
         for written in (*self._subfolders, self.root / QUERY_SUMMARY_NAME):
             if written.contains(os.fspath(path)):
@@ -78,12 +78,12 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and keep other runs out of it for as long as the block lasts.
+        """Make the folder if necessary, and hold its lock during the block.
 
         Raises
         ------
         RunFolderError
-            If the folder cannot be made, or another run is at work in it.
+            If the folder cannot be made, or another run holds the lock.
         """
         with ExitStack() as stack:
             try:
@@ -99,46 +99,47 @@ class RunFolder:
 
     @property
     def is_lock_lost(self) -> bool:
-        """Whether another run has taken the folder over from the one that held it last."""
+        """Whether another run has taken over the lock that this run held."""
         return self.lock.is_lost
 
     def raise_if_lock_lost(self) -> None:
-        """Stop a run whose folder another run has taken over.
+        """Raise an error if another run has taken over the lock.
 
         Raises
         ------
         RunFolderError
-            If one has.
+            If that is so.
         """
         if self.is_lock_lost:
             raise RunFolderError(
-                "another run has taken over, as this one did not renew its lock for too long: it "
-                "stops here",
+                "another run has taken over, because this run did not renew its lock in time: "
+                "this run stops",
                 path=self.path,
             )
 
     def find_lock_holder(self) -> str | None:
-        """Return which process works in the folder.
+        """Return which process holds the lock.
 
         Returns
         -------
         str or None
-            Its number and its host; None when no process does.
+            Its process id and host; None when no process holds it.
         """
         return self.lock.find_holder()
 
     def delete_partial_files(self) -> None:
-        """Delete what writers that were killed left behind; only while nobody writes."""
+        """Delete the partial files of killed writers; only to be called while none writes."""
         for folder in (self.root, *self._subfolders):
             folder.delete_partial_files()
 
     def save_config(self, config: BatchConfig) -> None:
-        """Keep the configuration for later stages, wherever they are started from.
+        """Save the configuration for later stages.
 
         Parameters
         ----------
         config : BatchConfig
-            It is kept with absolute paths.
+            The configuration. It is saved with absolute paths, so that later stages may be
+            started in another working directory.
         """
         catalogue_folder, catalogue_name = locate_file(config.catalog_path)
         config = dataclasses.replace(
@@ -155,12 +156,12 @@ class RunFolder:
         Returns
         -------
         BatchConfig
-            Its output_dir is this folder, which may have been moved.
+            Its output_dir is this folder, even if the folder was moved.
 
         Raises
         ------
         RunFolderError
-            If there is none.
+            If no configuration was saved.
         """
         try:
             exists = self.state.exists(CONFIG_NAME)
@@ -176,21 +177,21 @@ class RunFolder:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The outcomes of every frame."""
+        """The recorded outcomes of all frames."""
         return open_ledger(self.state)
 
     def save_catalogue(self, catalogue: Catalogue) -> str:
-        """Keep the sorted catalogue where workers map it.
+        """Save the sorted catalogue to a file that workers map into memory.
 
         Parameters
         ----------
         catalogue : Catalogue
-            Replaces the one kept before.
+            It replaces the catalogue that was saved before.
 
         Returns
         -------
         str
-            Path or URL of the file, whose name changes with its content.
+            Path or URL of the file. Its name contains the fingerprint of the catalogue.
         """
         name = f"{CATALOGUE_PREFIX}{catalogue.fingerprint}.arrow"
         found = {n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)}
@@ -201,23 +202,29 @@ class RunFolder:
         return self.state.path_to(name)
 
     def saved_catalogue(self) -> Catalogue | None:
-        """Return the catalogue of the last query or extraction, None when there is none."""
+        """Return the catalogue of the last query or extraction.
+
+        Returns
+        -------
+        Catalogue or None
+            None when there is none.
+        """
         names = [n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)]
-        # A run at work may be about to replace one.
+        # A run in progress may delete a catalogue after it was listed.
         for name in names:
             with suppress(FileNotFoundError):
                 return Catalogue.open(self.state.local_copy(name))
         return None
 
     def save_query(self, observations: Sequence[Observation], config: BatchConfig) -> None:
-        """Keep the result of the query, for the later stages and for the user.
+        """Save the result of the query, for the later stages and for the user.
 
         Parameters
         ----------
         observations : sequence of Observation
-            What was found, in order of time.
+            The frames found, in order of time.
         config : BatchConfig
-            What was asked for.
+            The configuration with the options of the query.
         """
         options = _query_options(config)
         save_observations(self.state, OBSERVATIONS_NAME, observations, options)
@@ -229,7 +236,7 @@ class RunFolder:
         Parameters
         ----------
         config : BatchConfig
-            What is asked for now.
+            The current configuration.
 
         Returns
         -------
@@ -239,7 +246,7 @@ class RunFolder:
         Raises
         ------
         RunFolderError
-            If the last query was another than the configuration asks for.
+            If the options of the last query differ from those of the configuration.
         """
         if not self.state.exists(OBSERVATIONS_NAME):
             return None
@@ -248,7 +255,7 @@ class RunFolder:
             if found.query_options[name] != value:
                 raise RunFolderError(
                     f"the frames in {self.path} were found with {name} "
-                    f"{found.query_options[name]!r}, the configuration says {value!r}: run query "
+                    f"{found.query_options[name]!r}, the configuration has {value!r}: run query "
                     "first"
                 )
         return found

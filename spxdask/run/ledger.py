@@ -357,7 +357,7 @@ class StoreLedger(Ledger):
         self._read_lines()
 
     def flush(self) -> None:
-        """Send what is not yet in the store, and begin another segment with what comes next."""
+        """Send the lines that are not yet in the store, and begin a new segment."""
         if self._segment:
             self._send()
             self._segment, self._segment_name = bytearray(), ""

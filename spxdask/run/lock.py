@@ -33,7 +33,13 @@ class Clock(Protocol):
         """Return the time, s."""
 
     def sleep(self, seconds: float, /) -> None:
-        """Wait."""
+        """Wait.
+
+        Parameters
+        ----------
+        seconds : float
+            How long, s.
+        """
 
 
 class RunLock(ABC):
@@ -288,7 +294,7 @@ class LeaseLock(RunLock):
             raise self._refusal(found.get("who", "it began just now"))
 
     def _read_unchanged(self, before: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what the lock says, None when it is gone; raise when it was written."""
+        """Return the content of the lock, None if it was deleted; raise if it has changed."""
         now = self._read()
         if now is not None and now != before:
             raise self._refusal(now.get("who", "it began just now"))
@@ -318,7 +324,7 @@ class LeaseLock(RunLock):
                 logger.warning("%s: the lock was not renewed: %s", self._run_folder, error)
 
     def _read(self) -> dict[str, Any] | None:
-        """Return what the lock says, None when there is none, nothing when it is unreadable."""
+        """Return the content of the lock, None without a lock, empty if it is unreadable."""
         try:
             found = json.loads(self._store.get(self._name))
         except FileNotFoundError:

@@ -1,8 +1,8 @@
 """What is left to do for each frame, decided from plain data.
 
 This is the one answer to "is this frame done?": the stages that go frame by frame, the
-aggregation's choice of tables and `spxdask status` all ask it. Nothing here reads a disk,
-asks an archive or knows of Dask; whoever executes a plan records what became of it.
+aggregation's choice of tables and `spxdask status` all use it. Nothing here reads a disk,
+sends a request or depends on Dask; the code that executes a plan records the outcomes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,20 @@ class Outcomes(Protocol):
     """Where the last outcome of each frame and stage is found: the ledger."""
 
     def get(self, stage: str, filename: str) -> Outcome | None:
-        """Return the last outcome of a stage for a frame, None when there is none."""
+        """Return the last outcome of a stage for a frame.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage.
+        filename : str
+            Name of the frame's file.
+
+        Returns
+        -------
+        Outcome or None
+            None when there is none.
+        """
 
 
 class PlannedFrame(NamedTuple):
@@ -98,7 +111,13 @@ class MeasurementInputs:
         return make_recipe(self.photometry)
 
     def identify(self) -> dict[str, str | None]:
-        """Return the fields of an outcome that say what it was made with."""
+        """Return the fields of an outcome that identify what it was made with.
+
+        Returns
+        -------
+        dict of str to str or None
+            The digest of the recipe and the fingerprint of the catalogue, None without one.
+        """
         fingerprint = None if self.catalogue is None else self.catalogue.fingerprint
         return {"recipe": self.recipe.digest, "catalogue": fingerprint}
 

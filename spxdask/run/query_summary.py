@@ -1,4 +1,4 @@
-"""query_summary.yaml: what a query found, for people and for other programs."""
+"""What a query found, for people and for other programs: query_summary.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, from what it keeps in its output folder: `spxdask status`."""
+"""Where a run stands, from the files in its output folder: `spxdask status`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import pyarrow.parquet as pq
 
 from spxdask.errors import RunFolderError
-from spxdask.progress import RATE_WINDOW_S, format_duration
+from spxdask.progress import RATE_WINDOW_S
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
+from spxdask.text import format_count, format_duration
 
 MAX_LINES_SHOWN = 10
 
@@ -81,16 +82,14 @@ class RunStatus:
 
     def __str__(self) -> str:
         size = f"{self.frame_bytes / 1e9:.3g} GB ({self.queried})"
+        rows = format_count(self.rows, "row")
         lines = [
-            ("query", f"{count_of(self.n_frames, 'frame')}, {size}"),
-            ("download", f"{count_of(self.fetched, 'frame')} in images/"),
-            (
-                "extract",
-                f"{count_of(self.measured, 'frame')} measured, {count_of(self.rows, 'row')}",
-            ),
-            ("aggregate", count_of(self.lightcurves, "light curve")),
-            ("pending", count_of(self.pending, "frame")),
-            ("failed", count_of(len(self.failed), "frame") if self.failed else "none"),
+            ("query", f"{format_count(self.n_frames, 'frame')}, {size}"),
+            ("download", f"{format_count(self.fetched, 'frame')} in images/"),
+            ("extract", f"{format_count(self.measured, 'frame')} measured, {rows}"),
+            ("aggregate", format_count(self.lightcurves, "light curve")),
+            ("pending", format_count(self.pending, "frame")),
+            ("failed", format_count(len(self.failed), "frame") if self.failed else "none"),
         ]
         reasons = list(self.failed.items())
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
@@ -98,11 +97,11 @@ class RunStatus:
             more = len(reasons) - MAX_LINES_SHOWN
             lines.append(("", f"and {more:,} more, see state/ledger.jsonl"))
         lines += [
-            ("left out", f"{count_of(n, 'measurement')}: {text}")
+            ("left out", f"{format_count(n, 'measurement')}: {text}")
             for text, n in self.skipped.items()
         ]
         lines += [
-            ("warning", f"{count_of(n, 'frame')}: {text}")
+            ("warning", f"{format_count(n, 'frame')}: {text}")
             for text, n in self.warnings.most_common(MAX_LINES_SHOWN)
         ]
         if self.per_second is not None:
@@ -230,28 +229,11 @@ def _count_light_curves(folder: Store, table_format: str) -> int:
         return sum(name.endswith(".csv") and not name.startswith(".") for name in names)
     count = 0
     for name in names:
-        if not name.endswith(".parquet"):
+        # Other Parquet files are the user's.
+        if not (name.startswith("bucket-") and name.endswith(".parquet")):
             continue
-        # A run at work may remove one.
+        # A run in progress may remove one.
         with suppress(FileNotFoundError), folder.open_seekable(name) as file:
             metadata = pq.read_metadata(file).metadata or {}
             count += int(metadata.get(b"sources", 0))
     return count
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun: ``1 frame``, ``2,000 frames``.
-
-    Parameters
-    ----------
-    number : int
-        How many.
-    noun : str
-        Of what, in the singular.
-
-    Returns
-    -------
-    str
-        For people.
-    """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

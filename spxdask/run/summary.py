@@ -1,45 +1,50 @@
-"""What a stage did and what a run came to, for people and for scripts."""
+"""Reports of the stages and the summary of a run, for people and for scripts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+from spxdask.text import format_count
+
+MAX_FAILURES_SHOWN = 10
+MAX_WARNINGS_SHOWN = 3
+
 
 @dataclass(kw_only=True, repr=False)
 class StageReport:
-    """The account of one stage.
+    """What one stage did.
 
     Attributes
     ----------
     stage : str
         query, download, extract or aggregate.
     total : int
-        Frames the stage had to see to; light curves for aggregate.
+        Frames that the stage had to process; for aggregate, light curves.
     done : int
-        Made in this run.
+        How many of them this run made.
     reused : int
-        Found finished from an earlier one.
+        How many of them an earlier run had made.
     failed : dict of str to str
-        Reason by file name.
+        Reason by file name of the frame.
     releases : Counter
         For query, frames of each release, such as qr2.
     outside : int
-        For query, sources of the catalogue that do not lie in the circle.
+        For query, sources of the catalogue outside the circle of the query.
     left_out : int
         For aggregate, frames of the query that have no table.
     removed : int
-        For aggregate, light curves of sources that are not in the tables any more.
+        For aggregate, light curves removed because no table has a row of their source.
     rows : int
-        Rows in all tables, reused ones included.
+        Rows in all tables, those of earlier runs included.
     skipped : Counter
-        Sources on a frame without a row, by reason.
+        How many sources that lie on a frame have no row for it, by reason.
     warnings : dict of str to tuple of str
-        By file name.
+        Warnings by file name of the frame.
     bytes : int
-        Bytes fetched, or that the query found.
+        For download, bytes fetched; for query, bytes of all frames found.
     seconds : float
-        Wall time.
+        Wall time, s.
     """
 
     stage: str
@@ -58,18 +63,18 @@ class StageReport:
     seconds: float = 0.0
 
     def __repr__(self) -> str:
-        # For the end of a notebook's cell.
-        return describe(self)
+        # A notebook displays the value of the last expression of a cell.
+        return describe_stage(self)
 
 
 @dataclass(kw_only=True, repr=False)
 class RunSummary:
-    """The account of a run.
+    """What a run did.
 
     Attributes
     ----------
     stages : dict of str to StageReport
-        Those that ran, by name.
+        Report by name of each stage that ran.
     n_sources : int
         Sources in the catalogue.
     output : str
@@ -82,12 +87,12 @@ class RunSummary:
 
     @property
     def n_measured(self) -> int:
-        """Sources with a light curve."""
+        """Number of sources with a light curve."""
         return self.stages["aggregate"].total if "aggregate" in self.stages else 0
 
     @property
     def failed(self) -> dict[str, str]:
-        """Reason by file name of every frame that did not make it."""
+        """Stage and reason by file name of every frame that failed."""
         failed: dict[str, str] = {}
         for report in self.stages.values():
             for filename, reason in report.failed.items():
@@ -95,7 +100,7 @@ class RunSummary:
         return failed
 
     def __str__(self) -> str:
-        lines = [describe(report) for report in self.stages.values()]
+        lines = [describe_stage(report) for report in self.stages.values()]
         if "aggregate" in self.stages:
             lines.append(
                 _line(
@@ -105,11 +110,12 @@ class RunSummary:
                 )
             )
         if self.failed:
-            lines.append(_line("failed", f"{len(self.failed):,} frames"))
-            reasons = list(self.failed.items())
-            lines += [f"            {filename}: {reason}" for filename, reason in reasons[:10]]
-            if len(reasons) > 10:
-                lines.append(f"            and {len(reasons) - 10:,} more, see the ledger")
+            lines.append(_line("failed", format_count(len(self.failed), "frame")))
+            reasons = [f"{filename}: {reason}" for filename, reason in self.failed.items()]
+            lines += [_line("", reason) for reason in reasons[:MAX_FAILURES_SHOWN]]
+            if len(reasons) > MAX_FAILURES_SHOWN:
+                more = len(reasons) - MAX_FAILURES_SHOWN
+                lines.append(_line("", f"and {more:,} more, see the ledger in state/"))
         else:
             lines.append(_line("failed", "none"))
         lines.append(_line("output", self.output))
@@ -118,44 +124,76 @@ class RunSummary:
     __repr__ = __str__
 
 
-def describe(report: StageReport) -> str:
-    """Return a stage's line of the summary, and lines for what it left out."""
-    rate = max(report.seconds, 1e-9)
-    kept = f" ({report.reused:,} already there)" if report.reused else ""
-    if report.stage == "query":
-        text = f"{report.total:,} frames found, {report.bytes / 1e9:.3g} GB"
-        if not report.total:
-            text = "no frame covers the field: check centre, radius, bands and mjd_range"
-        speed = ""
-    elif report.stage == "download":
-        text = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"
-        speed = f"{report.bytes / 1e9:.2f} GB, {report.bytes / 1e6 / rate:.0f} MB/s"
-    elif report.stage == "extract":
-        frames = f"{report.done + report.reused:,} of {report.total:,} frames{kept}"
-        text = f"{frames}, {report.rows:,} rows"
-        speed = f"{report.done / rate:.1f} frames/s"
-    else:
-        text = f"{report.total:,} light curves, {report.rows:,} rows"
-        speed = f"{report.rows / rate:,.0f} rows/s"
+def describe_stage(report: StageReport) -> str:
+    """Describe what a stage did.
+
+    Parameters
+    ----------
+    report : StageReport
+        The report of the stage.
+
+    Returns
+    -------
+    str
+        Its line of the summary, and lines for what is missing from its results.
+    """
+    text, speed = _count_results(report)
     lines = [_line(report.stage, f"{text:<52} {report.seconds:8.1f} s   {speed}".rstrip())]
-    if len(report.releases) > 1:
-        of = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
-        lines.append(_line("", f"{of}: their flux scales differ by some percent"))
-    if report.outside and report.total:
-        have = "have only the frames that touch the circle"
-        lines.append(_line("", f"{report.outside:,} sources lie outside: they {have}"))
-    if report.left_out:
-        lines.append(_line("", f"{report.left_out:,} frames are not in them: not measured"))
-    if report.removed:
-        lines.append(_line("", f"{report.removed:,} of sources without a row now were removed"))
-    for reason, count in sorted(report.skipped.items()):
-        lines.append(_line("", f"{count:,} measurements left out: {reason}"))
-    if report.warnings:
-        said = Counter(w for warnings in report.warnings.values() for w in warnings)
-        lines += [_line("", f"{n:,} frames: {text}") for text, n in said.most_common(3)]
-        if len(said) > 3:
-            lines.append(_line("", f"and {len(said) - 3:,} other warnings, see the ledger"))
+    lines += [_line("", note) for note in _list_notes(report)]
     return "\n".join(lines)
+
+
+def _count_results(report: StageReport) -> tuple[str, str]:
+    """Return what a stage has made or found, and its speed if it made anything."""
+    seconds = max(report.seconds, 1e-9)
+    if report.stage == "query":
+        if not report.total:
+            return "no frame covers the field: check centre, radius, bands and mjd_range", ""
+        return f"{format_count(report.total, 'frame')} found, {report.bytes / 1e9:.3g} GB", ""
+    if report.stage == "aggregate":
+        results = format_count(report.total, "light curve")
+        speed = f"{report.rows / seconds:,.0f} rows/s"
+    else:
+        if not report.total:
+            return "nothing to do", ""
+        results = format_count(report.total, "frame")
+        speed = f"{report.done / seconds:.1f} frames/s"
+    if report.stage == "download":
+        rows = ""
+        speed = f"{report.bytes / 1e9:.2f} GB, {report.bytes / 1e6 / seconds:.0f} MB/s"
+    else:
+        rows = f", {format_count(report.rows, 'row')}"
+    if report.reused == report.total > 0:
+        return f"{results}{rows} (already there)", ""
+    if report.stage == "aggregate":
+        return f"{results}{rows}", speed
+    reused = f" ({report.reused:,} already there)" if report.reused else ""
+    return f"{report.done + report.reused:,} of {results}{reused}{rows}", speed
+
+
+def _list_notes(report: StageReport) -> list[str]:
+    """Return a line for each thing that users should know of the results of a stage."""
+    notes = []
+    if len(report.releases) > 1:
+        counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
+        notes.append(f"{counts}: their flux scales differ by a few percent")
+    if report.outside and report.total:
+        sources = format_count(report.outside, "source")
+        notes.append(f"{sources} outside the circle: measured only on frames that touch it")
+    if report.left_out:
+        notes.append(f"{format_count(report.left_out, 'frame')} not included: not measured")
+    if report.removed:
+        curves = format_count(report.removed, "light curve")
+        notes.append(f"{curves} removed: no row of the source in the tables")
+    for reason, count in sorted(report.skipped.items()):
+        notes.append(f"{format_count(count, 'measurement')} left out: {reason}")
+    frames = Counter(text for warnings in report.warnings.values() for text in warnings)
+    for text, count in frames.most_common(MAX_WARNINGS_SHOWN):
+        notes.append(f"{format_count(count, 'frame')}: {text}")
+    if len(frames) > MAX_WARNINGS_SHOWN:
+        more = format_count(len(frames) - MAX_WARNINGS_SHOWN, "other warning")
+        notes.append(f"and {more}, see the ledger in state/")
+    return notes
 
 
 def _line(name: str, text: str) -> str:

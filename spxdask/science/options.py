@@ -203,7 +203,7 @@ def _limits(metadata: Iterable[Any]) -> Iterable[str]:
 
 
 def _kind(annotation: Any) -> str:
-    """Return what a value must be, in words, as far as its type says."""
+    """Return a description of the values that a type allows."""
     if get_origin(annotation) is Literal:
         *most, last = get_args(annotation)
         return f"{', '.join(most)} or {last}"
@@ -231,16 +231,17 @@ def _type_name(annotation: Any) -> str:
 
 
 def as_native(value: Any) -> Any:
-    """Make numpy's scalars and arrays Python's own, and lists tuples.
+    """Convert numpy scalars and arrays to Python objects, and lists to tuples.
 
     Parameters
     ----------
     value : object
+        Any value of an option.
 
     Returns
     -------
     object
-        Quantities with a unit, and all that is not numpy's nor a list, are left as they are.
+        Anything else, and a Quantity with a unit, is returned unchanged.
     """
     # A Quantity has no list without its unit.
     if hasattr(value, "tolist") and not hasattr(value, "unit"):
@@ -406,7 +407,7 @@ def check_options(model: type, values: Mapping[str, Any]) -> None:
                 raise _within(info.name, error) from None
             del plain[info.name]
     try:
-        # As its own __init__ does, for an object that nobody sees.
+        # __init__ would do the same; this object is only used within this method.
         model.__pydantic_validator__.validate_python(  # type: ignore[attr-defined]
             ArgsKwargs((), plain), self_instance=object.__new__(model)
         )
@@ -468,7 +469,7 @@ def _translate(
     if first["type"] in ("greater_than", "greater_than_equal", "less_than_equal"):
         rule = info.limits or rule
     elif cause is not None:
-        # What a validator of the option says has more to it than its rule.
+        # The message of an option's own validator is more precise than its rule.
         rule = str(cause).replace("{rule}", info.rule)
     value = values.get(info.name, first["input"])
     if hasattr(value, "tolist") and not hasattr(value, "unit"):

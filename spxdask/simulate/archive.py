@@ -423,7 +423,7 @@ class SimulatedArchive:
             logger.debug("simulated archive serves at %s", runner.addresses[0])
             await self._stopping.wait()
             # asyncio loses a connection that was accepted in the turn of the event loop in which
-            # the listener is closed, and its client would wait for ever. So the archive first
+            # the listener is closed, and its client would wait without end. So the archive first
             # stops accepting, then gives the last connections time to reach the runner, which
             # closes them.
             self._loop.remove_reader(listener)

@@ -25,6 +25,7 @@ from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, tabl
 from spxdask.run.summary import StageReport
 from spxdask.stages import light_curves
 from spxdask.storage import raise_disk_full
+from spxdask.text import format_count
 
 if TYPE_CHECKING:
     from spxdask.cluster.session import Client
@@ -49,7 +50,7 @@ class Aggregation:
     report : StageReport
         The report to fill in.
     progress : ProgressPublisher
-        Told of each partition that has ended.
+        Receives each partition that has ended.
     """
 
     def __init__(
@@ -113,25 +114,27 @@ class Aggregation:
             table_format=table_format,
         )
         if choice.stale:
-            count = (
-                "1 per-image table is"
-                if len(choice.stale) == 1
-                else (f"{len(choice.stale):,} per-image tables are")
-            )
+            count = format_count(len(choice.stale), "per-image table")
+            verb = "is" if len(choice.stale) == 1 else "are"
             raise RunFolderError(
-                f"{count} stale, such as {choice.stale[0]} ({choice.stale_reason}): run extract "
-                "first"
+                f"{count} {verb} stale, such as {choice.stale[0]} ({choice.stale_reason}): "
+                "run extract first"
             )
         if not choice.tables:
             raise NothingMeasuredError(
                 "no frame of the query is measured: the light curves in "
-                f"{folder.lightcurves} stay as they are"
+                f"{folder.lightcurves} are unchanged"
             )
         self._report.left_out = choice.left_out
         self._tables = [light_curves.describe_table(*table) for table in choice.tables]
 
     def is_up_to_date(self) -> bool:
-        """Return whether the light curves of these tables are there, and report them if so."""
+        """Return whether the light curves of these tables are there, and report them if so.
+
+        Returns
+        -------
+        bool
+        """
         record = load_aggregation(self._folder.state)
         if record is None or record.tables != self._digest_tables():
             return False
@@ -187,8 +190,8 @@ class Aggregation:
         n_expected = sum(n for n in expected if n is not None)
         if None not in expected and report.rows != n_expected:
             raise SpxdaskError(
-                f"{n_expected:,} rows went into the shuffle and {report.rows:,} came out; the "
-                "light curves are not to be trusted, run aggregate again"
+                f"{format_count(n_expected, 'row')} entered the shuffle and {report.rows:,} came "
+                "out, so the light curves are incomplete: run aggregate again"
             )
         self._remove_leftovers(written, n_partitions)
         save_aggregation(
@@ -216,9 +219,9 @@ class Aggregation:
             self._report.removed = sum(name.endswith(".csv") for name in removed)
         if missing:
             raise SpxdaskError(
-                f"{len(missing):,} of the light curves that were written are not in "
-                f"{folder.lightcurves}, such as {min(missing)}; its file system may not tell "
-                "upper from lower case"
+                f"{format_count(len(missing), 'light curve')} written but not in "
+                f"{folder.lightcurves}, such as {min(missing)}: its file system may not "
+                "distinguish upper from lower case"
             )
         keep = partitions if config.keep_bucket_files else set()
         light_curves.remove_others(folder.buckets, keep, light_curves.find_buckets)

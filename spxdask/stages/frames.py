@@ -55,7 +55,7 @@ class FrameRun:
     reports : dict of str to StageReport
         The reports to fill in, by stage: download, extract or both.
     progress : ProgressPublisher
-        Told of each frame that has ended.
+        Receives each frame that has ended.
     """
 
     folder: RunFolder
@@ -162,7 +162,7 @@ class FrameRun:
             measure=self._make_extract_options(serial) if "extract" in self.reports else None,
         )
         suspects: list[Job] = []
-        # Frames on disk come first, as they wait for nobody.
+        # Frames on disk come first, as they wait for no download.
         for wanted, window in (
             ((FrameState.MEASURE,), make_thread_window(client)),
             (FETCHING, lambda: config.max_download_workers),
@@ -171,7 +171,7 @@ class FrameRun:
             pairs = zip(iterate(self._bag), map(FrameState, states), strict=True)
             jobs = (pair for pair in pairs if pair[1] in wanted)
             self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
-        # One at a time, which tells frames that kill workers from those that ran beside them.
+        # Run one at a time, frames that kill workers are distinguished from their neighbours.
         self._collect(client, ((job, make_task(*job)) for job in suspects), lambda: 1, None)
 
     def _collect(
@@ -330,7 +330,7 @@ def make_bag(observations: Observations) -> db.Bag:
     Parameters
     ----------
     observations : Observations
-        Read by whoever computes the bag.
+        They are read when the bag is computed.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Tables in, light curves out: the graph of the aggregation and what its tasks do on a worker."""
+"""Turn tables into light curves: the graph of the aggregation and the work of its tasks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
+from spxdask.text import format_count
 
-TEXT = pd.ArrowDtype(pa.string())
-# A shuffle costs some 30 ms an input partition, so small tables are read in groups; one
-# group must fit a worker many times over.
+TEXT_DTYPE = pd.ArrowDtype(pa.string())
+# A shuffle costs about 30 ms for each input partition, so small tables are read in groups.
+# A group must fit into the memory of a worker many times over.
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
-# A row of CSV, and how much less Parquet needs for it.
+# Length of a row as CSV, bytes, and the length of CSV divided by that of Parquet.
 ROW_BYTES = 330
 PARQUET_SHRINKS = 3
-# One of these is sorted and written at a time by each thread, with some copies of it.
+# Each thread sorts and writes one output partition at a time, and needs a few copies of it.
 BUCKET_BYTES = 32_000_000
 
 
@@ -40,10 +41,11 @@ class Table:
     Attributes
     ----------
     name : str
+        Name of the file.
     bytes : int
-        Length as CSV, or about that: see `csv_bytes`.
+        Its length as CSV; of a Parquet file, an estimate. See `describe_table`.
     rows : int or None
-        How many it must have, when that is known.
+        The number of rows that it must have, None if that is not known.
     """
 
     name: str
@@ -53,20 +55,23 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveOptions:
-    """What all tasks of the stage share.
+    """Options that all tasks of the stage share.
 
     Attributes
     ----------
-    per_image, table_groups : str
-        Folder of the tables, and the file that says which of them are read together.
+    per_image : str
+        Folder of the tables.
+    table_groups : str
+        File that lists which tables are read together.
     lightcurves : str
         Folder of the light curves.
     format : str
-        Theirs: ``csv``, one a source, or ``parquet``, one a partition.
+        Format of the light curves: ``csv``, a file for each source, or ``parquet``, a file
+        for each partition.
     buckets : str or None
-        Folder to keep partitions as Parquet in, too.
+        Folder in which partitions are also stored as Parquet, None to store none.
     run : str
-        Other runs of the stage have another.
+        Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
 
     per_image: str
@@ -83,15 +88,17 @@ def build_light_curves(n_groups: int, num_buckets: int, options: CurveOptions) -
     Parameters
     ----------
     n_groups : int
-        Groups of tables to read; see `save_table_groups`.
+        Number of groups of tables; see `save_table_groups`.
     num_buckets : int
-        Output partitions of the shuffle.
+        Number of output partitions of the shuffle.
     options : CurveOptions
+        The options of all tasks.
 
     Returns
     -------
     dask.dataframe.DataFrame
-        Lazy; one row a source with its `target_id` and the `rows` of its light curve.
+        Not computed yet. It has a row for each source, with its `target_id` and the number
+        of `rows` of its light curve.
     """
     read = functools.partial(read_tables, options=options)
     rows = dd.from_map(read, range(n_groups), meta=SHUFFLE_META, label="read")
@@ -111,18 +118,19 @@ def save_table_groups(
     max_bytes: int = GROUP_BYTES,
     max_files: int = GROUP_FILES,
 ) -> int:
-    """Divide tables into groups of similar size, each read by one task.
+    """Divide tables into groups of similar size, each of which one task reads.
 
-    They are named in a file, a row group each: a million names would burden the scheduler.
+    The groups are saved to a Parquet file, with a row group for each: a graph that contained
+    a million names would use too much memory of the scheduler.
 
     Parameters
     ----------
     tables : iterable of Table
-        In order of time.
+        The tables in order of time.
     path : str
         The file to write.
     max_bytes, max_files : int
-        Limits of a group; one table is a group of its own, however large.
+        Limits of a group. A table that is larger makes a group by itself.
 
     Returns
     -------
@@ -132,27 +140,27 @@ def save_table_groups(
     n_groups = size = 0
     group: list[Table] = []
     store, name = locate_file(path)
-    with store.atomic_path(name) as part, pq.ParquetWriter(part, _MANIFEST) as file:
+    with store.atomic_path(name) as part, pq.ParquetWriter(part, _GROUPS_SCHEMA) as file:
 
-        def end() -> None:
+        def write_group() -> None:
             nonlocal n_groups
-            columns = {f.name: [getattr(table, f.name) for table in group] for f in _MANIFEST}
-            file.write_table(pa.table(columns, schema=_MANIFEST))
+            columns = {f.name: [getattr(table, f.name) for table in group] for f in _GROUPS_SCHEMA}
+            file.write_table(pa.table(columns, schema=_GROUPS_SCHEMA))
             n_groups += 1
             group.clear()
 
         for table in tables:
             if group and (size + table.bytes > max_bytes or len(group) >= max_files):
-                end()
+                write_group()
                 size = 0
             group.append(table)
             size += table.bytes
         if group:
-            end()
+            write_group()
     return n_groups
 
 
-_MANIFEST = pa.schema({"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64()})
+_GROUPS_SCHEMA = pa.schema({"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64()})
 
 
 def describe_table(name: str, size: int, rows: int | None) -> Table:
@@ -161,16 +169,17 @@ def describe_table(name: str, size: int, rows: int | None) -> Table:
     Parameters
     ----------
     name : str
-        Of the file.
+        Name of the file.
     size : int
-        Its length in bytes.
+        Length of the file, bytes.
     rows : int or None
-        How many it must have, when that is known.
+        The number of rows that it must have, None if that is not known.
 
     Returns
     -------
     Table
-        Its length is that as CSV, which is what is shuffled; of Parquet, about that.
+        Its length is that of the rows as CSV, because the shuffle moves rows as CSV. For a
+        Parquet file it is estimated.
     """
     if not name.endswith(".csv"):
         size = ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
@@ -185,27 +194,27 @@ def count_partitions(
     Parameters
     ----------
     tables : sequence of Table
-        What is shuffled.
+        The tables whose rows are shuffled.
     num_buckets : int
-        Partitions that the user asked for.
+        Number of partitions that the user requested.
     max_bytes : int
-        About the largest that a partition may be, as CSV.
+        Approximate limit of a partition, bytes of CSV.
 
     Returns
     -------
     int
-        More than asked for if they would be too large; none without tables.
+        At least `num_buckets`, more if the partitions would be too large; 0 without tables.
     """
     size = sum(table.bytes for table in tables)
     return max(num_buckets, -(-size // max_bytes)) if tables else 0
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    return table.to_pandas(types_mapper=lambda t: TEXT if t == pa.string() else None)
+    return table.to_pandas(types_mapper=lambda t: TEXT_DTYPE if t == pa.string() else None)
 
 
-# What is shuffled: the lines of a source from one group of tables in one piece, in order,
-# and what the first and the last of them are ordered by.
+# A row of the shuffle holds all lines of one source from one group of tables, in order, with
+# the sort keys of the first and of the last of these lines.
 SHUFFLE_META = _to_pandas(
     pa.schema(
         {
@@ -219,19 +228,33 @@ SHUFFLE_META = _to_pandas(
         }
     ).empty_table()
 )
-WRITE_META = pd.DataFrame({"target_id": pd.Series(dtype=TEXT), "rows": pd.Series(dtype="int64")})
+WRITE_META = pd.DataFrame(
+    {"target_id": pd.Series(dtype=TEXT_DTYPE), "rows": pd.Series(dtype="int64")}
+)
 
 
 def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
-    """Read a group of per-image tables; raise FrameError for one that lost rows.
+    """Read a group of per-image tables.
+
+    Parameters
+    ----------
+    group : int
+        Number of the group, from 0.
+    options : CurveOptions
+        The options of all tasks.
 
     Returns
     -------
     pandas.DataFrame
-        One row a source, as `SHUFFLE_META` has it.
+        One row for each source, with the columns of `SHUFFLE_META`.
+
+    Raises
+    ------
+    FrameError
+        If a file is not a per-image table, or does not have the number of rows expected.
     """
-    store, manifest = locate_file(options.table_groups)
-    with store.open_seekable(manifest) as source, pq.ParquetFile(source) as file:
+    store, name_of_groups = locate_file(options.table_groups)
+    with store.open_seekable(name_of_groups) as source, pq.ParquetFile(source) as file:
         found = file.read_row_group(group).to_pydict()
     folder, read = open_store(options.per_image), []
     contents = folder.get_many(found["name"])
@@ -242,24 +265,24 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
             raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
             raise FrameError(
-                f"{folder.path_to(name)} has {len(rows)} rows, {expected} were measured; "
-                "extract it again"
+                f"{folder.path_to(name)} has {format_count(len(rows), 'row')}, {expected:,} were "
+                "measured: run extract again"
             )
         read.append(rows)
-    return _to_pandas(_bundled(pa.concat_tables(read)))
+    return _to_pandas(_merge_lines_by_source(pa.concat_tables(read)))
 
 
-def _bundled(rows: pa.Table) -> pa.Table:
-    """Put the lines of each source into one piece, in order."""
+def _merge_lines_by_source(rows: pa.Table) -> pa.Table:
+    """Return one row for each source, which holds the lines of all its rows, in order."""
     columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
-    ranks = [_rank(columns[key]) for key in SORT_KEYS]
+    ranks = [_rank_values(columns[key]) for key in SORT_KEYS]
     order = np.lexsort(ranks[::-1])
     starts = np.flatnonzero(np.diff(ranks[0][order], prepend=-1))
     bounds = np.append(starts, len(order))
     first, last = pa.array(order[starts]), pa.array(order[bounds[1:] - 1])
     lines = columns["line"].take(pa.array(order))
     offsets = np.frombuffer(lines.buffers()[1], np.int32, len(order) + 1)[bounds]
-    # As no character comes before it, a pair of names sorts as its first, then its second.
+    # NUL sorts before all other characters, so that the joined names sort by exposure, then band.
     names = pc.binary_join_element_wise(columns["obs_id"], columns["band"], "\0")
     return pa.table(
         {
@@ -281,31 +304,44 @@ def write_lightcurves(
 ) -> pd.DataFrame:
     """Write the light curve of every source in a partition, its rows in order.
 
+    Parameters
+    ----------
+    partition : pandas.DataFrame
+        The columns of `SHUFFLE_META`, with one or more rows for each source.
+    options : CurveOptions
+        The options of all tasks.
+    partition_info : dict, optional
+        From Dask: its ``number`` is that of the partition. It is None for metadata.
+
     Returns
     -------
     pandas.DataFrame or SpxdaskError
-        As `WRITE_META`. An error is returned, as Dask would log it where the user sees it.
+        The columns of `WRITE_META`, a row for each source. An error is returned and not
+        raised, because Dask would also log it on the user's terminal.
     """
     number = None if partition_info is None else partition_info["number"]
     try:
-        return _write(partition, options, number)
+        return _write_partition(partition, options, number)
     except (DiskFullError, StoreError) as error:
         return error
 
 
-def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -> pd.DataFrame:
+def _write_partition(
+    partition: pd.DataFrame, options: CurveOptions, number: int | None
+) -> pd.DataFrame:
+    """Write light curves as the options ask for, and return their numbers of rows."""
     pieces = pa.Table.from_pandas(partition, preserve_index=False)
     columns = {name: pieces.column(name).combine_chunks() for name in pieces.column_names}
-    target, n = _rank(columns["target_id"]), len(pieces)
-    names = _rank(pa.concat_arrays([columns["first_name"], columns["last_name"]]))
+    target, n = _rank_values(columns["target_id"]), len(pieces)
+    names = _rank_values(pa.concat_arrays([columns["first_name"], columns["last_name"]]))
     first = columns["first_mjd"].to_numpy(), names[:n]
     last = columns["last_mjd"].to_numpy(), names[n:]
     order = np.lexsort((first[1], first[0], target))
     starts = np.flatnonzero(np.diff(target[order], prepend=-1))
     stops = np.append(starts, n)[1:]
 
-    # Tables are read in order of time, so that one piece hardly ever begins before
-    # another ends, or with the same exposure in another release.
+    # Groups of tables follow each other in time, so that the pieces of a source seldom overlap.
+    # Where two do, or share an exposure in two releases, their lines are sorted one by one.
     one, next_ = order[:-1], order[1:]
     ends_later = (last[0][one] > first[0][next_]) | (
         (last[0][one] == first[0][next_]) & (last[1][one] >= first[1][next_])
@@ -322,7 +358,7 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
     as_parquet = [options.lightcurves] if options.format == "parquet" else []
     as_parquet += [options.buckets] if options.buckets else []
     if as_parquet and number is not None:
-        content = _bucket(targets, rows, texts)
+        content = _encode_partition(targets, rows, texts)
         for folder in as_parquet:
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
@@ -332,19 +368,23 @@ def _write(partition: pd.DataFrame, options: CurveOptions, number: int | None) -
             (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
         )
         open_store(options.lightcurves).put_many(curves)
-    return pd.DataFrame({"target_id": pd.Series(targets.to_pandas(), dtype=TEXT), "rows": rows})
+    return pd.DataFrame(
+        {"target_id": pd.Series(targets.to_pandas(), dtype=TEXT_DTYPE), "rows": rows}
+    )
 
 
-def _rank(column: pa.Array) -> np.ndarray:
-    """Return integers that sort as the values of a column do."""
+def _rank_values(column: pa.Array) -> np.ndarray:
+    """Return an integer for each value of a column; the integers sort as the values do."""
     encoded = column.dictionary_encode()
     rank = np.empty(len(encoded.dictionary), np.int64)
     rank[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(rank))
     return rank[encoded.indices.to_numpy()]
 
 
-def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[bytes | memoryview]) -> bytes:
-    """Return the light curves of a partition as Parquet, their numbers as numbers."""
+def _encode_partition(
+    targets: pa.Array, rows: np.ndarray, texts: Sequence[bytes | memoryview]
+) -> bytes:
+    """Return the light curves of a partition as a Parquet file."""
     text = b"".join((render_header(LIGHT_CURVE), *texts))
     found = read_csv(pa.BufferReader(text), LIGHT_CURVE)
     ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
@@ -353,33 +393,57 @@ def _bucket(targets: pa.Array, rows: np.ndarray, texts: Sequence[bytes | memoryv
 
 
 def light_curve_name(target_id: str) -> str:
-    """Return the name of a source's light-curve file."""
+    """Return the name of the CSV file with the light curve of a source.
+
+    Parameters
+    ----------
+    target_id : str
+        Id of the source.
+
+    Returns
+    -------
+    str
+        Characters that a file name cannot have are escaped.
+    """
     return f"{file_stem(target_id)}.csv"
 
 
 def bucket_name(number: int) -> str:
-    """Return the name of the Parquet file of a partition."""
+    """Return the name of the Parquet file of a partition.
+
+    Parameters
+    ----------
+    number : int
+        Number of the partition, from 0.
+
+    Returns
+    -------
+    str
+    """
     return f"bucket-{number:05d}.parquet"
 
 
 def remove_others(
     folder: Store, names: set[str], find_ours: Callable[[Store, set[str]], set[str]]
 ) -> tuple[set[str], set[str]]:
-    """Remove from a folder what an older run left there; a user's own files stay.
+    """Remove the files of earlier runs from a folder; other files of the user stay.
 
     Parameters
     ----------
     folder : Store
         The folder.
     names : set of str
-        Files of this run.
+        Names of the files of this run.
     find_ours : callable
-        Returns which of some files of the folder spxdask wrote.
+        Is called with the folder and a set of names, and returns the names of those files
+        that spxdask wrote.
 
     Returns
     -------
-    missing, removed : set of str
-        The names that are not there, and those of what was removed.
+    missing : set of str
+        Files of this run that are not in the folder.
+    removed : set of str
+        Files that were removed.
     """
     found = folder.list_names()
     removed = find_ours(folder, found - names)
@@ -395,7 +459,7 @@ def find_light_curves(folder: Store, names: set[str]) -> set[str]:
     folder : Store
         Where the files are.
     names : set of str
-        Their names.
+        Names of the files.
 
     Returns
     -------
@@ -414,7 +478,7 @@ def find_buckets(folder: Store, names: set[str]) -> set[str]:
     folder : Store
         Where the files are.
     names : set of str
-        Their names.
+        Names of the files.
 
     Returns
     -------
@@ -424,12 +488,12 @@ def find_buckets(folder: Store, names: set[str]) -> set[str]:
 
 
 def is_bucket_name(name: str) -> bool:
-    """Return whether a file is named as the Parquet file of a partition is.
+    """Return whether a name is that of the Parquet file of a partition.
 
     Parameters
     ----------
     name : str
-        The file.
+        Name of the file.
 
     Returns
     -------

@@ -175,7 +175,7 @@ class LocalStore(Store):
 
 @contextmanager
 def raise_disk_full(folder: object) -> Iterator[None]:
-    """Raise DiskFullError where the system says that there is no room.
+    """Raise DiskFullError when the system reports a full disk or quota.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def raise_disk_full(folder: object) -> Iterator[None]:
     Raises
     ------
     DiskFullError
-        With what the system says, and the folder.
+        With the message of the system and the folder.
     """
     try:
         yield
@@ -193,7 +193,7 @@ def raise_disk_full(folder: object) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFullError(
-            f"{error.strerror} in {folder}: make room, then the same command goes on"
+            f"{error.strerror} in {folder}: make room, then the same command resumes the run"
         ) from error
 
 
@@ -278,7 +278,7 @@ def _write_pages(file: int, data: memoryview) -> int:
         while written < pages:
             written += os.write(file, data[written:pages])
     except OSError as error:
-        # Not every file system has it, or can go on where a short write ended.
+        # Some file systems do not support it, or cannot continue after a short write.
         if error.errno != errno.EINVAL:
             raise
     fcntl.fcntl(file, fcntl.F_SETFL, flags)

@@ -51,7 +51,7 @@ class ObjectStore(Store):
         self._max_concurrent_requests = max_concurrent_requests
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the connection, which the other process makes for itself.
+        # The connection is not pickled; the other process opens one.
         return _unpickle, (self._location, self._max_concurrent_requests)
 
     @property
@@ -67,7 +67,7 @@ class ObjectStore(Store):
     @cached_property
     def _filesystem_and_folder(self) -> tuple[Any, str]:
         """The file system of fsspec, and the folder's path in it."""
-        # Without a cache of listings, as others write to the folder meanwhile.
+        # Listings are not cached, because other processes write to the folder.
         options: dict[str, Any] = {"use_listings_cache": False}
         if self._location.startswith(("s3:", "s3a:")):
             options |= s3_options(max_pool_connections=MAX_CONCURRENT_REQUESTS)
@@ -110,7 +110,7 @@ class ObjectStore(Store):
 
     def exists(self, name: str) -> bool:
         """See `Store.exists`."""
-        # Not `exists` or `isfile`, which say no where the store cannot be used.
+        # `exists` and `isfile` of fsspec return False when the store cannot be used.
         return self._describe(name).get("type") == "file"
 
     def get_version(self, name: str) -> str | None:
@@ -119,7 +119,7 @@ class ObjectStore(Store):
         return version
 
     def _describe(self, name: str) -> dict[str, Any]:
-        """Return what the file system says of a file, nothing when it is not there."""
+        """Return what the file system reports about a file, nothing when it does not exist."""
         try:
             with _translate_errors(self.path_to(name)):
                 found: dict[str, Any] = self.filesystem.info(self._key(name))
@@ -137,7 +137,7 @@ class ObjectStore(Store):
         """See `Store.get_many`."""
         names = iter(names)
         while batch := list(islice(names, self._max_concurrent_requests)):
-            # Not `cat`, which takes a * in a name for any text.
+            # `cat` would interpret a * in a name as a pattern.
             calls = [((self._key(name),), self._one_connection) for name in batch]
             yield from map(bytearray, self._call_each("cat_file", calls))
 
@@ -213,7 +213,7 @@ class ObjectStore(Store):
             with _translate_errors(self.path_to(name)):
                 self.filesystem.pipe_file(self._key(name), bytes(data), mode="create")
         except (OSError, StoreError):
-            # Stores differ in how they say that there is one.
+            # Stores report in different ways that the file exists.
             if not self.exists(name):
                 raise
             return False
@@ -268,7 +268,7 @@ class ObjectStore(Store):
         """See `Store.delete_many`."""
         names = iter(names)
         while batch := list(islice(names, self._max_concurrent_requests)):
-            # Not `rm`, which takes a * in a name for any text.
+            # `rm` would interpret a * in a name as a pattern.
             self._call_each("rm_file", [((self._key(name),), {}) for name in batch])
 
     def delete_partial_files(self) -> None:
@@ -331,7 +331,7 @@ def _translate_errors(path: str) -> Iterator[None]:
     except (FileExistsError, SpxdaskError):
         raise
     except FileNotFoundError as error:
-        # Some stores name only the file, others say that the bucket does not exist.
+        # The error of some stores has only the file's name, others report a missing bucket.
         names_file = not error.args or str(error.args[0]) in path
         reason = os.strerror(errno.ENOENT) if names_file else error.strerror or str(error)
         raise FileNotFoundError(errno.ENOENT, reason, path) from error

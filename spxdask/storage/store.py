@@ -274,9 +274,9 @@ class Store(ABC):
         Returns
         -------
         bool
-            Whether it was written. An object store may answer no when a first request for it
-            was successful and its answer was lost, and a store that knows no conditions
-            writes in any case: the content tells.
+            Whether it was written. This can be wrong for an object store: a repeated request
+            fails if the first one succeeded but its response was lost, and a store without
+            conditional writes always writes. Only the content of the file is certain.
         """
 
     @abstractmethod
@@ -334,7 +334,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete_partial_files(self) -> None:
-        """Delete what writers that were killed left behind; only while nobody writes."""
+        """Delete the partial files of killed writers; only to be called while none writes."""
 
     @abstractmethod
     def free_bytes(self) -> float:

@@ -291,6 +291,6 @@ def test_frames_are_where_the_archive_is_now(tmp_path):
 
 def test_another_query_is_refused(tmp_path):
     saved(tmp_path, found(3))
-    with pytest.raises(RunFolderError, match=r"with radius 3.0, the configuration says 4.0"):
+    with pytest.raises(RunFolderError, match=r"with radius 3.0, the configuration has 4.0"):
         RunFolder(tmp_path).load_observations(config(tmp_path, radius=4.0))
     assert RunFolder(tmp_path / "new").load_observations(config(tmp_path)) is None

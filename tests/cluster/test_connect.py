@@ -148,7 +148,7 @@ def test_a_client_that_lost_its_connection_goes_on_where_it_was(survey, tmp_path
 
             # The query is one of the four.
             pipeline = BatchPipeline(options, client=first, progress=CallAfter(4, disconnect))
-            with pytest.raises(ClusterError, match="the same command goes on"):
+            with pytest.raises(ClusterError, match="the same command resumes the run"):
                 pipeline.run_all()
             before = read_status(options.output_dir)
             assert 3 <= before.measured < n_frames

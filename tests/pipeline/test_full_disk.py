@@ -34,7 +34,7 @@ def test_full_disk_stops_the_run(
     with pytest.raises(DiskFullError) as error:
         pipeline.run_all()
     full = (output_of(pipeline).path / folder).resolve()
-    message = f"No space left on device in {full}: make room, then the same command goes on"
+    message = f"No space left on device in {full}: make room, then the same command resumes the run"
     assert str(error.value) == message
     begun = len(archive.requests) - n_requests - 1
 

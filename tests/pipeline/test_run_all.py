@@ -128,7 +128,7 @@ def test_summary_counts_the_sources_outside_the_field(finished, survey):
     ra, dec = survey.sky.ra, survey.sky.dec
     outside = int((angular_distance(*simulated.CENTER, ra, dec) > 0.05).sum())
     assert finished.summary.stages["query"].outside == outside > 0
-    assert f"{outside} sources lie outside" in str(finished.summary)
+    assert f"{outside} sources outside the circle" in str(finished.summary)
 
 
 def test_query_that_finds_no_frame_ends_the_run(make_config, client):

@@ -88,7 +88,7 @@ def test_light_curves_stay_when_no_frame_is_measured(make_config, client, how):
 def test_stage_refuses_the_frames_of_another_query(make_config, client):
     BatchPipeline(make_config(bands=["D3"]), client=client).run_query()
     other = BatchPipeline(make_config(bands=["D4"]), client=client)
-    with pytest.raises(RunFolderError, match=r"found with bands \['D3'\], the configuration says"):
+    with pytest.raises(RunFolderError, match=r"found with bands \['D3'\], the configuration has"):
         other.run_download()
 
 

@@ -102,9 +102,9 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
     assert list(first.failed) == [lost.filename]
 
     # One frame is removed with its table, and the end of another table is cut off.
-    (folder.images.local_path / unread.filename).unlink()
-    (folder.per_image.local_path / table_name(unread.filename, "csv")).unlink()
-    table = folder.per_image.local_path / table_name(unmeasured.filename, "csv")
+    (folder.images / unread.filename).unlink()
+    (folder.per_image / table_name(unread.filename, "csv")).unlink()
+    table = folder.per_image / table_name(unmeasured.filename, "csv")
     table.write_bytes(table.read_bytes()[:-100])
     found = checked_status(pipeline)
     assert (found.fetched, found.measured, found.pending) == (2, 1, 2)
@@ -119,7 +119,7 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
     }
 
     # A line that a crash cut off is ignored.
-    ledger = folder.state.local_path / "ledger.jsonl"
+    ledger = folder.state / "ledger.jsonl"
     whole = ledger.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     ledger.write_bytes(whole + last.replace(b'"failed"', b'"done"')[:-2])
@@ -133,11 +133,16 @@ def test_status_agrees_with_the_summary(pipeline, archive, survey, capsys, monke
     summary = pipeline.run_all()
     assert summary.failed == {}
     assert_agrees(checked_status(pipeline), summary)
-    monkeypatch.chdir(folder.root.local_path.parent)
+    monkeypatch.chdir(folder.path.parent)
     assert main(["status", "out"]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == (f"{checked_status(pipeline)}\n", "")
-    for text in ("4 frames", f"{summary.n_measured} light curves", "nobody", str(folder.path)):
+    for text in (
+        "4 frames",
+        f"{summary.n_measured} light curves",
+        "running     no",
+        str(folder.path),
+    ):
         assert text in out
 
 

@@ -486,7 +486,7 @@ def test_a_disk_that_fails(frame, images, monkeypatch, call, code):
         return
     # No matter of this frame, and one that every frame would meet.
     assert isinstance(pickle.loads(pickle.dumps(result)), DiskFullError)
-    said = f"{os.strerror(code)} in {images}: make room, then the same command goes on"
+    said = f"{os.strerror(code)} in {images}: make room, then the same command resumes the run"
     assert str(result) == said
     assert os.listdir(images) == []
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_written_leaves_nothing(
 def test_a_full_disk_is_told_by_its_folder(code):
     with pytest.raises(DiskFullError) as error, raise_disk_full(Path("/some/where")):
         raise OSError(code, os.strerror(code))
-    said = f"{os.strerror(code)} in /some/where: make room, then the same command goes on"
+    said = f"{os.strerror(code)} in /some/where: make room, then the same command resumes the run"
     assert str(error.value) == said
 
 

@@ -200,8 +200,8 @@ def _describe_refusal(submit_command: str, error: Exception) -> str:
 def _submit(cluster: Any, jobs: int) -> None:
     """Submit jobs, and return when the batch system has accepted or refused them.
 
-    A Ctrl-C ends this wait only. If one waits as Dask does, it ends the submission, too, and
-    leaves jobs whose numbers nobody knows.
+    A Ctrl-C ends this wait only. With Dask's own way of waiting, it would end the submission,
+    too, and leave jobs whose numbers are unknown.
     """
     is_over = threading.Event()
 

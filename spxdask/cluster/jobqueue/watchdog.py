@@ -1,4 +1,4 @@
-"""Watching the jobs, so that nobody waits for workers that will not come."""
+"""Monitoring of jobs, so that no run waits for workers that will never start."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class JobWatchdog:
                 if self.failure is not None:
                     cancel_futures(self._client, reason="no jobs")
             except Exception:
-                # Whatever went wrong, without further checks a run could wait for ever, and
-                # the next may succeed.
+                # The next check may succeed, and without any a run could wait for workers
+                # without end.
                 if self._cluster.status == Status.running:
                     logger.warning("the jobs could not be checked", exc_info=True)
 

@@ -1,1 +1,1 @@
-"""The compiled inner loops, by topic: pixels of a mapped frame in, numbers out."""
+"""Compiled inner loops, a module for each topic; they read the pixels of a mapped frame."""

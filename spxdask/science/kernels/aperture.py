@@ -1,4 +1,4 @@
-"""Sums over a circle, each pixel with the exact fraction of it that lies inside."""
+"""Sums over a circle in which each pixel has the exact fraction of its area inside as weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy import uint32
 from spxdask.science.compiled import compiled_helper, compiled_inline
 from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
 
-# Fractions up to this are what rounding leaves of a pixel that lies outside.
+# A pixel outside of the circle can have a fraction up to this, because of rounding.
 SMALLEST_FRACTION = 1e-14
 
 
@@ -21,8 +21,9 @@ def _prepare_edges(
 ) -> None:
     """Prepare `_corner_area` for the edges of pixels along one axis.
 
-    `position` gets the distances from the centre to the edges `first` - 0.5, `first` + 0.5
-    and so on, no farther than r, and `arc` the areas under the circle from the centre to there.
+    `position` is filled with the distances from the centre to the edges `first` - 0.5,
+    `first` + 0.5 and so on, clipped to -r and r. `arc` is filled with the areas between the
+    axis and the circle from the centre to these edges.
     """
     for k in range(count):
         t = min(max(first - 0.5 + k - centre, -r), r)
@@ -33,16 +34,34 @@ def _prepare_edges(
 
 @compiled_inline
 def _corner_area(x: float, x_arc: float, y: float, y_arc: float, r: float) -> float:
-    """Return the area of a disc about the origin within [0, x] x [0, y], signed as x y is."""
+    """Return the area of a disc about the origin within [0, x] x [0, y], with the sign of x y."""
     if x * x + y * y <= r * r:
         return x * y
-    # Up to x and up to y, the quarter of the disc is covered; what is covered twice is the area.
+    # The strips up to x and up to y together cover the quarter disc, and overlap in the area
+    # that is wanted, so that it is the sum of the two strips minus the quarter disc.
     return math.copysign(x_arc + y_arc - 0.25 * math.pi * r * r, x * y)
 
 
 @compiled_helper
 def make_aperture_buffers(ny: int, nx: int, r: float) -> Any:
-    """Return the working memory of `sum_aperture` for circles of radius r on a frame."""
+    """Allocate the working memory of `sum_aperture`.
+
+    Parameters
+    ----------
+    ny, nx : int
+        Size of the frame, pixels.
+    r : float
+        Radius of the circles, pixels.
+
+    Returns
+    -------
+    edges : (5, n + 1) float array
+        For the edges of up to n pixels along an axis.
+    values : (2, n, n) float array
+        For the brightness and variance of n x n pixels.
+    masks : (n, n) uint32 array
+        For their flags.
+    """
     n = min(int(2.0 * r), max(ny, nx)) + 3
     return np.empty((5, n + 1)), np.empty((2, n, n)), np.empty((n, n), np.uint32)
 
@@ -51,11 +70,32 @@ def make_aperture_buffers(ny: int, nx: int, r: float) -> Any:
 def sum_aperture(
     planes: Planes, conversion: Conversion, x: float, y: float, r: float, buffers: Any
 ) -> tuple[float, float, uint32, bool]:
-    """Return exact-fraction sums in a circle, and the flags of the pixel centres within it.
+    """Sum brightness and variance over a circle, with exact fractions of the pixels.
 
-    The result is the sum of brightness, the sum of variance, the flags, and whether the
-    median variance was used. The sums are NaN when a pixel inside is not finite, or the
-    circle leaves the frame.
+    Parameters
+    ----------
+    planes : Planes
+        The frame.
+    conversion : Conversion
+        From pixels of the planes to brightness and variance.
+    x, y : float
+        Centre of the circle, 0-based pixels.
+    r : float
+        Radius, pixels.
+    buffers : tuple of array
+        From `make_aperture_buffers`.
+
+    Returns
+    -------
+    total : float
+        Sum of brightness, in result units; NaN if a pixel inside is not finite, or if the
+        circle extends beyond the frame.
+    total_variance : float
+        Sum of variance, in result units squared; NaN under the same conditions.
+    flag_or : uint32
+        All flags of the pixels whose centres lie in the circle.
+    repaired : bool
+        Whether the median variance replaced an invalid one.
     """
     image, variance, zodi, flags = planes
     scale, unit, median_variance = conversion
@@ -64,7 +104,7 @@ def sum_aperture(
     low_column, high_column = max(math.floor(x - r + 0.5), 0), min(math.ceil(x + r - 0.5), nx - 1)
     low_row, high_row = max(math.floor(y - r + 0.5), 0), min(math.ceil(y + r - 0.5), ny - 1)
     rows, columns = high_row - low_row + 1, high_column - low_column + 1
-    # Pixels are copied first, so that waits for the memory of several rows overlap.
+    # Pixels are copied first, so that the processor waits for several rows of memory at once.
     for j in range(rows):
         for k in range(columns):
             row, column = low_row + j, low_column + k
@@ -90,7 +130,7 @@ def sum_aperture(
             dx, dy = low_column + k - x, low_row + j - y
             if dx * dx + dy * dy <= r * r:
                 flag_or |= flag
-            # The NaN of a pixel outside must not enter the sum.
+            # A pixel outside may be NaN, which would make the sum NaN even with weight zero.
             if fraction <= SMALLEST_FRACTION:
                 continue
             v = variances[j, k]

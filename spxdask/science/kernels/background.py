@@ -1,4 +1,4 @@
-"""The pixels about a source that its background is taken from."""
+"""Selection of the pixels around a source from which its background is estimated."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spxdask.science.kernels.statistics import LANES
 
 
 class Masks(NamedTuple):
-    """Which pixels are of no use for a background.
+    """Which pixels are excluded from a background.
 
     Attributes
     ----------
     bad : uint32
         Bits that exclude a pixel.
     source : uint32
-        The SOURCE bit, which excludes a pixel while there are enough without it.
+        The SOURCE bit, which excludes a pixel if enough pixels without it remain.
     check_variance : bool
         Whether the frame has unflagged pixels with an invalid variance, which are excluded.
     """
@@ -32,24 +32,24 @@ class Masks(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Where the background of a source is taken from: a rectangle, a ring, or both.
+    """Region of the background of a source: a rectangle, a ring, or their intersection.
 
     Attributes
     ----------
     height, width : float
-        Size of the rectangle about the source, pixels.
+        Size of the rectangle around the source, pixels.
     beyond_squared : float
-        Pixels must be farther than this from the source, squared, pixels^2.
+        Square of the inner radius of the ring, pixels^2.
     outer_radius : float
-        Pixels must be nearer than this, infinite for a mere rectangle.
+        Outer radius of the ring, pixels; infinite if the region is the rectangle alone.
     max_outer_radius : float
-        The outer radius grows no farther than this.
+        Limit to which the outer radius may grow, pixels.
     growth : float
-        What is added to the outer radius while there are too few usable pixels.
+        Added to the outer radius each time that there are too few usable pixels, pixels.
     max_growths : int
-        How often that is done.
+        How many times the outer radius may grow.
     min_pixels : int
-        Usable pixels that a background needs.
+        Number of usable pixels that a background needs.
     """
 
     height: float
@@ -88,11 +88,11 @@ def _gather_ring(
     check_variance: bool,
     values: np.ndarray,
 ) -> tuple[int, int]:
-    """Put the brightness of the pixels of a box into `values`, and NaN for unusable ones.
+    """Fill `values` with the brightness of the pixels of a box, and NaN for unusable pixels.
 
-    Usable are pixels with none of the excluded bits, a finite value and beyond <
-    distance^2 < within; with `check_variance`, unflagged ones also need a valid variance.
-    Returns the size filled, a multiple of `LANES`, and how many pixels are usable.
+    A pixel is usable if it has none of the excluded bits, is finite, and lies where beyond <
+    distance^2 < within; with `check_variance`, unflagged pixels also need a valid variance.
+    Returns the size filled, which is a multiple of `LANES`, and the number of usable pixels.
     """
     image, variance, zodi, flags = planes
     scale, unit, _ = conversion
@@ -100,7 +100,7 @@ def _gather_ring(
     columns = last_column - first_column + 1
     size = count = 0
     for row in range(first_row, last_row + 1):
-        # Rows are cut out first: from zero on, the compiler knows that no index is negative.
+        # With slices that start at 0, the compiler knows that no index is negative.
         image_row = image[row, first_column : last_column + 1]
         zodi_row = zodi[row, first_column : last_column + 1]
         flags_row = flags[row, first_column : last_column + 1]
@@ -137,11 +137,32 @@ def gather_background(
     y: float,
     values: np.ndarray,
 ) -> tuple[int, int]:
-    """Gather the usable pixels of a region about a source.
+    """Gather the usable pixels of a region around a source.
 
-    While there are fewer than needed, the region grows as far as it may; then pixels with
-    the SOURCE bit are used, too. Returns the size of `values` that is filled, and how many
-    of these are usable; the others are NaN.
+    While there are fewer than needed, the ring grows up to its limits; after that, pixels
+    with the SOURCE bit are used, too.
+
+    Parameters
+    ----------
+    planes : Planes
+        The frame.
+    conversion : Conversion
+        From pixels of the planes to brightness.
+    masks : Masks
+        Pixels that are excluded.
+    region : Region
+        Region around the source.
+    x, y : float
+        Position of the source, 0-based pixels.
+    values : (n,) float array
+        Filled with brightness in result units, and NaN for pixels that are not usable.
+
+    Returns
+    -------
+    size : int
+        Number of values filled, a multiple of `LANES`.
+    count : int
+        How many of them are usable.
     """
     ny, nx = planes.image.shape
     box = _bound_box(ny, nx, y, x, 0.5 * region.height, 0.5 * region.width)

@@ -1,4 +1,4 @@
-"""The sum that FITS calls DATASUM."""
+"""The checksum that FITS calls DATASUM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sum_words(words: np.ndarray) -> np.uint64:
     Parameters
     ----------
     words : (n,) uint32 array
-        As in the file.
+        The words as they are in the file.
 
     Returns
     -------

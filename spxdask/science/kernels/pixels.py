@@ -1,7 +1,8 @@
 """Pixels as they are stored in a FITS file: big-endian words, swapped one at a time.
 
-Planes are mapped files seen as uint32. A pixel is swapped when it is used, so that a
-frame with ten sources costs ten windows and one pass for the zodiacal fit, and no copy.
+Planes are arrays of uint32 in a mapped file. The bytes of a pixel are swapped when it is
+used, so that no plane is copied: for a frame with ten sources, only ten small windows are
+read, and all pixels once for the fit of the zodiacal light.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Planes(NamedTuple):
     Attributes
     ----------
     image, variance, zodi, flags : (ny, nx) uint32 array
-        Words as in the file; the first three are float32.
+        Words as they are in the file; those of the first three planes are float32.
     """
 
     image: np.ndarray
@@ -35,7 +36,7 @@ class Conversion(NamedTuple):
     Attributes
     ----------
     zodi_scale : float
-        ZODI times this is subtracted from IMAGE; nothing is when it is 0.
+        ZODI times this is subtracted from IMAGE; 0 to subtract nothing.
     unit : float
         Factor from the unit of the planes to that of the results.
     median_variance : float
@@ -49,7 +50,17 @@ class Conversion(NamedTuple):
 
 @compiled_inline
 def swap_word(word: Any) -> uint32:
-    """Return a big-endian word in the byte order of the machine."""
+    """Return a big-endian word in the byte order of the machine.
+
+    Parameters
+    ----------
+    word : int
+        32 bits as they are in the file.
+
+    Returns
+    -------
+    uint32
+    """
     word = uint32(word)
     return uint32(
         (word >> uint32(24))
@@ -61,12 +72,32 @@ def swap_word(word: Any) -> uint32:
 
 @compiled_inline
 def read_real(word: Any) -> np.float64:
-    """Return a big-endian float32 as a double."""
+    """Return a big-endian float32 as a double.
+
+    Parameters
+    ----------
+    word : int
+        32 bits as they are in the file.
+
+    Returns
+    -------
+    float64
+    """
     return np.float64(swap_word(word).view(np.float32))
 
 
 @compiled_inline
 def is_finite(value: float) -> bool:
-    """Return whether a number is neither infinite nor NaN."""
-    # An infinity or a NaN times zero is a NaN; unlike math.isfinite, this vectorises.
+    """Return whether a number is neither infinite nor NaN.
+
+    Parameters
+    ----------
+    value : float
+        The number.
+
+    Returns
+    -------
+    bool
+    """
+    # Infinity or NaN times zero is NaN. Unlike math.isfinite, the compiler vectorises this.
     return value * 0.0 == 0.0

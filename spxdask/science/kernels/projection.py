@@ -11,8 +11,8 @@ import numpy as np
 
 from spxdask.science.compiled import compiled, compiled_helper
 
-# The inverse distortion is found to this many pixels; the fit behind the AP and BP cards
-# is good to about 1e-3 pixels only, so the forward polynomials are inverted instead.
+# Accuracy of the inverse distortion, pixels. The forward polynomials are inverted by iteration,
+# because the polynomials of the AP and BP cards are accurate to about 1e-3 pixels only.
 TOLERANCE_PIXELS = 1e-10
 MAX_ITERATIONS = 50
 
@@ -83,7 +83,7 @@ def project_to_pixels(
     Returns
     -------
     x, y : (n,) float array
-        0-based pixels; NaN for what lies 90 deg or more from the reference point, or where
+        0-based pixels; NaN for positions 90 deg or more from the reference point, and where
         the inversion of the distortion does not converge.
     """
     n = len(ra)

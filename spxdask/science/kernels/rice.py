@@ -1,9 +1,9 @@
 """The loop that decompresses RICE_1 tiles.
 
 RICE_1 is described in the FITS standard 4.0, section 10.4.1: the first pixel of a tile
-is stored as it is, the others as differences from the one before, mapped to unsigned
-numbers; each block of 32 has its own number of low bits that are written as they are,
-while the rest of a number is a run of zeros.
+is stored unchanged, each other pixel as the difference from the pixel before, mapped to an
+unsigned number. Each block of 32 pixels has a number of low bits: the low bits of a number
+are stored unchanged, and the remaining high part as a run of that many zeros and a one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numpy import uint32, uint64
 from spxdask.science.compiled import compiled
 from spxdask.science.kernels.pixels import swap_word
 
-# Pixels with one number of low bits.
+# Number of pixels of a block, which share the number of low bits.
 BLOCK = 32
-# For four-byte integers, five bits tell how many low bits a block has; 25 means that its
-# numbers are not compressed at all.
+# For four-byte integers, a block begins with its number of low bits plus one, in five bits.
+# A number of 25 means that the numbers of the block are not compressed.
 SPLIT_BITS = 5
 UNCOMPRESSED = 25
 
@@ -33,14 +33,14 @@ def decompress_rows(
     heap : (m,) uint8 array
         The compressed tiles.
     starts, lengths : (ny,) int array
-        Where each tile lies in the heap, bytes.
+        Position and length of each tile in the heap, bytes.
     out : (ny, nx) uint32 array
         Filled with big-endian words.
 
     Returns
     -------
     int
-        The first row whose tile ends too early; -1 if all are whole.
+        The first row whose tile ends too early; -1 if all are complete.
     """
     ny, nx = out.shape
     for row in range(ny):

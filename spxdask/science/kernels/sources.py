@@ -1,7 +1,7 @@
 """The loop over the sources of a frame.
 
-Everything is computed in double precision, and nothing holds the GIL. What each number
-means is defined in `spxdask.science.photometry`.
+All numbers are computed in double precision, without the GIL. Their meaning is defined in
+`spxdask.science.photometry`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def measure_sources(
     x: np.ndarray,
     y: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Measure background and aperture of every source.
+    """Measure the background and the aperture sum of every source.
 
     Parameters
     ----------
@@ -37,11 +37,11 @@ def measure_sources(
     conversion : Conversion
         From pixels of the planes to brightness and variance.
     masks : Masks
-        Pixels that no background is taken from.
+        Pixels that are excluded from the background.
     region : Region
-        Where the background is taken from.
+        Region of the background around a source.
     clipping : Clipping
-        Of the pixels of the background.
+        Clipping of the pixels of the background.
     radius : float
         Aperture radius, pixels.
     x, y : (n,) float array
@@ -53,7 +53,7 @@ def measure_sources(
         Aperture sum, its variance, background level and error, in result units. All are
         NaN where the background had too few usable pixels.
     flag : (n,) uint32 array
-        Flags of the pixels whose centres lie in the aperture.
+        All flags of the pixels whose centres lie in the aperture.
     repaired : (n,) bool array
         Whether the median variance was used.
     """

@@ -1,4 +1,4 @@
-"""Order statistics and clipping of many numbers."""
+"""Medians and sigma clipping of many numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from numpy import uint32
 from spxdask.science.compiled import compiled, compiled_helper
 from spxdask.science.kernels.pixels import swap_word
 
-# Sums that run side by side; arrays of values are filled up to a multiple of it.
+# Number of partial sums that are added to in parallel. Arrays of values are filled up with NaN
+# to a multiple of it.
 LANES = 64
 # Bits of the smallest and of the largest positive float32.
 SMALLEST = uint32(1)
 LARGEST = uint32(0x7F7FFFFF)
-# Odd, so that a sample of the pixels has some of all columns; its median is good to 0.4 %.
+# Pixels from one of a sample to the next. It is odd, so that the sample has pixels of all
+# columns. The rank of the median of the sample is accurate to 0.4 %.
 SAMPLE_STRIDE = 251
 
 
@@ -26,9 +28,9 @@ class Clipping(NamedTuple):
     Attributes
     ----------
     sigma : float
-        Values farther from the mean than this many standard deviations are left out.
+        Values farther from the mean than this many standard deviations are excluded.
     iterations : int
-        Rounds at most.
+        Maximum number of rounds.
     """
 
     sigma: float
@@ -62,7 +64,7 @@ def _select(values: np.ndarray, n: int, k: int) -> Any:
 
 @compiled_helper
 def _select_two(values: np.ndarray, n: int, lower: int, upper: int) -> Any:
-    """Return the values of two ranks that are one and the same or neighbours; reorders them."""
+    """Return the values of two ranks, which are equal or differ by one; reorders the values."""
     second = first = _select(values, n, upper)
     if lower < upper:
         first = values[0]
@@ -83,9 +85,10 @@ def _compute_moments(
 ) -> tuple[int, float, float]:
     """Return number, mean and standard deviation of the values from low to high.
 
-    `pivot` should be near the mean, so that its square does not swallow the spread. NaNs
-    are never inside. `first` and `second` hold a sum for each of many lanes: the lanes are
-    computed as vectors, in an order that does not depend on the length of the vectors.
+    `pivot` should be near the mean, because rounding of the square of their difference limits
+    the accuracy of the standard deviation. NaNs are excluded. `first` and `second` hold
+    partial sums, one for each of `LANES` lanes: the compiler adds to them with vector
+    instructions, and the order of the additions does not depend on the length of the vectors.
     """
     count = 0
     first[:] = 0.0
@@ -119,25 +122,25 @@ def _find_median(
 ) -> float:
     """Return the median of values, of which `count` are not NaN and `below` below the mean.
 
-    The count and the density of a Gaussian give a guess close to the median. The values
-    about the guess are then picked out, wider and wider until the middle ranks are among
-    them, and only those are put in order.
+    The number of values below the mean and the density of a Gaussian give a guess that is
+    close to the median. The values near the guess are then copied, from an interval that is
+    widened until it includes the middle ranks, and only these values are sorted.
     """
     guess = mean + (0.5 * count - below) / count * 2.5 * deviation
     lower_rank, upper_rank = (count - 1) // 2, count // 2
-    # Some twenty of 2,500 values; the guess is hardly ever farther off.
+    # The interval holds about 20 of 2,500 values, and nearly always includes the median.
     half = 0.01 * deviation
     while True:
         before = picked = 0
         for i in range(size):
             before += values[i] - guess < -half
         for i in range(size):
-            # Without a branch, which the processor would mispredict now and then.
+            # There is no branch here, because the processor would often mispredict it.
             scratch[picked] = values[i]
             picked += abs(values[i] - guess) <= half
         if before <= lower_rank and upper_rank < before + picked:
             break
-        # A spread that rounding made zero must not stop the widening.
+        # A deviation that rounding made zero must not prevent the widening.
         half = 4.0 * half if half > 0.0 else 1e-12 * max(abs(guess), 1.0)
     lower, upper = _select_two(scratch, picked, lower_rank - before, upper_rank - before)
     return 0.5 * (lower + upper)
@@ -149,16 +152,30 @@ def find_clipped_median(
 ) -> tuple[float, float]:
     """Return median and standard deviation after clipping about the mean.
 
-    `values` is filled up with NaN to `size`, a multiple of `LANES`, and is written over.
-    Each clipped set lies within the one before, so two bounds describe what is left.
+    Parameters
+    ----------
+    values : (n,) float array
+        The values, of which NaNs are excluded; they are overwritten.
+    size : int
+        Number of values to use, a multiple of `LANES`.
+    clipping : Clipping
+        How the values are clipped.
+    scratch : (n,) float array
+        Working memory.
+
+    Returns
+    -------
+    median, deviation : float
+        Median and standard deviation of the values that remain.
     """
+    # Each round keeps a subset of the values of the round before, so two bounds define it.
     sigma, iterations = clipping
     first, second = scratch[:LANES], scratch[LANES : 2 * LANES]
     low, high = -math.inf, math.inf
-    # With the zodiacal light subtracted, the mean is near zero.
+    # The mean is near zero if the zodiacal light is subtracted.
     count, mean, deviation = _compute_moments(values, size, low, high, 0.0, first, second)
     if not abs(mean) <= 4.0 * deviation:
-        # From a pivot near the mean, a second pass has no rounding error to speak of.
+        # The rounding error of a second pass is negligible, because its pivot is near the mean.
         count, mean, deviation = _compute_moments(values, size, low, high, mean, first, second)
     for _ in range(iterations):
         limit = sigma * deviation
@@ -166,7 +183,7 @@ def find_clipped_median(
         left, left_mean, left_deviation = _compute_moments(
             values, size, inner_low, inner_high, mean, first, second
         )
-        # A round that would leave nothing, as those below one sigma can, is not done.
+        # Clipping below one sigma can exclude all values; such a round is skipped.
         if left == 0 or left == count:
             break
         low, high, count, mean, deviation = inner_low, inner_high, left, left_mean, left_deviation
@@ -182,19 +199,19 @@ def find_clipped_median(
 def find_positive_median(plane: np.ndarray) -> float:
     """Return the median of the finite positive values of a plane.
 
-    The bits of positive floats sort as the floats do. A sample brackets the median, one
-    pass counts what is below the bracket and picks out what is in it. If the sample was
-    misleading, everything is picked out.
+    Positive floats sort as their bits do, read as integers. A sample gives two bounds around
+    the median. One pass counts the values below the bounds and copies the values between
+    them. If the median is not among these, a second pass copies all values.
 
     Parameters
     ----------
     plane : (ny, nx) uint32 array
-        Float32 words as in the file.
+        Float32 words as they are in the file.
 
     Returns
     -------
     float
-        NaN when there are no such values.
+        The median in the unit of the plane; NaN when there are no such values.
     """
     pixels = plane.reshape(plane.size)
     sample = np.empty(len(pixels) // SAMPLE_STRIDE + 1, np.uint32)
@@ -213,13 +230,14 @@ def find_positive_median(plane: np.ndarray) -> float:
             some = 0
             for k in range(len(block)):
                 word = swap_word(block[k])
-                # Unsigned, so that what is below wraps round to above.
+                # The integers are unsigned, so that those below a bound wrap to large ones and
+                # one comparison checks both bounds.
                 total += word - SMALLEST <= LARGEST - SMALLEST
                 before += word - SMALLEST < low - SMALLEST
                 some += word - low <= high - low
             if some:
                 for k in range(len(block)):
-                    # Without a branch, which the processor would mispredict now and then.
+                    # There is no branch here, because the processor would often mispredict it.
                     picked[inside] = swap_word(block[k])
                     inside += picked[inside] - low <= high - low
         if total == 0:

@@ -1,4 +1,4 @@
-"""The sums behind the fit of the zodiacal light model, one pass of four planes."""
+"""Sums for the fit of the zodiacal light model, from one pass over the four planes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from numpy import uint32
 from spxdask.science.compiled import compiled
 from spxdask.science.kernels.pixels import Planes, is_finite, read_real, swap_word
 
-# Sums that run side by side.
+# Number of partial sums that are added to in parallel.
 LANES = 128
 
 
 class ZodiSums(NamedTuple):
-    """The sums behind the weighted fit of ZODI to IMAGE.
+    """Sums for the weighted fit of ZODI to IMAGE.
 
     Attributes
     ----------
     weighted_iz, weighted_zz : float
         Sums of I Z / variance and Z^2 / variance over usable pixels.
     iz, zz : float
-        Sums of I Z and Z^2 over usable pixels whose variance is invalid and flagged:
-        they get the weight of the frame's median variance.
+        Sums of I Z and Z^2 over usable pixels that are flagged and have an invalid variance.
+        The median variance of the frame is used for them.
     clear : int
-        Pixels with none of the excluded bits.
+        Number of pixels with none of the excluded bits.
     unflagged : int
-        Pixels with an invalid variance and no flag at all.
+        Number of pixels with an invalid variance and no flag.
     finite, valid : bool
-        Whether any pixel of IMAGE is finite, any variance valid.
+        Whether any pixel of IMAGE is finite, and whether any variance is valid.
     """
 
     weighted_iz: float
@@ -45,7 +45,7 @@ class ZodiSums(NamedTuple):
 
 @compiled
 def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
-    """Return the sums behind the weighted fit of ZODI to IMAGE.
+    """Compute the sums for the weighted fit of ZODI to IMAGE.
 
     Parameters
     ----------
@@ -57,15 +57,16 @@ def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
     Returns
     -------
     ZodiSums
-        Usable pixels are finite in IMAGE and ZODI and have none of the excluded bits.
+        A pixel is usable if it is finite in IMAGE and ZODI and has none of the excluded bits.
     """
     image, variance, zodi, flags = planes
     ny, nx = image.shape
     clear = unflagged = 0
     finite = valid = False
     iz = zz = 0.0
-    # No branch, and a sum for each of many lanes: the loop runs on vectors, and the order
-    # of the additions, so the result, does not depend on how long the vectors are.
+    # The loop has no branch and a partial sum for each lane, so that the compiler uses vector
+    # instructions. The order of the additions, and so the result, does not depend on the length
+    # of the vectors.
     izw, zzw = np.zeros(LANES), np.zeros(LANES)
     for row in range(ny):
         for start in range(0, nx, LANES):
@@ -93,7 +94,7 @@ def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
                 zzw[k] += z * weighted
             if not any_invalid:
                 continue
-            # Few pixels have an invalid variance that matters, so a second pass is cheap.
+            # Few usable or unflagged pixels have an invalid variance, so a second pass is cheap.
             for k in range(len(some_image)):
                 v = read_real(some_variance[k])
                 if (v > 0.0) & (v < math.inf):

@@ -61,7 +61,7 @@ class Header(Mapping[str, Any]):
     __slots__ = ("_cards",)
 
     def __init__(self, cards: dict[bytes, bytes]) -> None:
-        # Not decoded or parsed here, as hardly any card is ever read.
+        # Cards are decoded and parsed when they are read, because few ever are.
         self._cards = cards
 
     def __getitem__(self, keyword: str) -> Any:

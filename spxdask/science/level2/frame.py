@@ -129,7 +129,7 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     Raises
     ------
     FrameError
-        If the file is not a readable Level 2 frame; the message says what is wrong.
+        If the file is not a readable Level 2 frame; the message describes the reason.
     OSError
         If the file cannot be opened.
     """

@@ -1,6 +1,6 @@
-"""Tile-compressed integers, as QR3 and later have their flags.
+"""Tile-compressed integers: the format of the FLAGS extension in release QR3 and later.
 
-The loop itself, and the format, are in `spxdask.science.kernels.rice`.
+`spxdask.science.kernels.rice` describes the compression and has the inner loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_row_compressed(hdu: Hdu) -> bool:
     Returns
     -------
     bool
-        Whether `decompress` reads it.
+        Whether `decompress` can read it.
     """
     header = hdu.header
     parameters = {
@@ -51,7 +51,7 @@ def decompress(buffer: memoryview, hdu: Hdu) -> np.ndarray:
     Parameters
     ----------
     buffer : memoryview
-        The whole file.
+        The content of the file.
     hdu : Hdu
         The extension.
 
@@ -77,7 +77,7 @@ def decompress(buffer: memoryview, hdu: Hdu) -> np.ndarray:
     if not 0 <= begin <= hdu.data_size:
         raise FrameError(f"FLAGS cannot be decompressed: THEAP is {begin}")
     heap = np.frombuffer(buffer, np.uint8, hdu.data_size - begin, hdu.data_start + begin)
-    # Without the sum of start and length, which may be too large for an integer.
+    # Start and length are not added, because their sum may overflow.
     outside = (starts < 0) | (lengths < 4) | (lengths > len(heap)) | (starts > len(heap) - lengths)
     if outside.any():
         raise FrameError("FLAGS cannot be decompressed: a tile lies outside of the table")
