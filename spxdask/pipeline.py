@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from typing import Any
 
 import dask.bag as db
 from distributed import Client
@@ -19,10 +19,9 @@ from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import ClusterSession
 from spxdask.cluster.tasks import run_one
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError, RunFolderError
+from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
-from spxdask.run.observations import Observations
 from spxdask.run.plan import MeasurementInputs
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
@@ -110,13 +109,8 @@ class BatchPipeline:
         self._session.connect()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._held.__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     @property
     def dashboard_link(self) -> str | None:
@@ -143,7 +137,7 @@ class BatchPipeline:
         RunFolderError
             Before the first query.
         """
-        return make_bag(self._load_observations())
+        return make_bag(self.folder.require_observations(self.config))
 
     @property
     def images(self) -> db.Bag:
@@ -170,7 +164,6 @@ class BatchPipeline:
         """
         # Read before the query, so that a mistake in it is found at once.
         catalogue, config = self.catalogue, self.config
-        inside = catalogue.within(config.center_ra, config.center_dec, config.radius)
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
             if self._session.is_connected:
@@ -179,15 +172,7 @@ class BatchPipeline:
             else:
                 # A run with nothing left to do needs no cluster.
                 found = query.find_observations(config)
-            self.folder.save_query(found, config)
-            self.folder.save_catalogue(catalogue)
-            self.folder.save_config(config)
-            report.total = report.done = len(found)
-            report.bytes = sum(o.size_bytes or 0 for o in found)
-            report.outside = len(catalogue) - len(inside)
-            report.releases.update(f"qr{o.recency[0]}" for o in found)
-            if found:
-                query.warn_if_far_from_field(catalogue, config)
+            query.record_query(self.folder, config, catalogue, found, report)
             self._progress.advance()
         return found
 
@@ -268,7 +253,7 @@ class BatchPipeline:
         with self._session.hold():
             # When nothing is found or measured, that is more often a mistake than a reason to
             # remove light curves.
-            if self._load_observations() if retry_failed else self.run_query():
+            if self.folder.require_observations(self.config) if retry_failed else self.run_query():
                 self._run_frames("download", "extract", only_failed=retry_failed)
                 try:
                     self.run_aggregate()
@@ -291,7 +276,7 @@ class BatchPipeline:
                 config=self.config,
                 # A download needs no catalogue, which may be elsewhere.
                 inputs=self._make_inputs(with_catalogue="extract" in stages),
-                observations=self._load_observations(),
+                observations=self.folder.require_observations(self.config),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
             )
@@ -322,10 +307,3 @@ class BatchPipeline:
         for report in reports:
             report.seconds = time.monotonic() - started
             self.reports[report.stage] = report
-
-    def _load_observations(self) -> Observations:
-        """Return the last query's frames, at the archive that the configuration names."""
-        observations = self.folder.load_observations(self.config)
-        if observations is None:
-            raise RunFolderError(f"no query was made in {self.folder.path}: run query first")
-        return observations

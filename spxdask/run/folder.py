@@ -260,6 +260,29 @@ class RunFolder:
                 )
         return found
 
+    def require_observations(self, config: BatchConfig) -> Observations:
+        """Return the result of the last query, as `load_observations`.
+
+        Parameters
+        ----------
+        config : BatchConfig
+            What is requested now.
+
+        Returns
+        -------
+        Observations
+            The frames, at the archive that the configuration names.
+
+        Raises
+        ------
+        RunFolderError
+            If there was no query, or another one than the configuration asks for.
+        """
+        observations = self.load_observations(config)
+        if observations is None:
+            raise RunFolderError(f"no query was made in {self.path}: run query first")
+        return observations
+
 
 def _query_options(config: BatchConfig) -> dict[str, Any]:
     """Return the options that decide which frames are found."""

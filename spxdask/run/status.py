@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 
-from spxdask.errors import RunFolderError
 from spxdask.progress import RATE_WINDOW_S
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
@@ -181,9 +180,7 @@ def watch_status(
 
 def _read(folder: RunFolder) -> RunStatus:
     config = folder.saved_config()
-    observations = folder.load_observations(config)
-    if observations is None:
-        raise RunFolderError(f"no query was made in {folder.path}: run query first")
+    observations = folder.require_observations(config)
     folder.ledger.refresh()
     image_sizes = folder.images.list_sizes()
     found = RunStatus(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from astropy.table import Table
@@ -20,6 +20,8 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import TapOptions, run_adql
 from spxdask.config import BatchConfig
 from spxdask.errors import InputError, TruncatedAnswerError
+from spxdask.run.folder import RunFolder
+from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
@@ -219,6 +221,40 @@ def sum_gigabytes(observations: Iterable[Observation]) -> float:
         Size in GB, with 71.6 MB for a frame whose length the archive does not state.
     """
     return sum(o.size_bytes or TYPICAL_FRAME_BYTES for o in observations) / 1e9
+
+
+def record_query(
+    folder: RunFolder,
+    config: BatchConfig,
+    catalogue: Catalogue,
+    found: Sequence[Observation],
+    report: StageReport,
+) -> None:
+    """Save what a query found, with the catalogue and the configuration, and report it.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Locked by the caller.
+    config : BatchConfig
+        The run.
+    catalogue : Catalogue
+        Its sources.
+    found : sequence of Observation
+        The result of `find_observations`.
+    report : StageReport
+        The report to fill in.
+    """
+    folder.save_query(found, config)
+    folder.save_catalogue(catalogue)
+    folder.save_config(config)
+    inside = catalogue.within(config.center_ra, config.center_dec, config.radius)
+    report.total = report.done = len(found)
+    report.bytes = sum(o.size_bytes or 0 for o in found)
+    report.outside = len(catalogue) - len(inside)
+    report.releases.update(f"qr{o.recency[0]}" for o in found)
+    if found:
+        warn_if_far_from_field(catalogue, config)
 
 
 def warn_if_far_from_field(

@@ -30,6 +30,7 @@ from spxdask import BatchConfig, BatchPipeline, load_query_summary
 from spxdask.cli import main
 from spxdask.errors import RunFolderError
 from spxdask.run import lock
+from spxdask.run.lock import LeaseLock
 from spxdask.run.status import read_status
 from spxdask.simulate.archive import SimulatedArchive
 from spxdask.stages.light_curves import light_curve_name
@@ -382,12 +383,13 @@ def test_killed_run_in_a_store_is_resumed(store, on_disk, make_config, client, c
     assert not store.exists(f"{url}/state/lock")
 
 
-def test_second_run_in_a_folder_of_a_store_is_refused(make_config, client, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_S", 0.1)
-    monkeypatch.setattr(lock, "LEASE_S", 2.0)
+def test_second_run_in_a_folder_of_a_store_is_refused(make_config, client):
     config = make_config(f"s3://{BUCKET}/runs/two", bands=["D1"], keep_images=False)
-    refusal = f"another run is at work in {config.output_dir} .process {os.getpid()} on"
+    refusal = f"{config.output_dir}: another run is at work here .process {os.getpid()} on"
     first, second = (BatchPipeline(config, client=client) for _ in range(2))
+    for folder in (first.folder, second.folder):
+        patience = {"renewal_interval_s": 0.1, "lease_s": 2.0}
+        folder.lock = LeaseLock(folder.state, folder.path, **patience)
     with ThreadPoolExecutor(1) as pool, store_holds("per_image", 1) as arrived:
         running = pool.submit(first.run_all)
         assert arrived.wait(60)
