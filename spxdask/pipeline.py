@@ -12,21 +12,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dask.bag as db
-from distributed import Client
 
 from spxdask.archive.observation import Observation
 from spxdask.cluster.page import ProgressPublisher
-from spxdask.cluster.session import ClusterSession
+from spxdask.cluster.session import Client, ClusterSession
 from spxdask.cluster.tasks import run_one
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
-from spxdask.run.plan import MeasurementInputs
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
-from spxdask.stages.frames import TASK_STATES, FrameRun, make_bag
+from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
 from spxdask.tables.catalogue import CatalogueFile
 
 logger = logging.getLogger(__name__)
@@ -57,8 +55,6 @@ class BatchPipeline:
 
     Attributes
     ----------
-    config : BatchConfig
-        As given.
     summary : RunSummary or None
         The account of the last `run_all`.
     reports : dict of str to StageReport
@@ -99,9 +95,7 @@ class BatchPipeline:
         self._held = ExitStack()
 
     def __repr__(self) -> str:
-        if self.summary is not None:
-            return str(self.summary)
-        return f"BatchPipeline in {self.folder.path}"
+        return str(self.summary or f"BatchPipeline in {self.folder.path}")
 
     def __enter__(self) -> BatchPipeline:
         # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
@@ -227,7 +221,7 @@ class BatchPipeline:
         """
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
-            run.choose_tables(self.folder.load_observations(self.config), self._make_inputs())
+            run.choose_tables(self.folder.load_observations(self.config), self.catalogue)
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -262,10 +256,6 @@ class BatchPipeline:
         self.summary = RunSummary(stages=self.reports, n_sources=n_sources, output=self.folder.path)
         return self.summary
 
-    def _make_inputs(self, *, with_catalogue: bool = True) -> MeasurementInputs:
-        catalogue = self.catalogue if with_catalogue else None
-        return MeasurementInputs(photometry=self.config.photometry, catalogue=catalogue)
-
     def _run_frames(
         self, *stages: str, skip_existing: bool = True, only_failed: bool = False
     ) -> dict[str, StageReport]:
@@ -275,14 +265,14 @@ class BatchPipeline:
                 folder=self.folder,
                 config=self.config,
                 # A download needs no catalogue, which may be elsewhere.
-                inputs=self._make_inputs(with_catalogue="extract" in stages),
+                catalogue=self.catalogue if "extract" in stages else None,
                 observations=self.folder.require_observations(self.config),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
             )
             self.folder.save_config(self.config)
             states = run.plan(skip_existing=skip_existing, only_failed=only_failed)
-            if any(state in states for state in TASK_STATES):
+            if needs_tasks(states):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
         return run.reports
 

@@ -23,6 +23,7 @@ from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
 from spxdask.run.observations import Observations
 from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
 from spxdask.run.summary import StageReport
+from spxdask.science.catalogue import Catalogue
 from spxdask.stages import light_curves
 from spxdask.storage import raise_disk_full
 from spxdask.text import format_count
@@ -68,15 +69,15 @@ class Aggregation:
     def _n_partitions(self) -> int:
         return light_curves.count_partitions(self._tables, self._config.num_buckets)
 
-    def choose_tables(self, observations: Observations | None, inputs: MeasurementInputs) -> None:
+    def choose_tables(self, observations: Observations | None, catalogue: Catalogue) -> None:
         """Choose the per-image tables.
 
         Parameters
         ----------
         observations : Observations or None
             The frames of the last query; None to take every table in per_image/.
-        inputs : MeasurementInputs
-            What tables have to be made with.
+        catalogue : Catalogue
+            The sources that tables have to be made with.
 
         Raises
         ------
@@ -95,6 +96,7 @@ class Aggregation:
                 )
             self._tables = [light_curves.describe_table(name, sizes[name], None) for name in names]
             return
+        inputs = MeasurementInputs(photometry=self._config.photometry, catalogue=catalogue)
         planned = plan_frames(
             observations,
             folder.ledger,

@@ -25,6 +25,7 @@ from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
 from spxdask.run.plan import FrameState, MeasurementInputs, has_failed, plan_frames
 from spxdask.run.summary import StageReport
+from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class FrameRun:
         Locked by the caller.
     config : BatchConfig
         The run.
-    inputs : MeasurementInputs
-        What tables are made with.
+    catalogue : Catalogue or None
+        The sources; None where nothing is to be measured.
     observations : Observations
         The frames; read several times, part by part.
     reports : dict of str to StageReport
@@ -60,10 +61,15 @@ class FrameRun:
 
     folder: RunFolder
     config: BatchConfig
-    inputs: MeasurementInputs
+    catalogue: Catalogue | None
     observations: Observations
     reports: dict[str, StageReport]
     progress: ProgressPublisher
+
+    @cached_property
+    def inputs(self) -> MeasurementInputs:
+        """What tables are made with."""
+        return MeasurementInputs(photometry=self.config.photometry, catalogue=self.catalogue)
 
     @cached_property
     def _bag(self) -> db.Bag:
@@ -322,6 +328,21 @@ def _as_frame_task(
     The key is new each time: a key that the scheduler still knows would not run again.
     """
     return as_task((stage, f"{observation.stem}-{uuid.uuid4().hex[:8]}"), function, *arguments)
+
+
+def needs_tasks(states: bytearray) -> bool:
+    """Return whether any frame of a plan is to be fetched or measured.
+
+    Parameters
+    ----------
+    states : bytearray
+        A `FrameState` a frame.
+
+    Returns
+    -------
+    bool
+    """
+    return any(state in states for state in TASK_STATES)
 
 
 def make_bag(observations: Observations) -> db.Bag:
