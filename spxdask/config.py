@@ -6,6 +6,7 @@ flags, the commented template that ``spxdask config`` writes and the documentati
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import textwrap
@@ -48,7 +49,9 @@ __all__ = [
 ]
 
 BANDS = ("D1", "D2", "D3", "D4", "D5", "D6")
-RELEASES = ("latest", "qr2", "qr3", "all")
+# What `release` may be besides names of releases.
+RELEASES = ("latest", "all")
+RELEASE_NAME = re.compile("[a-z][a-z0-9]*")
 IRSA_TAP_URL = "https://irsa.ipac.caltech.edu/TAP"
 IRSA_ARCHIVE_URL = "https://irsa.ipac.caltech.edu"
 
@@ -181,6 +184,20 @@ def _sort_bands(value: Any) -> Any:
     if not all(isinstance(band, str) for band in value):
         raise ValueError("{rule}")
     return tuple(sorted({band.upper() for band in value}))
+
+
+def _check_release(value: Any) -> Any:
+    """Return the names of releases in lower case, sorted, separated by commas."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple | set | frozenset) or not names:
+        raise ValueError("{rule}")
+    found = {name.strip().lower() if isinstance(name, str) else "" for name in names}
+    if not all(map(RELEASE_NAME.fullmatch, found)) or (len(found) > 1 and found & {*RELEASES}):
+        raise ValueError("{rule}")
+    for name in found - {*RELEASES}:
+        if difflib.get_close_matches(name, RELEASES):
+            raise ValueError("{rule}")
+    return ",".join(sorted(found))
 
 
 def _check_order(value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -324,12 +341,15 @@ class BatchConfig(CheckedOptions):
         AfterValidator(_check_order),
     ] = None
     release: Annotated[
-        Literal["latest", "qr2", "qr3", "all"],
+        str,
         option(
-            "'latest' keeps the newest version of each exposure; 'qr2' or 'qr3' takes one release "
-            "only; 'all' keeps every version",
+            "'latest' keeps the newest version of each exposure, of whatever release; names such "
+            "as 'qr3', or 'qr2,qr3', restrict that to these releases; 'all' keeps every version",
             group=FRAMES,
+            rule="latest, all, or names of releases such as qr3 or qr2,qr3",
+            metavar="NAME",
         ),
+        BeforeValidator(_check_release),
     ] = "latest"
     coverage_mode: Annotated[
         Literal["any", "full"],

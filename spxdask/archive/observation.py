@@ -11,15 +11,18 @@ from spxdask.storage import local_path
 
 # The start of every URI at IRSA's own file service.
 SERVICE_PREFIX = "ibe/data/spherex/"
-# Example: level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits
+# Examples: level2_2025W51_1A_0684_2D3_spx_l2b-v21-2025-354.fits, and of an exposure that was
+# processed again level2_2026W31_2A_0101_3D5_spx_l2b_retry-v27-2026-242.fits.
 _FILENAME = re.compile(
     r"level2_(?P<obs_id>[0-9A-Za-z_]{1,60})D(?P<detector>[1-6])_spx_"
-    r"l2b-v(?P<version>\d{1,6})-(?P<year>\d{4})-(?P<day>\d{3})\.fits"
+    r"l2b(?P<rerun>_retry(?P<rerun_number>\d{0,4}))?"
+    r"-v(?P<version>\d{1,6})-(?P<year>\d{4})-(?P<day>\d{3})\.fits"
 )
 _URI_PART = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
-_RELEASE = re.compile(r"qr(\d+)")
-# Example: ivo://irsa.ipac/spherex_qr2_deep?2025W51_1A_0684_2/D3
-_PUBLISHER_DID = re.compile(r"ivo://[^?]*/spherex_(?P<release>qr\d+)(_deep)?\?")
+# Examples: ivo://irsa.ipac/spherex_qr2_deep?2025W51_1A_0684_2/D3, with spherex_dr1 for DR1.
+_PUBLISHER_DID = re.compile(r"ivo://[^?]*/spherex_(?P<release>[a-z][a-z0-9]*)(_deep)?\?")
+# Releases whose fluxes are on the scale of before QR3; all others are on that of QR3.
+EARLY_RELEASES = frozenset({"qr1", "qr2"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,17 +78,30 @@ class Observation:
         return self.filename.removesuffix(".fits")
 
     @property
-    def recency(self) -> tuple[int, ...]:
+    def recency(self) -> tuple[int, int, int, int, str]:
         """What orders the versions of a frame: the larger, the newer.
 
         Returns
         -------
-        tuple of int
-            Release, pipeline version, year and day of the processing.
+        tuple
+            Pipeline version, year and day of the processing, number of the re-run (0 for a
+            first run), and the URI, which decides between two copies of one file. Names of
+            releases say nothing about age.
         """
-        release = next((int(m[1]) for m in map(_RELEASE.fullmatch, self.uri.split("/")) if m), 0)
         name = _match_filename(self.filename)
-        return release, int(name["version"]), int(name["year"]), int(name["day"])
+        rerun = int(name["rerun_number"] or 1) if name["rerun"] else 0
+        return int(name["version"]), int(name["year"]), int(name["day"]), rerun, self.uri
+
+    @property
+    def release(self) -> str:
+        """The release that the frame is of, such as ``qr2`` or ``dr1``.
+
+        Returns
+        -------
+        str
+            The first folder of the URI; empty for a URI without folders.
+        """
+        return self.uri.removeprefix(SERVICE_PREFIX).rpartition("/")[0].partition("/")[0]
 
     def is_complete(self, sizes: Mapping[str, int]) -> bool:
         """Return whether the frame is among some files, with the length the archive states.
@@ -199,8 +215,8 @@ def parse_release(publisher_did: str) -> str | None:
     Returns
     -------
     str or None
-        Such as ``qr2``, also for a deep collection; None if the identifier is of a
-        collection that is not understood.
+        Such as ``qr2`` or ``dr1``, also for a deep collection; None if the identifier is of
+        a collection that is not understood.
     """
     match = _PUBLISHER_DID.match(publisher_did)
     return match["release"] if match else None

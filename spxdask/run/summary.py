@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from spxdask.archive.observation import EARLY_RELEASES
 from spxdask.text import format_count
 
 MAX_FAILURES_SHOWN = 10
@@ -174,9 +175,11 @@ def _count_results(report: StageReport) -> tuple[str, str]:
 def _list_notes(report: StageReport) -> list[str]:
     """Return a line for each thing that users should know of the results of a stage."""
     notes = []
-    if len(report.releases) > 1:
+    early = EARLY_RELEASES & report.releases.keys()
+    if early and report.releases.keys() - early:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
-        notes.append(f"{counts}: their flux scales differ by a few percent")
+        scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
+        notes.append(f"{counts}: {scale}")
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")

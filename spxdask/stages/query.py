@@ -23,6 +23,7 @@ from spxdask.errors import InputError, TruncatedAnswerError
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
+from spxdask.text import format_count
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +143,18 @@ def select_observations(answer: Table, config: BatchConfig) -> list[Observation]
         If a file has a URI that is not a plain relative path.
     """
     selected: dict[tuple[str, ...], Observation] = {}
-    n_ignored = 0
+    ignored: list[str] = []
+    found_releases: set[str] = set()
+    wanted = None if config.release in ("latest", "all") else config.release.split(",")
     for row in answer.iterrows():
         publisher_did, *bounds, uri, size = row
         uri = str(uri)
         release = parse_release(str(publisher_did))
         if release is None or not is_level2_name(uri):
-            n_ignored += 1
+            ignored.append(f"{uri} of {publisher_did}")
             continue
-        if config.release in ("qr2", "qr3") and release != config.release:
+        found_releases.add(release)
+        if wanted is not None and release not in wanted:
             continue
         check_uri(uri)
         lower_m, upper_m, begin, end = (
@@ -174,8 +178,19 @@ def select_observations(answer: Table, config: BatchConfig) -> list[Observation]
         key = (observation.filename,) if config.release == "all" else (obs_id, band)
         if key not in selected or selected[key].recency < observation.recency:
             selected[key] = observation
-    if n_ignored:
-        logger.info("%d files that are not Level 2 science frames were ignored", n_ignored)
+    if ignored:
+        logger.warning(
+            "%s of the archive ignored, as name or collection is not understood; for example %s",
+            format_count(len(ignored), "file"),
+            ignored[0][:200],
+        )
+    absent = set(wanted or ()) - found_releases
+    if absent and found_releases:
+        logger.warning(
+            "no frame of release %s covers the field; there are frames of %s",
+            ", ".join(sorted(absent)),
+            ", ".join(sorted(found_releases)),
+        )
     # Frames without a time come last.
     return sorted(
         selected.values(),
@@ -252,7 +267,7 @@ def record_query(
     report.total = report.done = len(found)
     report.bytes = sum(o.size_bytes or 0 for o in found)
     report.outside = len(catalogue) - len(inside)
-    report.releases.update(f"qr{o.recency[0]}" for o in found)
+    report.releases.update(o.release for o in found)
     if found:
         warn_if_far_from_field(catalogue, config)
 

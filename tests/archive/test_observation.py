@@ -59,7 +59,10 @@ def test_another_name_has_no_identity(name):
     [
         ("ivo://irsa.ipac/spherex_qr2?2025W51_1A_0684_2/D3", "qr2"),
         ("ivo://irsa.ipac/spherex_qr10_deep?2025W51_1A_0684_2/D3", "qr10"),
-        ("ivo://irsa.ipac/spherex_xx?2025W51_1A_0684_2/D3", None),
+        ("ivo://irsa.ipac/spherex_dr1?2025W51_1A_0684_2/D3", "dr1"),
+        ("ivo://irsa.ipac/spherex_dr1_deep?2025W51_1A_0684_2/D3", "dr1"),
+        ("ivo://irsa.ipac/spherex_qr2_cal?2025W51_1A_0684_2/D3", None),
+        ("ivo://irsa.ipac/spherex_?2025W51_1A_0684_2/D3", None),
         ("ivo://irsa.ipac/wise?2025W51_1A_0684_2/D3", None),
         ("", None),
     ],
@@ -76,12 +79,17 @@ def test_a_d_in_the_obs_id_is_not_the_detector():
 @pytest.mark.parametrize(
     ("older", "newer"),
     [
+        ("qr9/{}l2b-v9-2030-354", "qr2/{}l2b-v10-2026-001"),
+        ("qr3/{}l2b-v30-2026-100", "dr1/{}l2b-v31-2026-310"),
+        ("dr1/{}l2b-v30-2026-100", "qr3/{}l2b-v30-2026-101"),
+        ("qr3/{}l2b-v27-2026-242", "qr3/{}l2b_retry-v27-2026-242"),
+        ("qr3/{}l2b_retry-v27-2026-242", "qr3/{}l2b_retry2-v27-2026-242"),
+        ("qr3/{}l2b_retry-v27-2026-242", "qr3/{}l2b-v27-2026-243"),
+        # Two copies of one file: any order will do, as long as it is always the same.
         ("qr2/{}l2b-v21-2025-354", "qr3/{}l2b-v21-2025-354"),
-        ("qr9/{}l2b-v99-2030-354", "qr10/{}l2b-v1-2026-001"),
         ("qr2/{}l2b-v9-2025-354", "qr2/{}l2b-v10-2025-354"),
         ("qr2/{}l2b-v21-2025-354", "qr2/{}l2b-v21-2026-001"),
         ("qr2/{}l2b-v21-2025-099", "qr2/{}l2b-v21-2025-100"),
-        ("elsewhere/{}l2b-v99-2030-001", "qr2/{}l2b-v1-2025-001"),
     ],
 )
 def test_the_newer_version(older, newer):
@@ -95,6 +103,8 @@ def test_the_newer_version(older, newer):
     [
         (URI, True),
         (OBSERVATION.filename, True),
+        (URI.replace("l2b-", "l2b_retry-"), True),
+        (URI.replace("l2b-", "l2b_other-"), False),
         (f"{URI}\n", False),
         (f"{URI}.gz", False),
         (URI.replace("D3_", "D7_"), False),

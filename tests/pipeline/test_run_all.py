@@ -116,10 +116,10 @@ def test_running_stage_by_stage_gives_the_same_files(finished, make_config, clie
 
 def test_summary_counts_the_frames_of_each_release(finished, make_config, client):
     assert finished.summary.stages["query"].releases == {"qr2": 4, "qr3": 2}
-    assert "4 of qr2, 2 of qr3: their flux scales differ" in str(finished.summary)
+    assert "4 of qr2, 2 of qr3: qr2 has another flux scale" in str(finished.summary)
     one = BatchPipeline(make_config(bands=["D1"]), client=client)
     assert repr(one) == f"BatchPipeline in {output_of(one).path}"
-    assert "flux scales" not in str(one.run_all())
+    assert "flux scale" not in str(one.run_all())
     assert repr(one) == repr(one.summary) == str(one.summary)
     assert repr(one.reports["aggregate"]).startswith("aggregate   ")
 

@@ -159,21 +159,32 @@ def test_nothing_there_is_no_error(path):
 OLD, NEW, QR3 = (
     archived_uri(),
     archived_uri(version="l2b-v22-2026-010"),
-    archived_uri(release="qr3", version="l2b-v2-2026-100"),
+    archived_uri(release="qr3", version="l2b-v30-2026-100"),
 )
+RERUN = archived_uri(release="qr3", version="l2b_retry-v30-2026-100")
+DR1 = archived_uri(release="dr1", version="l2b-v31-2026-310")
 
 
 @pytest.mark.parametrize(
     ("release", "kept"),
-    [("latest", [QR3]), ("qr2", [NEW]), ("qr3", [QR3]), ("all", sorted([OLD, NEW, QR3]))],
+    [
+        ("latest", [DR1]),
+        ("qr2", [NEW]),
+        ("qr3", [RERUN]),
+        ("qr2,qr3", [RERUN]),
+        ("dr1", [DR1]),
+        ("all", sorted([OLD, NEW, QR3, RERUN, DR1])),
+    ],
 )
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(6))
 def test_releases_and_versions(path, release, kept, turn):
     sky = [
         archived_frame(path, version="l2b-v22-2026-010"),
         archived_frame(path),
         archived_frame(path, deep="_deep"),
-        archived_frame(path, release="qr3", version="l2b-v2-2026-100"),
+        archived_frame(path, release="qr3", version="l2b-v30-2026-100"),
+        archived_frame(path, release="qr3", version="l2b_retry-v30-2026-100"),
+        archived_frame(path, release="dr1", version="l2b-v31-2026-310"),
     ]
     with SimulatedArchive(sky[turn:] + sky[:turn]) as archive:
         observations = found(archive, release=release)
@@ -187,7 +198,13 @@ def test_detectors_of_an_exposure_are_not_versions_of_it(frames):
         }  # fmt: skip
 
 
-def test_only_science_files_count(path):
+def test_a_release_that_is_absent_is_a_warning(path, caplog):
+    with SimulatedArchive([archived_frame(path)]) as archive:
+        assert found(archive, release="dr1") == []
+        assert "no frame of release dr1 covers the field; there are frames of qr2" in caplog.text
+
+
+def test_only_science_files_count(path, caplog):
     other = [
         archived_uri().replace("level2_", "cutout_"),
         archived_uri().replace(".fits", ".fits.gz"),
@@ -196,10 +213,13 @@ def test_only_science_files_count(path):
     ]
     science = archived_frame(path)
     with SimulatedArchive(
-        [science, archived_frame(path, 2, release="xx")],
+        [science, archived_frame(path, 2, deep="_cal")],
         extra_artifacts=[(science, u, path) for u in other],
     ) as archive:
         assert [o.uri for o in found(archive)] == [archived_uri()]
+    [record] = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "5 files of the archive ignored" in record.getMessage()
+    assert "for example " in record.getMessage()
 
 
 ROW = (
