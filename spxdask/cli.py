@@ -89,7 +89,7 @@ COMMANDS = {
         "one stage", "measure the catalogue in every frame", "[--output DIR] [options]"
     ),
     "aggregate": _Command(
-        "one stage", "write one light curve a source", "[--output DIR] [options]"
+        "one stage", "write one light curve per source", "[--output DIR] [options]"
     ),
 }
 HEAD = "The light of every source you care about, out of every SPHEREx image."

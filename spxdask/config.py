@@ -291,7 +291,7 @@ class BatchConfig(CheckedOptions):
     lightcurve_format: Annotated[
         _Format,
         option(
-            "'csv' is a file a source; 'parquet' one dataset of num_buckets files, for a million "
+            "'csv' is a file per source; 'parquet' one dataset of num_buckets files, for a million "
             "sources",
             group=OUTPUT,
         ),

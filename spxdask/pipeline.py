@@ -99,8 +99,10 @@ class BatchPipeline:
 
     def __enter__(self) -> BatchPipeline:
         # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
-        self._held.enter_context(self._session.hold())
-        self._session.connect()
+        with ExitStack() as stack:
+            stack.enter_context(self._session.hold())
+            self._session.connect()
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -160,7 +162,7 @@ class BatchPipeline:
         catalogue, config = self.catalogue, self.config
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
-            if self._session.is_connected:
+            if self._session.has_cluster:
                 key = ("query", uuid.uuid4().hex)
                 found = run_one(self._session.connect(), query.find_observations, config, key=key)
             else:
@@ -288,10 +290,10 @@ class BatchPipeline:
             try:
                 yield reports
             finally:
-                self._progress.finish()
                 # The ledger of a folder that another run has taken over is not ours to write.
                 if not self.folder.is_lock_lost:
                     self.folder.ledger.flush()
+                self._progress.finish()
             # Workers that died leave partial files behind.
             self.folder.delete_partial_files()
         for report in reports:

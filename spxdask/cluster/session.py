@@ -74,7 +74,7 @@ class ClusterSession:
         return self._given is None and self._scheduler is None and self._jobqueue is None
 
     @property
-    def is_connected(self) -> bool:
+    def has_cluster(self) -> bool:
         """Whether there is a cluster that need not be started."""
         return self._client is not None or self._scheduler is not None
 

@@ -252,11 +252,11 @@ class RunFolder:
             return None
         found = Observations(self.state, OBSERVATIONS_NAME, config.archive_url)
         for name, value in _query_options(config).items():
-            if found.query_options[name] != value:
+            was = found.query_options.get(name)
+            if was != value:
                 raise RunFolderError(
-                    f"the frames in {self.path} were found with {name} "
-                    f"{found.query_options[name]!r}, the configuration has {value!r}: run query "
-                    "first"
+                    f"the frames in {self.path} were found with {name} {was!r}, the configuration "
+                    f"has {value!r}: run query first"
                 )
         return found
 

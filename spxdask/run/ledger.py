@@ -58,7 +58,10 @@ class Outcome:
     bounding_circle : tuple of float or None
         Circle on the sky that holds the frame: ra, dec and radius, deg.
     checksum : str or None
-        Of a fetched file: ones' complement sum of its 32-bit words, as FITS has them.
+        Of a fetched file, the ones' complement sum of its 32-bit words, as FITS has them; of a
+        table, the hash of its content that `hash_table` gives.
+    frame_bytes : int
+        Length of the frame that was measured, 0 where that is not known.
     recipe : str or None
         Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
     catalogue : str or None
@@ -79,6 +82,7 @@ class Outcome:
     sources_fingerprint: str | None = None
     bounding_circle: tuple[float, float, float] | None = None
     checksum: str | None = None
+    frame_bytes: int = 0
     recipe: str | None = None
     catalogue: str | None = None
 
@@ -117,6 +121,8 @@ class Ledger(ABC):
         self.last_time = None
         self.recipes = {}
         self._offsets: dict[str, dict[str, int]] = {}
+        # Where the last success begins of frames whose last outcome is a failure.
+        self._done_offsets: dict[str, dict[str, int]] = {}
         self._end = 0
 
     @abstractmethod
@@ -147,6 +153,35 @@ class Ledger(ABC):
             None when there is none.
         """
         offset = self._offsets.get(stage, {}).get(filename)
+        return self._read_outcome(offset)
+
+    def get_done(self, stage: str, filename: str) -> Outcome | None:
+        """Return the last success of a stage for a frame, which a failure may have followed.
+
+        Parameters
+        ----------
+        stage : str
+            ``download`` or ``extract``.
+        filename : str
+            The frame.
+
+        Returns
+        -------
+        Outcome or None
+            None when there is none.
+        """
+        offset = self._done_offsets.get(stage, {}).get(filename)
+        if offset is not None:
+            return self._read_outcome(offset)
+        outcome = self.get(stage, filename)
+        return outcome if outcome is not None and outcome.status == "done" else None
+
+    def _is_done(self, offset: int) -> bool:
+        outcome = self._read_outcome(offset)
+        return outcome is not None and outcome.status == "done"
+
+    def _read_outcome(self, offset: int | None) -> Outcome | None:
+        """Return the outcome whose line begins at an offset of the file."""
         if offset is None or self._file is None:
             return None
         line, piece = b"", b" "
@@ -156,21 +191,6 @@ class Ledger(ABC):
             line += piece[: piece.find(b"\n") + 1] or piece
         found = _parse_outcome(_parse_line(line))
         return found[1] if found is not None else None
-
-    def has_failed(self, filename: str) -> bool:
-        """Return whether the last outcome of any stage for a frame is a failure.
-
-        Parameters
-        ----------
-        filename : str
-            The frame.
-
-        Returns
-        -------
-        bool
-        """
-        outcomes = (self.get(stage, filename) for stage in ("download", "extract"))
-        return any(outcome is not None and outcome.status == "failed" for outcome in outcomes)
 
     def add(self, outcome: Outcome) -> None:
         """Append an outcome.
@@ -230,7 +250,14 @@ class Ledger(ABC):
         if found is not None:
             self.last_time, outcome = found
             # Interned, so that each name is in memory once for all stages.
-            self._offsets.setdefault(outcome.stage, {})[sys.intern(outcome.filename)] = self._end
+            filename = sys.intern(outcome.filename)
+            last = self._offsets.setdefault(outcome.stage, {})
+            done = self._done_offsets.setdefault(outcome.stage, {})
+            if outcome.status == "done":
+                done.pop(filename, None)
+            elif filename in last and filename not in done and self._is_done(last[filename]):
+                done[filename] = last[filename]
+            last[filename] = self._end
         elif isinstance(record.get("recipe"), str) and isinstance(record.get("steps"), dict):
             self.recipes[record["recipe"]] = record["steps"]
 

@@ -53,10 +53,26 @@ class FrameState(enum.IntEnum):
 
 
 class Outcomes(Protocol):
-    """Where the last outcome of each frame and stage is found: the ledger."""
+    """Where the outcomes of each frame and stage are found: the ledger."""
 
     def get(self, stage: str, filename: str) -> Outcome | None:
         """Return the last outcome of a stage for a frame.
+
+        Parameters
+        ----------
+        stage : str
+            Name of the stage.
+        filename : str
+            Name of the frame's file.
+
+        Returns
+        -------
+        Outcome or None
+            None when there is none.
+        """
+
+    def get_done(self, stage: str, filename: str) -> Outcome | None:
+        """Return the last success of a stage for a frame, which a failure may have followed.
 
         Parameters
         ----------
@@ -99,7 +115,7 @@ class MeasurementInputs:
     photometry : PhotometryConfig
         How a source is measured.
     catalogue : Catalogue or None
-        The sources; None when they are not known, and any are taken for right.
+        The sources; None if unknown: then every catalogue matches.
     """
 
     photometry: PhotometryConfig
@@ -252,16 +268,18 @@ def plan_frames(
     """
     for observation in observations:
         filename = observation.filename
-        extracted = outcomes.get("extract", filename) if "extract" in stages else None
-        measured = None
-        if skip_existing and extracted is not None and extracted.status == "done":
-            size = table_sizes.get(table_name(filename, table_format))
-            if (
-                extracted.bytes == size
-                and inputs.match(extracted)
-                and not _was_replaced(observation, outcomes)
+        extracted = measured = None
+        if "extract" in stages:
+            extracted = outcomes.get("extract", filename)
+            table = table_sizes.get(table_name(filename, table_format)) if skip_existing else None
+            # A failure with other inputs does not make a table wrong that is still there.
+            measured = outcomes.get_done("extract", filename) if table is not None else None
+            if measured is not None and not (
+                measured.bytes == table
+                and inputs.match(measured)
+                and not _was_replaced(observation, measured, outcomes)
             ):
-                measured = extracted
+                measured = None
         state = _decide(
             observation,
             outcomes,
@@ -311,8 +329,11 @@ def _decide(
     return FrameState.MEASURE if is_on_disk else FrameState.MISSING
 
 
-def _was_replaced(observation: Observation, outcomes: Outcomes) -> bool:
-    """Return whether the archive has another file under the name than was fetched."""
+def _was_replaced(observation: Observation, measured: Outcome, outcomes: Outcomes) -> bool:
+    """Return whether the archive has another file under the name than was measured."""
+    if measured.frame_bytes:
+        return observation.size_bytes not in (None, measured.frame_bytes)
+    # Earlier versions did not record the length of what was measured.
     fetched = outcomes.get("download", observation.filename)
     if fetched is None or fetched.status != "done" or not observation.size_bytes:
         return False
@@ -325,8 +346,8 @@ class TableChoice:
 
     Attributes
     ----------
-    tables : list of (str, int, int)
-        Name, length in bytes and number of rows of each.
+    tables : list of (str, int, int, str or None)
+        Name, length in bytes, number of rows and checksum of each.
     stale : list of str
         Names of tables that were made with other inputs, or changed or removed since.
     stale_reason : str
@@ -335,7 +356,7 @@ class TableChoice:
         Frames without a table that can be taken.
     """
 
-    tables: list[tuple[str, int, int]] = field(default_factory=list)
+    tables: list[tuple[str, int, int, str | None]] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     stale_reason: str = ""
     left_out: int = 0
@@ -376,14 +397,13 @@ def choose_tables(
     for observation, state, measured in planned:
         name = table_name(observation.filename, table_format)
         if measured is not None:
-            choice.tables.append((name, measured.bytes, measured.rows))
+            choice.tables.append((name, measured.bytes, measured.rows, measured.checksum))
             continue
         choice.left_out += 1
         if state == FrameState.FAILED:
             continue
-        earlier = outcomes.get("extract", observation.filename)
-        was_measured = earlier is not None and earlier.status == "done"
-        if name in table_sizes or was_measured:
+        earlier = outcomes.get_done("extract", observation.filename)
+        if name in table_sizes or earlier is not None:
             if not choice.stale:
                 choice.stale_reason = _explain(earlier, inputs, recipes, table_sizes.get(name))
             choice.stale.append(name)
@@ -397,7 +417,7 @@ def _explain(
     size: int | None,
 ) -> str:
     """Describe why a table is stale."""
-    if outcome is None or outcome.status != "done":
+    if outcome is None:
         return "no record says how it was made"
     if outcome.recipe is not None and outcome.recipe != inputs.recipe.digest:
         steps = recipes.get(outcome.recipe)

@@ -45,6 +45,11 @@ class StepDefinition:
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _read_frame(photometry: PhotometryConfig) -> dict[str, Any]:
+    """Reading a frame has no options; the step is there for its version."""
+    return {}
+
+
 def _read_selection(photometry: PhotometryConfig) -> dict[str, Any]:
     from spxdask.science.photometry import margin
 
@@ -88,6 +93,7 @@ def _read_aperture(photometry: PhotometryConfig) -> dict[str, Any]:
 
 
 STEPS = (
+    StepDefinition(name="frame", version=1, read_options=_read_frame),
     StepDefinition(name="selection", version=1, read_options=_read_selection),
     StepDefinition(name="zodi", version=1, read_options=_read_zodi),
     StepDefinition(name="background", version=1, read_options=_read_background),
@@ -177,7 +183,7 @@ def make_recipe(
 
 # Versions of the steps whose numbers are those that MEASUREMENT_VERSION 2 stood for.
 _LEGACY_VERSION = 2
-_LEGACY_STEPS = {"selection": 1, "zodi": 1, "background": 1, "aperture": 1}
+_LEGACY_STEPS = {"frame": 1, "selection": 1, "zodi": 1, "background": 1, "aperture": 1}
 _LEGACY_OPTIONS = (
     "aperture_method",
     "aperture_diameter",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pyarrow.parquet as pq
 
 from spxdask.progress import RATE_WINDOW_S
+from spxdask.run.aggregation import load_aggregation
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
@@ -46,6 +47,8 @@ class RunStatus:
         Rows in the tables that are up to date.
     lightcurves : int
         Light curves in lightcurves/.
+    is_aggregated : bool
+        Whether nothing that they are made of has changed since.
     failed : dict of str to str
         Stage and reason by file name.
     skipped : Counter
@@ -68,6 +71,7 @@ class RunStatus:
     pending: int = 0
     rows: int = 0
     lightcurves: int = 0
+    is_aggregated: bool = True
     failed: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
@@ -82,11 +86,12 @@ class RunStatus:
     def __str__(self) -> str:
         size = f"{self.frame_bytes / 1e9:.3g} GB ({self.queried})"
         rows = format_count(self.rows, "row")
+        stale = "" if self.is_aggregated or not self.lightcurves else " (not up to date)"
         lines = [
             ("query", f"{format_count(self.n_frames, 'frame')}, {size}"),
             ("download", f"{format_count(self.fetched, 'frame')} in images/"),
             ("extract", f"{format_count(self.measured, 'frame')} measured, {rows}"),
-            ("aggregate", format_count(self.lightcurves, "light curve")),
+            ("aggregate", format_count(self.lightcurves, "light curve") + stale),
             ("pending", format_count(self.pending, "frame")),
             ("failed", format_count(len(self.failed), "frame") if self.failed else "none"),
         ]
@@ -166,6 +171,9 @@ def watch_status(
     while True:
         started = clock()
         found = _read(folder)
+        if history and found.ended < history[-1][1]:
+            # A run with other options or a new query has begun.
+            history.clear()
         history.append((started, found.ended))
         while started - history[0][0] > RATE_WINDOW_S:
             history.popleft()
@@ -189,6 +197,7 @@ def _read(folder: RunFolder) -> RunStatus:
         queried=observations.query_time,
         n_frames=len(observations),
         lightcurves=_count_light_curves(folder.lightcurves, config.lightcurve_format),
+        is_aggregated=load_aggregation(folder.state) is not None,
     )
     planned = plan_frames(
         observations,

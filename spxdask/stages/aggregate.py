@@ -185,6 +185,7 @@ class Aggregation:
                 on_result=lambda _: self._progress.advance(),
                 on_restart=lambda: self._progress.start("aggregate", n_partitions, "partitions"),
             )
+        folder.raise_if_lock_lost()
         written = pd.concat(parts, ignore_index=True)
         report.rows = int(written["rows"].sum())
         report.total = report.done = len(written)
@@ -196,6 +197,7 @@ class Aggregation:
                 "out, so the light curves are incomplete: run aggregate again"
             )
         self._remove_leftovers(written, n_partitions)
+        folder.raise_if_lock_lost()
         save_aggregation(
             folder.state,
             AggregationRecord(
@@ -235,13 +237,21 @@ class Aggregation:
             f"{AGGREGATION_VERSION} {config.lightcurve_format} {config.keep_bucket_files} "
             f"{self._n_partitions}"
         ]
-        return _digest([*lines, *(f"{t.name} {t.bytes} {t.rows}" for t in self._tables)])
+        return _digest(
+            [*lines, *(f"{t.name} {t.bytes} {t.rows} {t.checksum}" for t in self._tables)]
+        )
 
     def _digest_files(self) -> str:
         """Return a hash of which light curves there are, and how long they are."""
         folders = self._folder.lightcurves, self._folder.buckets
         sizes: Iterable[Mapping[str, int]] = (folder.list_sizes() for folder in folders)
-        return _digest(f"{name} {size}" for found in sizes for name, size in sorted(found.items()))
+        # Names that begin with a dot are of files that are not yet whole.
+        return _digest(
+            f"{name} {size}"
+            for found in sizes
+            for name, size in sorted(found.items())
+            if not name.startswith(".")
+        )
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.storage import Store, locate_file, open_store
-from spxdask.tables.per_image import encode_rows
+from spxdask.tables.per_image import encode_rows, hash_table
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,8 @@ def _measure(frame: Frame, catalogue: Catalogue, options: ExtractOptions) -> dic
         "warnings": warnings,
         "sources_fingerprint": catalogue.digest(near).hex(),
         "bounding_circle": frame.bounding_circle,
+        "frame_bytes": frame.file_bytes,
+        "checksum": hash_table(content),
     }
 
 
@@ -210,6 +212,7 @@ def measure_catalogue(
         "band": frame.band,
         "mjd": frame.mjd,
         **measured.columns,
+        # One value for all rows is encoded once.
         "aperture_radius": measured.radius,
         "filename": frame.filename,
     }

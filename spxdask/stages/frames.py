@@ -159,7 +159,7 @@ class FrameRun:
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
             discard_aggregation(folder.state)
-        folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
+            folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
         make_task = _TaskFactory(
             images=str(folder.images),
             per_image=str(folder.per_image),
@@ -203,7 +203,7 @@ class FrameRun:
             elif is_killed_worker(result) and suspects is not None:
                 suspects.append((observation, state))
             elif isinstance(result, BaseException):
-                self._record(observation, state, [self._make_failure(observation, result)])
+                self._record(observation, state, [self._make_failure(observation, state, result)])
             else:
                 outcomes = result if isinstance(result, list) else [result]
                 self._record(observation, state, outcomes)
@@ -222,13 +222,16 @@ class FrameRun:
         reason = f"{observation.filename}: {last.reason}" if failed else None
         self.progress.advance(failed=failed, reason=reason)
 
-    def _make_failure(self, observation: Observation, error: BaseException) -> Outcome:
+    def _make_failure(
+        self, observation: Observation, state: FrameState, error: BaseException
+    ) -> Outcome:
         """Return the outcome of a task that could not report one."""
         reason = f"{type(error).__name__}: {error}"
         if is_killed_worker(error):
             reason = "every worker that began it died, perhaps for lack of memory (KilledWorker)"
         # The last stage of the task is the one that is to be done again.
-        return self._fail(list(self.reports)[-1], observation, reason)
+        stage = "download" if state == FrameState.FETCH else "extract"
+        return self._fail(stage, observation, reason)
 
     def _record_missing_frame(self, observation: Observation) -> None:
         """Record that a frame cannot be measured, as it is not there."""
@@ -356,7 +359,7 @@ def make_bag(observations: Observations) -> db.Bag:
     Returns
     -------
     dask.bag.Bag of Observation
-        A partition a part.
+        One partition per part.
     """
     parts = range(observations.n_parts)
     return db.from_delayed([dask.delayed(observations.part)(number) for number in parts])

@@ -19,6 +19,7 @@ from spxdask.storage import Store, file_stem, locate_file, open_store
 from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
 from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.per_image import hash_table
 from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
 from spxdask.text import format_count
 
@@ -46,11 +47,14 @@ class Table:
         Its length as CSV; of a Parquet file, an estimate. See `describe_table`.
     rows : int or None
         The number of rows that it must have, None if that is not known.
+    checksum : str or None
+        That of its content, None if that is not known.
     """
 
     name: str
     bytes: int
     rows: int | None
+    checksum: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +164,12 @@ def save_table_groups(
     return n_groups
 
 
-_GROUPS_SCHEMA = pa.schema({"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64()})
+_GROUPS_SCHEMA = pa.schema(
+    {"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64(), "checksum": pa.string()}
+)
 
 
-def describe_table(name: str, size: int, rows: int | None) -> Table:
+def describe_table(name: str, size: int, rows: int | None, checksum: str | None = None) -> Table:
     """Describe a per-image table.
 
     Parameters
@@ -174,6 +180,8 @@ def describe_table(name: str, size: int, rows: int | None) -> Table:
         Length of the file, bytes.
     rows : int or None
         The number of rows that it must have, None if that is not known.
+    checksum : str, optional
+        That of its content, if it is known.
 
     Returns
     -------
@@ -183,7 +191,7 @@ def describe_table(name: str, size: int, rows: int | None) -> Table:
     """
     if not name.endswith(".csv"):
         size = ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
-    return Table(name=name, bytes=size, rows=rows)
+    return Table(name=name, bytes=size, rows=rows, checksum=checksum)
 
 
 def count_partitions(
@@ -258,7 +266,13 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
         found = file.read_row_group(group).to_pydict()
     folder, read = open_store(options.per_image), []
     contents = folder.get_many(found["name"])
-    for name, expected, content in zip(found["name"], found["rows"], contents, strict=True):
+    columns = (found[column] for column in ("name", "rows", "checksum"))
+    for name, expected, checksum, content in zip(*columns, contents, strict=True):
+        if checksum is not None and hash_table(content) != checksum:
+            raise FrameError(
+                f"{folder.path_to(name)} is not the table that was written: delete it, then run "
+                "extract"
+            )
         try:
             rows = read_lines(content)
         except (pa.ArrowException, KeyError, OSError) as error:
@@ -266,7 +280,7 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
         if expected is not None and len(rows) != expected:
             raise FrameError(
                 f"{folder.path_to(name)} has {format_count(len(rows), 'row')}, {expected:,} were "
-                "measured: run extract again"
+                "measured: delete it, then run extract"
             )
         read.append(rows)
     return _to_pandas(_merge_lines_by_source(pa.concat_tables(read)))

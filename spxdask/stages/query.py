@@ -260,6 +260,7 @@ def record_query(
     report : StageReport
         The report to fill in.
     """
+    folder.raise_if_lock_lost()
     folder.save_query(found, config)
     folder.save_catalogue(catalogue)
     folder.save_config(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -9,7 +11,7 @@ from spxdask.tables.csv import Columns, nan_as_null, render_header, render_lines
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.schema import PER_IMAGE, SCHEMA
 
-__all__ = ["encode_rows"]
+__all__ = ["encode_rows", "hash_table"]
 
 
 def encode_rows(columns: Columns, format: str) -> bytes:
@@ -35,3 +37,19 @@ def encode_rows(columns: Columns, format: str) -> bytes:
         array = pa.repeat(column, n) if isinstance(column, str | float) else pa.array(column)
         arrays[name] = pc.cast(nan_as_null(array), SCHEMA.field(name).type)
     return encode_parquet(pa.table(arrays, schema=SCHEMA))
+
+
+def hash_table(content: bytes | bytearray | memoryview) -> str:
+    """Return a checksum of a table, which tells it from another of the same length.
+
+    Parameters
+    ----------
+    content : bytes
+        The file.
+
+    Returns
+    -------
+    str
+        Its CRC-32 as eight hexadecimal digits.
+    """
+    return f"{zlib.crc32(content):08x}"

@@ -56,6 +56,11 @@ class Ledger(dict):
     def get(self, stage, filename):
         return super().get((stage, filename))
 
+    def get_done(self, stage, filename):
+        earlier = super().get((stage, filename, "done"))
+        last = self.get(stage, filename)
+        return last if last is not None and last.status == "done" else earlier
+
 
 @pytest.fixture
 def catalogue():
@@ -173,6 +178,35 @@ def test_a_frame_that_the_archive_has_replaced(inputs, measured):
     assert decide(inputs, measured, same, table=77, keep_images=False) == FrameState.DONE
 
 
+def test_a_frame_that_was_replaced_and_fetched_is_measured_again(inputs, measured):
+    old = replace(measured, frame_bytes=SIZE - 1)
+    fetched = outcome("download", "done", bytes=SIZE)
+    assert decide(inputs, old, fetched, on_disk=True, table=77) == FrameState.MEASURE
+    # The new file could not be fetched yet.
+    failed = outcome("download", "failed", reason="HTTP 503")
+    assert decide(inputs, old, failed, table=77) == FrameState.FETCH_AND_MEASURE
+    new = replace(measured, frame_bytes=SIZE)
+    assert decide(inputs, new, fetched, on_disk=True, table=77) == FrameState.DONE
+
+
+def test_a_failure_with_other_inputs_does_not_outdate_a_table(inputs, measured):
+    failed = outcome("extract", "failed", reason="not downloaded", recipe="other", catalogue="x")
+    ledger = ledger_of(failed)
+    ledger[("extract", FRAME.filename, "done")] = measured
+    for retry_failed in (True, False):
+        [planned] = plan_frames(
+            [FRAME],
+            ledger,
+            inputs,
+            image_sizes={},
+            table_sizes={TABLE: 77},
+            keep_images=False,
+            retry_failed=retry_failed,
+        )
+        assert planned.state == FrameState.DONE
+        assert planned.measured is measured
+
+
 def test_other_options_make_a_table_stale(inputs, measured):
     other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
     assert decide(other, measured, on_disk=True, table=77) == FrameState.MEASURE
@@ -284,7 +318,7 @@ class TestChoiceOfTables:
 
     def test_a_table_that_is_up_to_date(self, inputs, measured):
         choice = self.choose(inputs, measured, table_sizes={TABLE: 77})
-        assert choice.tables == [(TABLE, 77, 3)]
+        assert choice.tables == [(TABLE, 77, 3, None)]
         assert not choice.stale
         assert choice.left_out == 0
 

@@ -56,6 +56,8 @@ class Frame:
         Bit of each flag, by the header's own names.
     warnings : tuple of str
         What a user should know of the file although it can be measured.
+    file_bytes : int
+        Length of the file.
     """
 
     filename: str
@@ -72,6 +74,7 @@ class Frame:
     psf_fwhm: float | None = None
     flag_bits: dict[str, int] = field(default_factory=lambda: dict(FLAG_BITS))
     warnings: tuple[str, ...] = ()
+    file_bytes: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,6 +173,7 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         psf_fwhm=_read_psf_fwhm(header),
         flag_bits=read_flag_bits(hdus["FLAGS"].header),
         warnings=_list_warnings(header),
+        file_bytes=len(buffer),
     )
     if not np.isfinite(frame.bounding_circle).all():
         raise FrameError("no usable celestial WCS: the frame is nowhere on the sky")
