@@ -1,7 +1,7 @@
 """How tests are shared out under ``pytest -n 2``.
 
 Tests that start clusters, kill processes or submit jobs would disturb each other's timing. They
-are run one by one by one process of pytest-xdist, while the other processes take the rest, file
+are in two groups, each run one by one by one process of pytest-xdist; the rest is shared out file
 by file. Markers are not known where xdist shares tests out, and `--dist loadgroup` of
 pytest-xdist 3.8 has no effect with pytest 9.2, so the files are named here.
 """
@@ -15,23 +15,29 @@ import pytest
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
-ONE_BY_ONE = (
-    "tests/cluster/",
-    "tests/pipeline/",
-    "tests/run/test_status.py",
-    "tests/stages/test_light_curves.py",
-    "tests/stages/test_sources.py",
-    "tests/test_cli.py",
-    "tests/test_demo.py",
-    "tests/test_kills.py",
-    "tests/test_streaming.py",
-)
+# The two groups take about as long. Within a group, tests run one by one.
+GROUPS = {
+    "batch systems and kills": (
+        "tests/cluster/",
+        "tests/test_kills.py",
+    ),
+    "whole runs": (
+        "tests/pipeline/",
+        "tests/run/test_status.py",
+        "tests/stages/test_light_curves.py",
+        "tests/stages/test_sources.py",
+        "tests/test_cli.py",
+        "tests/test_demo.py",
+        "tests/test_streaming.py",
+    ),
+}
 
 
 def find_group(nodeid: str) -> str:
     """Return the group of a test: those of one group are run by one process, in order."""
     file = nodeid.partition("::")[0]
-    return "one by one" if file.startswith(ONE_BY_ONE) else file
+    found = (name for name, files in GROUPS.items() if file.startswith(files))
+    return next(found, file)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -81,6 +81,7 @@ def compute(x):
 """
 
 
+@pytest.mark.slow
 def test_cached_code_is_not_older_than_the_functions_that_it_calls(tmp_path):
     """Numba compares the file of the compiled function only."""
     (tmp_path / "called.py").write_text(CALLED)

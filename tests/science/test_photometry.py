@@ -191,6 +191,7 @@ def test_every_subpixel_phase_and_coincident_sources():
         np.testing.assert_allclose(column[-3:], column[:3], rtol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 @given(
     x=st.floats(-0.5, 0.5),
     y=st.floats(-0.5, 0.5),
