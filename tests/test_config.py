@@ -747,7 +747,7 @@ def test_every_option_of_the_template_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
+    ("options", "n_choices"), [(BatchConfig, 3), (PhotometryConfig, 2)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
     found = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from objectstore import BUCKET, serving
 
 from spxdask.run.ledger import LINE_BYTES, LocalLedger, Outcome, StoreLedger, open_ledger
+from spxdask.run.plan import has_failed
 from spxdask.storage import open_store
 
 FULL = Outcome(
@@ -32,6 +33,7 @@ FULL = Outcome(
     checksum="00ff00ff",
     recipe="0123",
     catalogue="4567",
+    frame_bytes=71_600_000,
 )
 
 
@@ -128,11 +130,32 @@ def test_a_frame_has_failed_when_the_last_word_of_a_stage_is_so(path):
         (outcome(stage="extract"), False),
         (outcome(status="failed"), True),
     ]
-    assert not ledger.has_failed("a.fits")
+    assert not has_failed(ledger, "a.fits")
     for one, failed in steps:
         ledger.add(one)
-        assert ledger.has_failed("a.fits") == LocalLedger(path).has_failed("a.fits") == failed
-    assert not ledger.has_failed("b.fits")
+        reopened = LocalLedger(path)
+        assert has_failed(ledger, "a.fits") == has_failed(reopened, "a.fits") == failed
+    assert not has_failed(ledger, "b.fits")
+
+
+def test_the_last_success_outlives_failures(path):
+    ledger = LocalLedger(path)
+    assert ledger.get_done("extract", "a.fits") is None
+    first, second = (outcome(stage="extract", rows=rows) for rows in (1, 2))
+    failure = outcome(stage="extract", status="failed", reason="x")
+    for one, expected in [
+        (failure, None),
+        (first, first),
+        (failure, first),
+        (failure, first),
+        (second, second),
+        (failure, second),
+    ]:
+        ledger.add(one)
+        for found in (ledger, LocalLedger(path)):
+            assert found.get("extract", "a.fits") == one
+            assert found.get_done("extract", "a.fits") == expected
+            assert found.get_done("download", "a.fits") is None
 
 
 def test_the_last_time_is_that_of_the_last_whole_line(path):
