@@ -223,7 +223,8 @@ class BatchPipeline:
         """
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
-            run.choose_tables(self.folder.load_observations(self.config), self.catalogue)
+            observations = self.folder.load_observations(self.config)
+            run.choose_tables(observations, None if observations is None else self.catalogue)
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -244,11 +245,9 @@ class BatchPipeline:
             Its text is what the command line prints.
         """
         self.reports = {}
-        # Read before anything else, so that a mistake in it is found at once.
         n_sources = len(self.catalogue)
         with self._session.hold():
-            # When nothing is found or measured, that is more often a mistake than a reason to
-            # remove light curves.
+            # Nothing found or measured is more often a mistake than a reason to remove curves.
             if self.folder.require_observations(self.config) if retry_failed else self.run_query():
                 self._run_frames("download", "extract", only_failed=retry_failed)
                 try:
@@ -285,7 +284,6 @@ class BatchPipeline:
         started = time.monotonic()
         self._session.require_main_guard()
         with self._session.hold(), self.folder.locked():
-            # Another run, or the user, may have changed something since.
             self.folder.ledger.refresh()
             try:
                 yield reports

@@ -69,15 +69,15 @@ class Aggregation:
     def _n_partitions(self) -> int:
         return light_curves.count_partitions(self._tables, self._config.num_buckets)
 
-    def choose_tables(self, observations: Observations | None, catalogue: Catalogue) -> None:
+    def choose_tables(self, observations: Observations | None, catalogue: Catalogue | None) -> None:
         """Choose the per-image tables.
 
         Parameters
         ----------
         observations : Observations or None
             The frames of the last query; None to take every table in per_image/.
-        catalogue : Catalogue
-            The sources that tables have to be made with.
+        catalogue : Catalogue or None
+            The sources that the tables of a query's frames have to be made with.
 
         Raises
         ------
