@@ -2,7 +2,7 @@
 
 A test belongs to the quick tier (``pytest -m quick``) unless it carries one of the markers of
 `EXPENSIVE`. It uses no cluster, and only ports that the system chooses, and so may run in parallel:
-``pytest -m quick -n 2 --dist loadfile``. Markers that follow from a fixture or an import are added
+``pytest -m quick -n 2``. Markers that follow from a fixture or an import are added
 here, so that nobody has to remember them; a test that starts a cluster in another way without the
 marker fails.
 """
@@ -17,7 +17,7 @@ import pytest
 import simulated
 from distributed import Client, LocalCluster
 from hypothesis import settings
-from scheduling import pytest_xdist_make_scheduler  # noqa: F401
+from scheduling import put_groups_first, pytest_xdist_make_scheduler  # noqa: F401
 
 from spxdask import BatchConfig
 from spxdask.simulate.archive import SimulatedArchive
@@ -47,7 +47,9 @@ MARKER_OF_IMPORT = {"LocalCluster": "cluster", "serving": "s3"}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if getattr(config.option, "dist", "no") != "no" or hasattr(config, "workerinput"):
+        put_groups_first(items)
     for item in items:
         for fixture, marker in MARKER_OF_FIXTURE.items():
             if fixture in getattr(item, "fixturenames", ()):
@@ -57,9 +59,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in EXPENSIVE):
             item.add_marker("quick")
-        elif item.config.pluginmanager.hasplugin("xdist"):
-            # With `--dist loadgroup`, one process runs them all, one after another.
-            item.add_marker(pytest.mark.xdist_group("expensive"))
 
 
 @pytest.fixture(scope="session", autouse=True)
