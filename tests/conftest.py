@@ -10,6 +10,7 @@ marker fails.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from scheduling import put_groups_first, pytest_xdist_make_scheduler  # noqa: F4
 
 from spxdask import BatchConfig
 from spxdask.simulate.archive import SimulatedArchive
+
+# Workers import functions that tests send them from `tests`. Appended, so that the spxdask that is
+# installed is the one that is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # CI repeats the same examples, so that a failure there means a change; other runs search further.
 settings.register_profile("ci", derandomize=True, deadline=None)
