@@ -82,6 +82,12 @@ def _clusters_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _records_reach_caplog(caplog: pytest.LogCaptureFixture) -> None:
+    """Undo what clusters of earlier tests did to pytest's handler: Dask raises its level."""
+    caplog.handler.setLevel(0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     item.session.stash[CURRENT_ITEM] = item

@@ -1,10 +1,9 @@
-"""How tests are shared out under ``pytest -n 3``.
+"""How tests are shared out under ``pytest -n 2``.
 
 Tests that start clusters, kill processes or submit jobs would disturb each other's timing. They
-are in three groups, each run one by one by one process of pytest-xdist; the rest is shared out
-file by file. These tests mostly wait, so that two cores are enough for three groups. Markers are
-not known where xdist shares tests out, and `--dist loadgroup` of pytest-xdist 3.8 has no effect
-with pytest 9.2, so the files are named here.
+are in two groups, each run one by one by one process of pytest-xdist; the rest is shared out file
+by file. Markers are not known where xdist shares tests out, and `--dist loadgroup` of
+pytest-xdist 3.8 has no effect with pytest 9.2, so the files are named here.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 
 # The groups take about as long. Within a group, tests run one by one.
 GROUPS = {
-    "clusters and batch systems": ("tests/cluster/", "tests/test_demo.py"),
-    "kills": ("tests/test_kills.py", "tests/test_streaming.py"),
+    "clusters and kills": ("tests/cluster/", "tests/test_kills.py", "tests/test_streaming.py"),
     "whole runs": (
         "tests/pipeline/",
         "tests/run/test_status.py",
         "tests/stages/test_light_curves.py",
         "tests/stages/test_sources.py",
         "tests/test_cli.py",
+        "tests/test_demo.py",
     ),
 }
 

@@ -250,6 +250,8 @@ def test_worker_killed_at_a_point(make_config, client, undisturbed, tmp_path, po
     assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
+# Eight workers die, and as many are started.
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("point", ["extract", pytest.param("begin", marks=ONLY_LONG)])
 def test_frame_that_kills_its_worker(make_config, survey, client, undisturbed, point):
     deadly = survey[4].path.name

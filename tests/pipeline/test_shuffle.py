@@ -31,7 +31,7 @@ def test_shuffle_that_was_lost_with_a_worker_is_repeated(
             return False
         return True
 
-    fail_in_workers("spxdask.stages.light_curves", "_write", is_first_call, error)
+    fail_in_workers("spxdask.stages.light_curves", "_write_partition", is_first_call, error)
     pipeline = BatchPipeline(make_config(), client=client)
     if repeated:
         assert not pipeline.run_all().failed
