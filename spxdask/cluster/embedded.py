@@ -15,7 +15,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from spxdask.cluster.page import choose_dashboard_port
-from spxdask.cluster.workers import MALLOC_ENVIRONMENT
+from spxdask.cluster.workers import MALLOC_ENVIRONMENT, keep_local_workers
 from spxdask.errors import InputError
 
 _GUARD_ADVICE = (
@@ -89,7 +89,7 @@ def embedded_client(
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-    with cluster, Client(cluster) as client:
+    with cluster, Client(cluster) as client, keep_local_workers(cluster):
         yield client
 
 

@@ -14,6 +14,7 @@ from spxdask.cluster.embedded import embedded_client, require_main_guard
 from spxdask.cluster.jobqueue import jobqueue_client
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
+from spxdask.cluster.workers import keep_local_workers
 from spxdask.errors import ConfigError
 
 __all__ = ["Client", "ClusterSession"]
@@ -102,6 +103,8 @@ class ClusterSession:
             return
         try:
             with ExitStack() as self._open:
+                if self._given is not None:
+                    self._open.enter_context(keep_local_workers(self._given.cluster))
                 yield
         finally:
             self._open, self._client = None, self._given

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from distributed import get_worker
+import dask
+from distributed import LocalCluster, get_worker
+from distributed.deploy import Cluster
 
 from spxdask.cluster.dask_internals import get_memory_limit
 
@@ -30,3 +34,28 @@ def worker_memory_limit() -> float:
     except ValueError:
         return math.inf
     return get_memory_limit(worker)
+
+
+@contextmanager
+def keep_local_workers(cluster: Cluster | None) -> Iterator[None]:
+    """Let the workers of a LocalCluster restart as often as they die.
+
+    A worker that dies is restarted at once. But Dask asks once more
+    `distributed.deploy.lost-worker-timeout` after each death, and closes the worker for good if
+    it has died again since and is just then starting: a frame that kills its workers every few
+    seconds could leave a cluster with none.
+
+    Parameters
+    ----------
+    cluster : Cluster or None
+        The cluster; one that is not local is not changed.
+
+    Yields
+    ------
+    None
+    """
+    if not isinstance(cluster, LocalCluster):
+        yield
+        return
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "365 days"}):
+        yield

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 
+import dask
 from distributed import Client, LocalCluster
 
+from spxdask.cluster.session import ClusterSession
 from spxdask.cluster.workers import worker_memory_limit
 
 
@@ -25,3 +29,16 @@ def test_memory_limit_of_a_worker():
             Client(cluster, set_as_default=False) as client,
         ):
             assert client.submit(worker_memory_limit).result() == expected
+
+
+def test_local_worker_that_starts_slowly_is_not_given_up():
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1ms"}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        ClusterSession(max_processes=1, n_downloads=1, client=client).hold(),
+    ):
+        first = client.submit(os.getpid, pure=False).result(timeout=60)
+        os.kill(first, signal.SIGKILL)
+        second = client.submit(os.getpid, pure=False).result(timeout=60)
+    assert second != first
