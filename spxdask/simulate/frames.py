@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, cache
 from importlib import resources
 from pathlib import Path
 
@@ -241,7 +241,7 @@ class Exposure:
         """
         return BAND_LIMITS_UM[self.detector]
 
-    @property
+    @cached_property
     def pixel_area_arcsec2(self) -> float:
         """Area of the reference pixel.
 
