@@ -368,7 +368,7 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     """Return options from the folder's last run or from a file, overruled by the flags."""
     from spxdask.run.folder import RunFolder
 
-    flags = _given(options)
+    flags = _collect_flags(options)
     values: dict[str, Any] = {}
     path = None
     if saved:
@@ -394,7 +394,7 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
         return BatchConfig.from_dict(merged)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def _collect_flags(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that flags were given for."""
     given = vars(options)
     flags = {name: given[name] for name in BATCH_OPTIONS if name in given}

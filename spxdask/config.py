@@ -298,7 +298,7 @@ class BatchConfig(CheckedOptions):
     ] = "csv"
     keep_images: Annotated[
         bool,
-        option("keep the frames in images/; else each is deleted once measured", group=OUTPUT),
+        option("keep the frames in images/; if false, each is deleted once measured", group=OUTPUT),
     ] = True
     num_buckets: Annotated[
         int,
@@ -366,7 +366,7 @@ class BatchConfig(CheckedOptions):
     max_extract_workers: Annotated[
         int,
         option(
-            "worker processes of the embedded cluster, at most one a core",
+            "worker processes of the embedded cluster; never more than there are cores",
             group=WORKERS,
             ge=1,
             le=10_000,

@@ -243,12 +243,12 @@ class LeaseLock(RunLock):
     def find_holder(self) -> str | None:
         """See `RunLock.find_holder`."""
         found = self._read()
-        return None if found is None or _has_died(found) else found.get("who", "?")
+        return None if found is None or _has_holder_died(found) else found.get("who", "?")
 
     def _acquire(self, record: dict[str, Any]) -> None:
         """Write the lock if no run holds it, or the one that held it has died."""
         found = self._read()
-        waited = found is not None and not _has_died(found)
+        waited = found is not None and not _has_holder_died(found)
         if found is not None and waited:
             found = self._wait_for_end(found)
         if not self._write_first(found, record):
@@ -339,7 +339,7 @@ def _name_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _has_died(lock: dict[str, Any]) -> bool:
+def _has_holder_died(lock: dict[str, Any]) -> bool:
     """Return whether the process that held a lock is known to have ended."""
     pid = lock.get("pid")
     if lock.get("host") != name_host() or not isinstance(pid, int):

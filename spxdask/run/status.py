@@ -99,7 +99,7 @@ class RunStatus:
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
         if len(reasons) > MAX_LINES_SHOWN:
             more = len(reasons) - MAX_LINES_SHOWN
-            lines.append(("", f"and {more:,} more, see state/ledger.jsonl"))
+            lines.append(("", f"and {more:,} more, see the ledger in state/"))
         lines += [
             ("left out", f"{format_count(n, 'measurement')}: {text}")
             for text, n in self.skipped.items()

@@ -547,7 +547,7 @@ class PhotometryConfig(CheckedOptions):
     min_usable_pixels: Annotated[
         int,
         option(
-            "pixels that a background needs before SOURCE pixels are let in",
+            "least number of usable pixels; with fewer, pixels flagged SOURCE count as usable",
             group=BACKGROUND,
             ge=1,
         ),
@@ -578,7 +578,7 @@ class PhotometryConfig(CheckedOptions):
     max_annulus_attempts: Annotated[
         int,
         option(
-            "times the annulus is grown before SOURCE pixels are let in",
+            "times the annulus is grown before pixels flagged SOURCE count as usable",
             group=BACKGROUND,
             ge=0,
             le=1000,

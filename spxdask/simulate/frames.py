@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property, cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 

@@ -270,10 +270,10 @@ def record_query(
     report.outside = len(catalogue) - len(inside)
     report.releases.update(o.release for o in found)
     if found:
-        warn_if_far_from_field(catalogue, config)
+        warn_of_distant_catalogue(catalogue, config)
 
 
-def warn_if_far_from_field(
+def warn_of_distant_catalogue(
     catalogue: Catalogue, config: BatchConfig, reach_deg: float = FRAME_REACH_DEG
 ) -> None:
     """Warn when all of a catalogue is far from the field, before frames are fetched for nothing.
