@@ -1,0 +1,546 @@
+"""Calibration products: which there are, which of them a run uses, and their files.
+
+A product is one file a detector, constant in time, and named by a token. A frame does not name
+its products. Of each family, the newest at the archive is used for frames of every release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spxdask.archive.listing import list_folder
+from spxdask.archive.observation import EARLY_RELEASES, SERVICE_PREFIX, frame_url
+from spxdask.archive.received import ReceivedFile
+from spxdask.archive.retry import RetryPolicy
+from spxdask.archive.transfer import fetch_file
+from spxdask.errors import ArchiveError, FrameError, InputError
+from spxdask.science.calibration import FAMILIES, FLUX_CORRECTION, check_product
+from spxdask.storage import LocalStore, raise_disk_full
+from spxdask.storage.cache import cache_folder
+
+__all__ = [
+    "CalibrationSet",
+    "LocatedProduct",
+    "Product",
+    "ProductSource",
+    "find_products",
+    "obtain_calibration",
+    "obtain_product",
+]
+
+_TOKEN = re.compile(r"cal-[a-z0-9]{1,16}-v(?P<version>\d{1,6})-(?P<year>\d{4})-(?P<day>\d{3})")
+_RELEASE = re.compile(r"[a-z][a-z0-9]{0,15}")
+# For an archive whose releases cannot be listed.
+KNOWN_RELEASES = ("qr2", "qr3", "dr1")
+# The longest is about 50 MB; a longer file is not a product.
+MAX_PRODUCT_BYTES = 512 << 20
+# Requests at the same time: file servers refuse more than a few.
+MAX_CONCURRENT_REQUESTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductSource:
+    """Where products come from, and how patient their transfers are.
+
+    Attributes
+    ----------
+    url : str
+        Base URL of the archive (http, https), the bucket (s3) or a tree on disk (file).
+    retry : RetryPolicy
+        Number of attempts and the delays between them.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+    """
+
+    url: str
+    retry: RetryPolicy
+    stall_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocatedProduct:
+    """A file of the archive.
+
+    Attributes
+    ----------
+    family : str
+        Such as ``epsf``.
+    band : str
+        ``D1`` to ``D6``.
+    release, token : str
+        The folders that it is in, such as ``qr3`` and ``cal-epsf-v1-2026-191``.
+    url : str
+        Where it is.
+    size : int or None
+        Its length in bytes, None where the listing does not state it.
+    modified : str
+        When it was last changed, as the listing states it.
+    """
+
+    family: str
+    band: str
+    release: str
+    token: str
+    url: str
+    size: int | None
+    modified: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product that a run uses.
+
+    Attributes
+    ----------
+    family, band, release, token, url : str
+        See `LocatedProduct`.
+    size : int
+        Its length in bytes.
+    checksum : str
+        BLAKE2b of its content, 32 hexadecimal digits.
+    """
+
+    family: str
+    band: str
+    release: str
+    token: str
+    url: str
+    size: int
+    checksum: str
+
+    @property
+    def filename(self) -> str:
+        """Its name in a cache, which is different for different content."""
+        return f"{self.family}_{self.band}_{self.token}_{self.checksum}.fits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """The products that the frames of a run are measured with.
+
+    Attributes
+    ----------
+    products : tuple of Product
+        All of them.
+    missing : dict of str to str
+        Families that are not used, and why.
+    source : ProductSource or None
+        Where a machine without the files fetches them.
+    """
+
+    products: tuple[Product, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    source: ProductSource | None = None
+
+    def choose(self, band: str, release: str) -> dict[str, Product]:
+        """Return the products for a frame.
+
+        Parameters
+        ----------
+        band : str
+            Of the frame.
+        release : str
+            Of the frame; those before QR3 have another flux scale, which a product corrects.
+
+        Returns
+        -------
+        dict of str to Product
+            By family.
+        """
+        return {
+            product.family: product
+            for product in self.products
+            if product.band == band
+            and (product.family != FLUX_CORRECTION or release in EARLY_RELEASES)
+        }
+
+    def to_json(self) -> str:
+        """Return the products and what is missing as a text that `from_json` reads.
+
+        Returns
+        -------
+        str
+        """
+        products = [dataclasses.asdict(product) for product in self.products]
+        return json.dumps({"products": products, "missing": dict(self.missing)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: ProductSource | None = None) -> CalibrationSet:
+        """Read a set that was saved.
+
+        Parameters
+        ----------
+        text : str or bytes
+            What `to_json` returned.
+        source : ProductSource, optional
+            Where a machine without the files fetches them.
+
+        Returns
+        -------
+        CalibrationSet
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError
+            If it is anything else.
+        """
+        found = json.loads(text)
+        products = tuple(Product(**product) for product in found["products"])
+        return cls(products=products, missing=dict(found["missing"]), source=source)
+
+
+def find_products(
+    source: ProductSource,
+    family: str,
+    bands: Collection[str],
+    *,
+    releases: Iterable[str],
+    pins: Collection[str] = (),
+) -> dict[str, LocatedProduct]:
+    """Find the newest product of a family for each band.
+
+    Parameters
+    ----------
+    source : ProductSource
+        The archive.
+    family : str
+        Such as ``epsf``.
+    bands : collection of str
+        Of ``D1`` to ``D6``.
+    releases : iterable of str
+        The releases to search.
+    pins : collection of str, optional
+        Tokens; no others are taken.
+
+    Returns
+    -------
+    dict of str to LocatedProduct
+        By band; a band for which there is none is not in it. Versions come before dates.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive does not answer.
+    """
+
+    def list_names(folder: str) -> dict[str, Any]:
+        entries = list_folder(
+            source.url, folder, retry=source.retry, stall_timeout_s=source.stall_timeout_s
+        )
+        return {entry.name: entry for entry in entries}
+
+    tokens = []
+    for release in releases:
+        for token in list_names(f"{release}/{family}"):
+            match = _TOKEN.fullmatch(token)
+            if match and (not pins or token in pins):
+                age = tuple(int(match[part]) for part in ("version", "year", "day"))
+                tokens.append((age, release, token))
+    found: dict[str, LocatedProduct] = {}
+    for _, release, token in sorted(tokens, reverse=True):
+        wanted = [band for band in bands if band not in found]
+        folders = list_names(f"{release}/{family}/{token}") if wanted else {}
+        for band in wanted:
+            detector = band[1:]
+            if detector not in folders:
+                continue
+            folder = f"{release}/{family}/{token}/{detector}"
+            name = f"{family}_{band}_spx_{token}.fits"
+            file = list_names(folder).get(name)
+            if file is not None:
+                found[band] = LocatedProduct(
+                    family=family,
+                    band=band,
+                    release=release,
+                    token=token,
+                    url=frame_url(source.url, f"{SERVICE_PREFIX}{folder}/{name}"),
+                    size=file.size,
+                    modified=file.modified,
+                )
+    return found
+
+
+def find_releases(source: ProductSource, observed: Iterable[str]) -> list[str]:
+    """Return the releases of an archive.
+
+    Parameters
+    ----------
+    source : ProductSource
+        The archive.
+    observed : iterable of str
+        Releases that are known to be there.
+
+    Returns
+    -------
+    list of str
+        Sorted; those that can be listed, and those observed. If none can be listed, the
+        releases that are known of.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive does not answer.
+    """
+    entries = list_folder(
+        source.url, "", retry=source.retry, stall_timeout_s=source.stall_timeout_s
+    )
+    names = {entry.name for entry in entries if entry.size is None} or {*KNOWN_RELEASES}
+    return sorted(filter(_RELEASE.fullmatch, names | {*observed}))
+
+
+def obtain_calibration(
+    source: ProductSource,
+    *,
+    bands: Collection[str],
+    releases: Collection[str],
+    pins: Mapping[str, Collection[str]],
+    folder: Path | None = None,
+) -> CalibrationSet:
+    """Find and fetch the newest products for the frames of a run.
+
+    Parameters
+    ----------
+    source : ProductSource
+        The archive, or another tree of products.
+    bands, releases : collection of str
+        Those of the frames.
+    pins : mapping of str to collection of str
+        By family, tokens that alone are taken.
+    folder : Path, optional
+        The cache; by default that of the user.
+
+    Returns
+    -------
+    CalibrationSet
+        A family of which one band has no usable product is used for no frame, so that all
+        frames are measured alike; `missing` says why.
+
+    Raises
+    ------
+    InputError
+        If a product that was pinned is not there.
+    DiskFullError
+        If there is no room for a product.
+    """
+    needed = [
+        family
+        for family in FAMILIES
+        if family != FLUX_CORRECTION or any(release in EARLY_RELEASES for release in releases)
+    ]
+    bands = sorted(bands)
+    try:
+        searched = find_releases(source, releases)
+    except ArchiveError as error:
+        return _nothing(needed, pins, f"the archive cannot be listed ({error})", source)
+
+    def obtain(family: str) -> list[Product] | str:
+        pinned = pins.get(family, ())
+        try:
+            located = find_products(source, family, bands, releases=searched, pins=pinned)
+            absent = [band for band in bands if band not in located]
+            if absent:
+                wanted = f" named {' or '.join(sorted(pinned))}" if pinned else ""
+                return f"there is no product{wanted} for {', '.join(absent)}"
+            return [obtain_product(located[band], source, folder=folder) for band in bands]
+        except (ArchiveError, FrameError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
+        obtained = dict(zip(needed, threads.map(obtain, needed), strict=True))
+    products: list[Product] = []
+    missing = {}
+    for family, result in obtained.items():
+        if isinstance(result, str):
+            if family in pins:
+                raise InputError(f"calibration_pins: {family}: {result}")
+            missing[family] = result
+        else:
+            products += result
+    return CalibrationSet(products=tuple(products), missing=missing, source=source)
+
+
+def _nothing(
+    families: Iterable[str], pins: Mapping[str, Any], reason: str, source: ProductSource
+) -> CalibrationSet:
+    for family in pins:
+        raise InputError(f"calibration_pins: {family}: {reason}")
+    return CalibrationSet(missing=dict.fromkeys(families, reason), source=source)
+
+
+def obtain_product(
+    located: LocatedProduct, source: ProductSource, *, folder: Path | None = None
+) -> Product:
+    """Return a product whose file is in the cache; fetch it if it is not, or has changed.
+
+    Parameters
+    ----------
+    located : LocatedProduct
+        Where it is at the archive.
+    source : ProductSource
+        How patient the transfer is.
+    folder : Path, optional
+        The cache; by default that of the user.
+
+    Returns
+    -------
+    Product
+
+    Raises
+    ------
+    ArchiveError
+        If it cannot be had, or is not a product of this family.
+    DiskFullError
+        If there is no room for it.
+    """
+    folder = folder or products_folder()
+    stamp = json.dumps([located.url, located.size, located.modified])
+    record = folder / f"{hashlib.blake2b(stamp.encode(), digest_size=16).hexdigest()}.json"
+    with _lock(folder, record.stem):
+        known = _read_record(record)
+        if known is not None and _is_there(folder / known.filename, known.size):
+            return known
+        content, checksum = _fetch(located, source)
+        product = Product(
+            family=located.family,
+            band=located.band,
+            release=located.release,
+            token=located.token,
+            url=located.url,
+            size=len(content),
+            checksum=checksum,
+        )
+        store = LocalStore(folder)
+        with raise_disk_full(folder):
+            store.put(product.filename, content)
+            store.put(record.name, json.dumps(dataclasses.asdict(product)).encode())
+    return product
+
+
+def open_in_cache(product: Product, source: ProductSource | None) -> Path:
+    """Return the file of a product on this machine, fetched if it is not there.
+
+    Parameters
+    ----------
+    product : Product
+        The product.
+    source : ProductSource or None
+        How patient the transfer is; None to fetch nothing.
+
+    Returns
+    -------
+    Path
+        The file, which is never changed.
+
+    Raises
+    ------
+    ArchiveError
+        If it cannot be had, or is another file by now.
+    DiskFullError
+        If there is no room for it.
+    """
+    folder = products_folder()
+    path = folder / product.filename
+    if _is_there(path, product.size):
+        return path
+    with _lock(folder, product.checksum):
+        if _is_there(path, product.size):
+            return path
+        if source is None:
+            raise ArchiveError(f"{product.filename} is not in {folder}", path=product.url)
+        located = LocatedProduct(
+            family=product.family,
+            band=product.band,
+            release=product.release,
+            token=product.token,
+            url=product.url,
+            size=product.size,
+            modified="",
+        )
+        content, checksum = _fetch(located, source)
+        if checksum != product.checksum:
+            raise ArchiveError(
+                "the archive has replaced the product since the query: run query again",
+                path=product.url,
+            )
+        with raise_disk_full(folder):
+            LocalStore(folder).put(product.filename, content)
+    return path
+
+
+def products_folder() -> Path:
+    """Return the folder of products in the cache of the user.
+
+    Returns
+    -------
+    Path
+    """
+    return cache_folder() / "products"
+
+
+def _fetch(located: LocatedProduct, source: ProductSource) -> tuple[memoryview, str]:
+    """Return the content of a product that passed all checks, and its checksum."""
+    size = MAX_PRODUCT_BYTES if located.size is None else located.size
+    if size > MAX_PRODUCT_BYTES:
+        raise ArchiveError(f"{size} bytes is too long for a product", path=located.url)
+    received = ReceivedFile(memoryview(bytearray(size)), expected_size=located.size)
+
+    def check(whole: ReceivedFile) -> None:
+        whole.check_size(whole.size)
+        check_product(located.family, located.band, whole.content)
+
+    fetch_file(
+        located.url,
+        received,
+        check,
+        retry=source.retry,
+        stall_timeout_s=source.stall_timeout_s,
+    )
+    content = received.content
+    return content, hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _read_record(path: Path) -> Product | None:
+    try:
+        return Product(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+@contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    """Let one process of this machine at a time fetch a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(
+            f"the cache {folder} cannot be written ({error.strerror}): name another folder in the "
+            "environment variable SPXDASK_CACHE"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems have no locks; then several processes may fetch it.
+            pass
+        yield
+    finally:
+        os.close(lock)
