@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -536,11 +536,9 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
             "environment variable SPXDASK_CACHE"
         ) from error
     try:
-        try:
+        # Some network file systems have no locks; then several processes may fetch it.
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            # Some network file systems have no locks; then several processes may fetch it.
-            pass
         yield
     finally:
         os.close(lock)

@@ -169,6 +169,7 @@ class Aggregation:
             lightcurves=str(folder.lightcurves),
             format=config.lightcurve_format,
             buckets=str(folder.buckets) if config.keep_bucket_files else None,
+            layout=light_curves.find_layout(folder.per_image, self._tables[0].name),
         )
         n_partitions = self._n_partitions
         n_groups = light_curves.save_table_groups(

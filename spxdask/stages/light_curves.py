@@ -20,7 +20,7 @@ from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.per_image import hash_table
-from spxdask.tables.schema import LIGHT_CURVE, SORT_KEYS
+from spxdask.tables.schema import APERTURE_ONLY, LAYOUTS, SORT_KEYS, WITH_PSF, Layout
 from spxdask.text import format_count
 
 TEXT_DTYPE = pd.ArrowDtype(pa.string())
@@ -29,7 +29,7 @@ TEXT_DTYPE = pd.ArrowDtype(pa.string())
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
 # Length of a row as CSV, bytes, and the length of CSV divided by that of Parquet.
-ROW_BYTES = 330
+ROW_BYTES = 480
 PARQUET_SHRINKS = 3
 # Each thread sorts and writes one output partition at a time, and needs a few copies of it.
 BUCKET_BYTES = 32_000_000
@@ -74,6 +74,8 @@ class CurveOptions:
         for each partition.
     buckets : str or None
         Folder in which partitions are also stored as Parquet, None to store none.
+    layout : Layout
+        Columns of the tables.
     run : str
         Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
@@ -83,6 +85,7 @@ class CurveOptions:
     lightcurves: str
     format: str
     buckets: str | None
+    layout: Layout = WITH_PSF
     run: str = ""
 
 
@@ -274,7 +277,7 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
                 "extract"
             )
         try:
-            rows = read_lines(content)
+            rows = read_lines(content, options.layout)
         except (pa.ArrowException, KeyError, OSError) as error:
             raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
@@ -366,17 +369,17 @@ def _write_partition(
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
     texts: list[bytes | memoryview] = [slice_lines(lines, *span) for span in spans]
     for i in np.flatnonzero(np.isin(target[order[starts]], list(mixed))).tolist():
-        texts[i] = sort_lines(texts[i])
+        texts[i] = sort_lines(texts[i], options.layout)
     targets = columns["target_id"].take(pa.array(order[starts]))
     rows = np.add.reduceat(columns["rows"].to_numpy()[order], starts) if n else np.empty(0, int)
     as_parquet = [options.lightcurves] if options.format == "parquet" else []
     as_parquet += [options.buckets] if options.buckets else []
     if as_parquet and number is not None:
-        content = _encode_partition(targets, rows, texts)
+        content = _encode_partition(targets, rows, texts, options.layout)
         for folder in as_parquet:
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
-        header = render_header(LIGHT_CURVE)
+        header = render_header(options.layout.light_curve)
         file_names = map(light_curve_name, targets.to_pylist())
         curves = (
             (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
@@ -396,11 +399,14 @@ def _rank_values(column: pa.Array) -> np.ndarray:
 
 
 def _encode_partition(
-    targets: pa.Array, rows: np.ndarray, texts: Sequence[bytes | memoryview]
+    targets: pa.Array,
+    rows: np.ndarray,
+    texts: Sequence[bytes | memoryview],
+    layout: Layout,
 ) -> bytes:
     """Return the light curves of a partition as a Parquet file."""
-    text = b"".join((render_header(LIGHT_CURVE), *texts))
-    found = read_csv(pa.BufferReader(text), LIGHT_CURVE)
+    text = b"".join((render_header(layout.light_curve), *texts))
+    found = read_csv(pa.BufferReader(text), layout.light_curve)
     ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
     found = found.add_column(0, "target_id", ids)
     return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
@@ -480,8 +486,42 @@ def find_light_curves(folder: Store, names: set[str]) -> set[str]:
     set of str
     """
     texts = sorted(name for name in names if PurePath(name).suffix == ".csv")
-    header = render_header(LIGHT_CURVE)
+    # The columns that all light curves begin with.
+    header = render_header(APERTURE_ONLY.light_curve).rstrip(b"\n")
     return folder.find_starting_with(texts, header) | find_buckets(folder, names)
+
+
+def find_layout(folder: Store, name: str) -> Layout:
+    """Return the columns of a per-image table.
+
+    Parameters
+    ----------
+    folder : Store
+        Where it is.
+    name : str
+        Name of the file.
+
+    Returns
+    -------
+    Layout
+
+    Raises
+    ------
+    FrameError
+        If it has any other columns.
+    """
+    try:
+        with folder.open_seekable(name) as source:
+            if name.endswith(".csv"):
+                names = source.readline(4096).decode("utf-8", "replace").rstrip("\n").split(",")
+            else:
+                names = pq.ParquetFile(source).schema_arrow.names
+    except (pa.ArrowException, OSError) as error:
+        raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
+    for layout in LAYOUTS:
+        if tuple(names) == layout.per_image:
+            return layout
+    raise FrameError(f"{folder.path_to(name)} does not have the columns of a per-image table")
 
 
 def find_buckets(folder: Store, names: set[str]) -> set[str]:

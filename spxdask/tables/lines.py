@@ -6,17 +6,18 @@ again, and a light curve has the digits of the tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from spxdask.science.compiled import compiled
 from spxdask.tables.csv import read_text, render_header, render_lines
 from spxdask.tables.parquet import PARQUET_MARK, read_parquet
-from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SORT_KEYS
+from spxdask.tables.schema import PER_IMAGE, SORT_KEYS, Layout
 
 __all__ = ["read_lines", "sort_lines"]
 
@@ -24,13 +25,15 @@ COMMA = ord(",")
 LINE_FEED = ord("\n")
 
 
-def read_lines(text: bytearray) -> pa.Table:
+def read_lines(text: bytearray, layout: Layout) -> pa.Table:
     """Read a per-image table for regrouping: the sort keys of its rows, and their text.
 
     Parameters
     ----------
     text : bytearray
         The file, CSV or Parquet; it is overwritten.
+    layout : Layout
+        Its columns.
 
     Returns
     -------
@@ -46,79 +49,106 @@ def read_lines(text: bytearray) -> pa.Table:
         If a Parquet file lacks a column.
     """
     if text.startswith(PARQUET_MARK):
-        return _read_parquet_lines(text)
-    header = render_header(PER_IMAGE)
+        return _read_parquet_lines(text, layout)
+    header = render_header(layout.per_image)
+    names = bytes(text[: max(text.find(b"\n"), 0)]).decode("utf-8", "replace").split(",")
+    _require_no_others(names, layout)
     body = np.frombuffer(text, np.uint8)[len(header) :]
     columns: dict[str, pa.Array] | None = None
     # Without quotes, each comma separates fields and each line feed ends a row.
     if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
-        columns = _cut_lines(body)
+        columns = _cut_lines(body, layout)
     if columns is None:
-        columns = _parse_lines(pa.BufferReader(text), PER_IMAGE)
+        columns = _parse_lines(pa.BufferReader(text), layout.per_image, layout)
     columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
     return pa.table(columns)
 
 
-def _read_parquet_lines(content: bytearray) -> pa.Table:
-    rows = read_parquet(content, ("target_id", *LIGHT_CURVE))
+def _require_no_others(names: Iterable[str], layout: Layout) -> None:
+    """Raise an error if a table has columns that the light curves would lack."""
+    others = [name for name in names if name in PER_IMAGE and name not in layout.per_image]
+    if others:
+        raise pa.ArrowInvalid(f"it has the column {others[0]}, other tables do not")
+
+
+def _read_parquet_lines(content: bytearray, layout: Layout) -> pa.Table:
+    _require_no_others(pq.read_schema(pa.BufferReader(content)).names, layout)
+    rows = read_parquet(content, ("target_id", *layout.light_curve))
     columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
     if any(columns[name].null_count for name in SORT_KEYS):
         raise pa.ArrowInvalid(f"each row needs {', '.join(SORT_KEYS)}")
-    lines = render_lines({name: columns[name] for name in LIGHT_CURVE})
+    lines = render_lines({name: columns[name] for name in layout.light_curve})
     found = {name: columns[name] for name in SORT_KEYS}
     return pa.table(found | {"line": pc.cast(lines, pa.string())})
 
 
-def sort_lines(text: bytes | memoryview) -> bytes:
+def sort_lines(text: bytes | memoryview, layout: Layout) -> bytes:
     """Put the lines of a light curve in order.
 
     Parameters
     ----------
     text : bytes-like
         The lines, without the header.
+    layout : Layout
+        Their columns.
 
     Returns
     -------
     bytes
         The same lines, sorted by `SORT_KEYS`.
     """
-    source = pa.BufferReader(render_header(LIGHT_CURVE) + bytes(text))
-    found = pa.table(_parse_lines(source, LIGHT_CURVE))
+    source = pa.BufferReader(render_header(layout.light_curve) + bytes(text))
+    found = pa.table(_parse_lines(source, layout.light_curve, layout))
     found = found.set_column(0, "mjd", pc.cast(found["mjd"], pa.float64()))
     # The line itself decides where an exposure appears in two releases.
     order = pc.sort_indices(found, [(name, "ascending") for name in (*SORT_KEYS[1:], "line")])
     return "".join(found["line"].take(order).to_pylist()).encode()
 
 
-def _parse_lines(source: Any, columns: Sequence[str]) -> dict[str, pa.Array]:
+def _parse_lines(source: Any, columns: Sequence[str], layout: Layout) -> dict[str, pa.Array]:
     """Return the sort keys, and the lines of a light curve, of any CSV with such columns."""
     table = read_text(source, columns)
     texts = {name: table.column(name).combine_chunks() for name in columns}
-    lines = render_lines({name: texts[name] for name in LIGHT_CURVE})
+    lines = render_lines({name: texts[name] for name in layout.light_curve})
     found = {name: texts[name] for name in SORT_KEYS if name in columns} | {"line": lines}
     return {name: pc.cast(column, pa.string()) for name, column in found.items()}
 
 
-def _cut_lines(body: np.ndarray) -> dict[str, pa.Array] | None:
+def _cut_lines(body: np.ndarray, layout: Layout) -> dict[str, pa.Array] | None:
     """Cut the columns of `read_lines` out of rows as `render_lines` makes them, else None."""
-    marks = np.empty((np.count_nonzero(body == LINE_FEED), len(PER_IMAGE) + 1), np.int64)
+    names = layout.per_image
+    marks = np.empty((np.count_nonzero(body == LINE_FEED), len(names) + 1), np.int64)
     if not _find_commas(body, marks):
         return None
 
-    def between(first: str, last: str, beyond: int = 0) -> pa.Array:
-        starts, stops = marks[:, PER_IMAGE.index(first)], marks[:, PER_IMAGE.index(last) + 1]
+    def cut(spans: Sequence[tuple[int, int]], beyond: int = 0) -> pa.Array:
+        """Join, for each row, the fields of each span, with so many characters behind them."""
+        starts = np.stack([marks[:, first] + 1 for first, _ in spans], axis=1)
+        stops = np.stack([marks[:, last + 1] + beyond for _, last in spans], axis=1)
         offsets = np.zeros(len(marks) + 1, np.int32)
-        np.cumsum(stops - starts - 1 + beyond, out=offsets[1:])
+        np.cumsum((stops - starts).sum(axis=1), out=offsets[1:])
         out = np.empty(offsets[-1], np.uint8)
-        _copy_pieces(body, starts + 1, offsets, out)
+        _copy_pieces(body, starts, stops, out)
         return pa.StringArray.from_buffers(len(marks), pa.py_buffer(offsets), pa.py_buffer(out))
 
-    found = {name: between(name, name) for name in SORT_KEYS}
+    found = {name: cut([(names.index(name),) * 2]) for name in SORT_KEYS}
     found["target_id"].validate(full=True)
-    # The columns of a light curve are adjacent; the comma behind them becomes the line feed.
-    body[marks[:, PER_IMAGE.index(LIGHT_CURVE[-1]) + 1]] = LINE_FEED
-    found["line"] = between(LIGHT_CURVE[0], LIGHT_CURVE[-1], beyond=1)
+    spans = _find_spans(names, layout.light_curve)
+    # Each span is copied with the character behind it; behind the last, that is the line feed.
+    body[marks[:, spans[-1][1] + 1]] = LINE_FEED
+    found["line"] = cut(spans, beyond=1)
     return found
+
+
+def _find_spans(names: Sequence[str], some: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the first and the last index of each run of neighbours among some of the names."""
+    spans: list[tuple[int, int]] = []
+    for index in map(names.index, some):
+        if spans and spans[-1][1] == index - 1:
+            spans[-1] = spans[-1][0], index
+        else:
+            spans.append((index, index))
+    return spans
 
 
 @compiled
@@ -148,11 +178,13 @@ def _find_commas(body: np.ndarray, marks: np.ndarray) -> bool:
 
 
 @compiled
-def _copy_pieces(
-    body: np.ndarray, starts: np.ndarray, offsets: np.ndarray, out: np.ndarray
-) -> None:
-    """Copy pieces of `body`, which begin at `starts`, one after the other."""
-    for row in range(len(starts)):
-        shift = starts[row] - offsets[row]
-        for i in range(offsets[row], offsets[row + 1]):
-            out[i] = body[i + shift]
+def _copy_pieces(body: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray) -> None:
+    """Copy pieces of `body`, several a row, one after the other."""
+    end = 0
+    for row in range(starts.shape[0]):
+        for piece in range(starts.shape[1]):
+            shift = starts[row, piece] - end
+            stop = stops[row, piece] - shift
+            for i in range(end, stop):
+                out[i] = body[i + shift]
+            end = stop

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from spxdask.tables.csv import Columns, nan_as_null, render_header, render_lines, slice_lines
 from spxdask.tables.parquet import encode_parquet
-from spxdask.tables.schema import PER_IMAGE, SCHEMA
+from spxdask.tables.schema import SCHEMA
 
 __all__ = ["encode_rows", "hash_table"]
 
@@ -20,7 +20,7 @@ def encode_rows(columns: Columns, format: str) -> bytes:
     Parameters
     ----------
     columns : mapping of str to (n,) array or to one value for all rows
-        The columns of `PER_IMAGE`, in their order; see `spxdask.tables.csv.render_lines`.
+        The columns of a `Layout`, in their order; see `spxdask.tables.csv.render_lines`.
     format : str
         ``csv`` or ``parquet``.
 
@@ -30,13 +30,14 @@ def encode_rows(columns: Columns, format: str) -> bytes:
         The file.
     """
     if format == "csv":
-        return render_header(PER_IMAGE) + slice_lines(render_lines(columns))
+        return render_header(columns) + slice_lines(render_lines(columns))
     n = max(len(column) for column in columns.values() if not isinstance(column, str | float))
     arrays = {}
     for name, column in columns.items():
         array = pa.repeat(column, n) if isinstance(column, str | float) else pa.array(column)
         arrays[name] = pc.cast(nan_as_null(array), SCHEMA.field(name).type)
-    return encode_parquet(pa.table(arrays, schema=SCHEMA))
+    schema = pa.schema([field for field in SCHEMA if field.name in arrays])
+    return encode_parquet(pa.table(arrays, schema=schema))
 
 
 def hash_table(content: bytes | bytearray | memoryview) -> str:

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 __all__ = [
+    "APERTURE_ONLY",
     "COLUMNS",
+    "LAYOUTS",
     "LIGHT_CURVE",
     "PER_IMAGE",
     "SCHEMA",
     "SORT_KEYS",
     "TEXT",
+    "WITH_PSF",
     "Column",
+    "Layout",
     "column_rows",
 ]
 
@@ -40,6 +44,8 @@ class Column:
         Whether photometry measures it; otherwise it comes from catalogue or file.
     in_light_curve : bool
         Whether light curves have it, too.
+    needs_psf : bool
+        Whether tables without PSF photometry lack it.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Column:
     description: str
     is_measured: bool = True
     in_light_curve: bool = True
+    needs_psf: bool = False
 
 
 COLUMNS = (
@@ -176,10 +183,93 @@ COLUMNS = (
         is_measured=False,
         in_light_curve=False,
     ),
+    Column(
+        name="aperture_correction",
+        type=pa.float64(),
+        unit="",
+        description="flux times this is the total flux of an isolated point source",
+        needs_psf=True,
+    ),
+    Column(
+        name="psf_flux",
+        type=pa.float64(),
+        unit="uJy",
+        description="total flux by the PSF, from one solution for all sources on the frame",
+        needs_psf=True,
+    ),
+    Column(
+        name="psf_flux_error",
+        type=pa.float64(),
+        unit="uJy",
+        description="error of psf_flux, that of overlapping sources included",
+        needs_psf=True,
+    ),
+    Column(
+        name="psf_chi2",
+        type=pa.float64(),
+        unit="",
+        description="reduced chi-squared of the solution on the pixels around the source",
+        needs_psf=True,
+    ),
+    Column(
+        name="psf_fraction",
+        type=pa.float64(),
+        unit="",
+        description="share of the PSF, squared, on usable pixels; below 0.3 psf_flux is empty",
+        needs_psf=True,
+    ),
+    Column(
+        name="neighbour_flux",
+        type=pa.float64(),
+        unit="uJy",
+        description="light of other catalogue sources in the aperture, which flux has too much",
+        needs_psf=True,
+    ),
+    Column(
+        name="bad_fraction",
+        type=pa.float64(),
+        unit="",
+        description="share of the source's light in the aperture on pixels with a bad flag",
+        needs_psf=True,
+    ),
+    Column(
+        name="bjd_tdb",
+        type=pa.float64(),
+        unit="d",
+        description="middle of the exposure, barycentric Julian date at the source, TDB",
+        needs_psf=True,
+    ),
 )
 
-PER_IMAGE = tuple(column.name for column in COLUMNS)
-LIGHT_CURVE = tuple(column.name for column in COLUMNS if column.in_light_curve)
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The columns of the tables of a run, in their order.
+
+    Attributes
+    ----------
+    per_image : tuple of str
+        Columns of the per-image tables.
+    light_curve : tuple of str
+        Columns of the light curves.
+    """
+
+    per_image: tuple[str, ...]
+    light_curve: tuple[str, ...]
+
+
+def _make_layout(with_psf: bool) -> Layout:
+    columns = [column for column in COLUMNS if with_psf or not column.needs_psf]
+    return Layout(
+        tuple(column.name for column in columns),
+        tuple(column.name for column in columns if column.in_light_curve),
+    )
+
+
+APERTURE_ONLY, WITH_PSF = _make_layout(False), _make_layout(True)
+LAYOUTS = (WITH_PSF, APERTURE_ONLY)
+# All columns that there are.
+PER_IMAGE, LIGHT_CURVE = WITH_PSF.per_image, WITH_PSF.light_curve
 TEXT = tuple(column.name for column in COLUMNS if column.type == pa.string())
 # Total order of the rows of a light curve.
 SORT_KEYS = ("target_id", "mjd", "obs_id", "band")

@@ -19,7 +19,15 @@ from spxdask.tables.csv import read_csv, render_header, render_lines, slice_line
 from spxdask.tables.lines import read_lines, sort_lines
 from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
 from spxdask.tables.per_image import encode_rows
-from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA, SORT_KEYS
+from spxdask.tables.schema import (
+    APERTURE_ONLY,
+    LIGHT_CURVE,
+    PER_IMAGE,
+    SCHEMA,
+    SORT_KEYS,
+    WITH_PSF,
+    Layout,
+)
 
 # The columns are spelt out, as they are a file format.
 NAMES = [
@@ -42,6 +50,14 @@ NAMES = [
     "bg_error",
     "aperture_radius",
     "filename",
+    "aperture_correction",
+    "psf_flux",
+    "psf_flux_error",
+    "psf_chi2",
+    "psf_fraction",
+    "neighbour_flux",
+    "bad_fraction",
+    "bjd_tdb",
 ]
 FLOATS = [name for name in NAMES if pa.types.is_floating(SCHEMA.field(name).type)]
 
@@ -258,28 +274,44 @@ def test_unsigned_flags(flag):
 # For regrouping
 
 
-def lines_of(text: bytes) -> pa.Table:
+def lines_of(text: bytes, layout: Layout = WITH_PSF) -> pa.Table:
     """Read the lines of a table, which the reader may overwrite."""
-    return read_lines(bytearray(text))
+    return read_lines(bytearray(text), layout)
 
 
+@pytest.mark.parametrize("layout", [APERTURE_ONLY, WITH_PSF])
 @pytest.mark.parametrize("quoted", [False, True])
-def test_lines_for_regrouping_are_the_text_of_the_table(quoted):
+def test_lines_for_regrouping_are_the_text_of_the_table(quoted, layout):
     rows = [
         ["39633458707826492", "1", "2", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"],
         ["é;x", "1e-7", "-2", "o_1", "D4", "61000.5", *[""] * 12, "b.fits"],
     ]
+    n_more = len(layout.per_image) - 19
+    rows = [[*rows[0], *map(str, range(n_more))], [*rows[1], *[""] * n_more]]
     if quoted:
         rows[0][0], rows[1][0] = 'say "a, b"', "two\nlines"
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([PER_IMAGE, *rows])
-    got = lines_of(text.getvalue().encode())
+    csv.writer(text, lineterminator="\n").writerows([layout.per_image, *rows])
+    got = lines_of(text.getvalue().encode(), layout)
     assert got.column_names == ["target_id", "mjd", "obs_id", "band", "line"]
     assert got.column("target_id").to_pylist() == [row[0] for row in rows]
     assert got.column("mjd").to_pylist() == [61000.25, 61000.5]
     assert got.column("obs_id").to_pylist() == ["o_1", "o_1"]
     assert got.column("band").to_pylist() == ["D3", "D4"]
-    assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n" for row in rows]
+    lines = [",".join([*row[3:18], *row[19:]]) + "\n" for row in rows]
+    assert got.column("line").to_pylist() == lines
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet"])
+def test_tables_of_two_layouts_are_not_mixed(two_rows, how):
+    """Columns that other tables lack would be lost, or left empty, without a word."""
+    full = encode_rows({name: two_rows[name] for name in NAMES}, how)
+    basic = encode_rows({name: two_rows[name] for name in APERTURE_ONLY.per_image}, how)
+    assert len(lines_of(full)) == len(lines_of(basic, APERTURE_ONLY)) == 2
+    with pytest.raises(pa.ArrowInvalid, match="it has the column aperture_correction"):
+        lines_of(full, APERTURE_ONLY)
+    with pytest.raises((KeyError, pa.ArrowException), match="aperture_correction"):
+        lines_of(basic)
 
 
 @pytest.mark.parametrize(
@@ -292,16 +324,17 @@ def test_lines_for_regrouping_are_the_text_of_the_table(quoted):
 )
 def test_lines_of_tables_by_other_writers(change):
     row = ["7", "8", "9", "o_1", "D3", "61000.25", *map(str, range(12)), "a.fits"]
+    row += map(str, range(8))
     text = change((",".join(PER_IMAGE) + "\n" + ",".join(row) + "\n").encode())
     got = lines_of(text)
-    assert got.column("line").to_pylist() == [",".join(row[3:18]) + "\n"]
+    assert got.column("line").to_pylist() == [",".join([*row[3:18], *row[19:]]) + "\n"]
     assert got.column("target_id").to_pylist() == (["9"] if text.startswith(b"ra,") else ["7"])
 
 
 def test_lines_of_an_empty_table_and_of_a_broken_one():
     header = render_header(PER_IMAGE)
     assert len(lines_of(header)) == 0
-    with pytest.raises(pa.ArrowInvalid, match="Expected 19 columns, got 3"):
+    with pytest.raises(pa.ArrowInvalid, match="Expected 27 columns, got 3"):
         lines_of(header + b"a,1,2\n")
     with pytest.raises(pa.ArrowInvalid):
         lines_of(b"")
@@ -414,4 +447,4 @@ def test_sorting_the_lines_of_a_light_curve(table):
     lines = render_lines(arrays({name: table[name] for name in LIGHT_CURVE})).to_pylist()
     keyed = zip(table["mjd"], table["obs_id"], table["band"], lines, strict=True)
     expected = [line for *_, line in sorted(keyed)]
-    assert sort_lines("".join(lines).encode()) == "".join(expected).encode()
+    assert sort_lines("".join(lines).encode(), WITH_PSF) == "".join(expected).encode()

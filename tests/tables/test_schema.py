@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from spxdask.tables.schema import (
+    APERTURE_ONLY,
     COLUMNS,
     LIGHT_CURVE,
     PER_IMAGE,
@@ -18,9 +19,14 @@ from spxdask.tables.schema import (
 
 
 def test_names_and_types():
-    assert ",".join(PER_IMAGE) == (
+    first = (
         "target_id,ra,dec,obs_id,band,mjd,x,y,flux,flux_error,mag_ab,mag_ab_error,wavelength,"
         "bandwidth,flag,bg_level,bg_error,aperture_radius,filename"
+    )
+    assert ",".join(APERTURE_ONLY.per_image) == first
+    assert ",".join(PER_IMAGE) == (
+        f"{first},aperture_correction,psf_flux,psf_flux_error,psf_chi2,psf_fraction,"
+        "neighbour_flux,bad_fraction,bjd_tdb"
     )
     assert tuple(SCHEMA.names) == PER_IMAGE
     assert TEXT == ("target_id", "obs_id", "band", "filename")
@@ -28,10 +34,10 @@ def test_names_and_types():
     assert {SCHEMA.field(name).type for name in set(PER_IMAGE) - {*TEXT, "flag"}} == {pa.float64()}
 
 
-def test_columns_of_a_light_curve_are_neighbours():
+def test_columns_of_a_light_curve_are_in_the_order_of_the_tables():
     """Its lines are cut out of those of the per-image tables."""
-    first = PER_IMAGE.index(LIGHT_CURVE[0])
-    assert PER_IMAGE[first : first + len(LIGHT_CURVE)] == LIGHT_CURVE
+    assert tuple(name for name in PER_IMAGE if name in LIGHT_CURVE) == LIGHT_CURVE
+    assert LIGHT_CURVE[: len(APERTURE_ONLY.light_curve)] == APERTURE_ONLY.light_curve
     assert set(SORT_KEYS) <= {"target_id", *LIGHT_CURVE}
 
 
@@ -39,7 +45,8 @@ def test_columns_of_a_light_curve_are_neighbours():
 def test_a_column_has_a_unit_and_a_description(column):
     assert column.description
     unit = u.Unit(column.unit)
-    assert (column.name in TEXT or column.name == "flag") == (column.unit == "")
+    has_none = {*TEXT, "flag", "aperture_correction", "psf_chi2", "psf_fraction", "bad_fraction"}
+    assert (column.name in has_none) == (column.unit == "")
     if column.name.startswith("bg_"):
         assert unit.is_equivalent(u.uJy / u.arcsec**2)
 

@@ -1,0 +1,244 @@
+"""Calibration products: their content, what makes one unusable, and their values at a position.
+
+All products are on the pixels of the full detector.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spxdask.errors import FrameError
+from spxdask.science.level2.fits import Hdu, Header, map_image, scan, verify
+from spxdask.science.psf.model import PsfModel
+from spxdask.science.psf.product import read_epsf
+
+__all__ = [
+    "EPSF",
+    "FAMILIES",
+    "FLUX_CORRECTION",
+    "SOLID_ANGLE",
+    "SPECTRAL_WCS",
+    "DetectorCalibration",
+    "check_product",
+    "open_products",
+]
+
+SPECTRAL_WCS = "spectral_wcs"
+SOLID_ANGLE = "solid_angle_pixel_map"
+EPSF = "epsf"
+FLUX_CORRECTION = "l3_flux_corrections"
+# The families that change what is measured.
+FAMILIES = (SPECTRAL_WCS, SOLID_ANGLE, EPSF, FLUX_CORRECTION)
+# Rows and columns of a detector.
+DETECTOR_PIXELS = 2040
+# Values beyond these limits are no product of this kind, whatever the file is called.
+USABLE_SOLID_ANGLE_ARCSEC2 = (30.0, 46.0)
+USABLE_WAVELENGTH_UM = {
+    "D1": (0.70, 1.15),
+    "D2": (1.05, 1.68),
+    "D3": (1.58, 2.50),
+    "D4": (2.35, 3.95),
+    "D5": (3.70, 4.55),
+    "D6": (4.30, 5.20),
+}
+USABLE_BANDWIDTH_UM = (1e-3, 0.5)
+# A factor outside of these limits, of which a map has a few, is replaced by that of its row.
+USABLE_FACTOR = (0.5, 2.0)
+# This share of the pixels must have a usable value.
+LEAST_USABLE = 0.9
+_TYPES = {-32: ">f4", -64: ">f8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorCalibration:
+    """The products that frames of one detector are measured with; what is None is not used.
+
+    Attributes
+    ----------
+    solid_angle : (2040, 2040) array or None
+        Of each pixel, arcsec^2.
+    wavelength, bandwidth : (2040, 2040) array or None
+        At the centre of each pixel, um.
+    psf : PsfModel or None
+        The effective PSF.
+    flux_correction : (2040, 2040) array or None
+        Factor by which IMAGE is to be multiplied, as it is in the file.
+    """
+
+    solid_angle: np.ndarray | None = None
+    wavelength: np.ndarray | None = None
+    bandwidth: np.ndarray | None = None
+    psf: PsfModel | None = None
+    flux_correction: np.ndarray | None = None
+
+    @cached_property
+    def factors(self) -> np.ndarray | None:
+        """The factors with which IMAGE is multiplied: wild ones replaced, float32."""
+        if self.flux_correction is None:
+            return None
+        factors = self.flux_correction.astype(np.float32)
+        low, high = USABLE_FACTOR
+        with np.errstate(invalid="ignore"):
+            wild = ~((factors >= low) & (factors <= high))
+        good = np.where(wild, np.nan, factors)
+        for row in np.flatnonzero(wild.any(axis=1)):
+            usable = good[row][~wild[row]]
+            # A row without any usable factor is left as it was measured.
+            factors[row, wild[row]] = np.median(usable) if len(usable) else 1.0
+        return factors
+
+
+def check_product(family: str, band: str, content: memoryview) -> None:
+    """Raise an error unless a file is a usable product.
+
+    Parameters
+    ----------
+    family : str
+        One of `FAMILIES`.
+    band : str
+        ``D1`` to ``D6``.
+    content : memoryview
+        The whole file.
+
+    Raises
+    ------
+    FrameError
+        If its sums, extensions, shapes, units or values are not those of such a product.
+    """
+    verify(content)
+    _READERS[family](content.toreadonly(), band)
+
+
+def open_products(paths: Mapping[str, Path], band: str) -> DetectorCalibration:
+    """Map the products of one detector from files.
+
+    Parameters
+    ----------
+    paths : mapping of str to Path
+        Files of some of `FAMILIES`, by family. They must never change.
+    band : str
+        ``D1`` to ``D6``.
+
+    Returns
+    -------
+    DetectorCalibration
+        Nothing of the maps is read before it is used.
+
+    Raises
+    ------
+    FrameError
+        If a file is not such a product.
+    OSError
+        If a file cannot be opened.
+    """
+    parts: dict[str, Any] = {}
+    for family, path in paths.items():
+        with open(path, "rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            parts |= _READERS[family](content, band, is_checked=True)
+        except FrameError as error:
+            raise FrameError(f"{path}: {error}") from error
+    return DetectorCalibration(**parts)
+
+
+def _read_solid_angle(
+    content: memoryview, band: str, *, is_checked: bool = False
+) -> dict[str, np.ndarray]:
+    found = _find(content, band, "IMAGE")
+    plane = _map_plane(content, found["IMAGE"], ("arcsec2", "arcsec**2", "arcsec^2"))
+    if not is_checked:
+        _check_values(plane, "IMAGE", USABLE_SOLID_ANGLE_ARCSEC2)
+    return {"solid_angle": plane}
+
+
+def _read_spectral_wcs(
+    content: memoryview, band: str, *, is_checked: bool = False
+) -> dict[str, np.ndarray]:
+    found = _find(content, band, "CWAVE", "CBAND")
+    units = ("um", "micron", "micrometer")
+    wavelength = _map_plane(content, found["CWAVE"], units)
+    bandwidth = _map_plane(content, found["CBAND"], units)
+    if not is_checked:
+        _check_values(wavelength, "CWAVE", USABLE_WAVELENGTH_UM[band])
+        _check_values(bandwidth, "CBAND", USABLE_BANDWIDTH_UM)
+    return {"wavelength": wavelength, "bandwidth": bandwidth}
+
+
+def _read_flux_correction(
+    content: memoryview, band: str, *, is_checked: bool = False
+) -> dict[str, np.ndarray]:
+    hdus = _find(content, band).values()
+    planes = [hdu for hdu in hdus if hdu.header.get("NAXIS") == 2 and _is_plane(hdu)]
+    if not planes:
+        raise FrameError("no extension is an image")
+    plane = _map_plane(content, planes[0], ())
+    if not is_checked:
+        _check_values(plane, planes[0].name, USABLE_FACTOR)
+    return {"flux_correction": plane}
+
+
+def _read_epsf(content: memoryview, band: str, *, is_checked: bool = False) -> dict[str, PsfModel]:
+    found = _find(content, band, "EPSF")
+    return {"psf": read_epsf(content, found["EPSF"])}
+
+
+_READERS: dict[str, Callable[..., dict[str, Any]]] = {
+    SPECTRAL_WCS: _read_spectral_wcs,
+    SOLID_ANGLE: _read_solid_angle,
+    EPSF: _read_epsf,
+    FLUX_CORRECTION: _read_flux_correction,
+}
+
+
+def _find(content: memoryview, band: str, *names: str) -> dict[str, Hdu]:
+    """Return the extensions by name; those named are there, and none is of another detector."""
+    hdus: dict[str, Hdu] = {}
+    for hdu in scan(content):
+        hdus.setdefault(hdu.name, hdu)
+        detector = hdu.header.get("DETECTOR", band[1:])
+        if str(detector) not in (band, band[1:]):
+            raise FrameError(f"the product is of detector {detector}, not {band}")
+    missing = [name for name in names if name not in hdus]
+    if missing:
+        raise FrameError(f"no extension named {', '.join(missing)}")
+    return hdus
+
+
+def _is_plane(hdu: Hdu) -> bool:
+    return hdu.header.get("XTENSION", "IMAGE") == "IMAGE" and hdu.header.get("BITPIX") in _TYPES
+
+
+def _map_plane(content: memoryview, hdu: Hdu, units: tuple[str, ...]) -> np.ndarray:
+    bitpix = hdu.header.get("BITPIX")
+    if bitpix not in _TYPES:
+        raise FrameError(f"{hdu.name} must have BITPIX -32 or -64, got {bitpix}")
+    plane = map_image(content, hdu, bitpix, _TYPES[bitpix])
+    if plane.shape != (DETECTOR_PIXELS, DETECTOR_PIXELS):
+        raise FrameError(f"{hdu.name} is {plane.shape} pixels, not those of a detector")
+    _check_unit(hdu.header, hdu.name, units)
+    return plane
+
+
+def _check_unit(header: Header, name: str, units: tuple[str, ...]) -> None:
+    unit = header.get("BUNIT")
+    # A file that states no unit is judged by its values.
+    if units and unit is not None and str(unit).replace(" ", "").lower() not in units:
+        raise FrameError(f"BUNIT of {name} must be {units[0]}, got {unit!r}")
+
+
+def _check_values(plane: np.ndarray, name: str, limits: tuple[float, float]) -> None:
+    low, high = limits
+    with np.errstate(invalid="ignore"):
+        usable = float(((plane >= low) & (plane <= high)).mean())
+    if usable < LEAST_USABLE:
+        raise FrameError(
+            f"{name}: {1 - usable:.0%} of the values are not within {low:g} to {high:g}"
+        )
