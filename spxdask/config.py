@@ -56,7 +56,7 @@ IRSA_TAP_URL = "https://irsa.ipac.caltech.edu/TAP"
 IRSA_ARCHIVE_URL = "https://irsa.ipac.caltech.edu"
 
 FIELD, OUTPUT, FRAMES = "field and catalogue", "output", "frames"
-WORKERS, ARCHIVE, PHOTOMETRY = "workers", "archive", "photometry"
+WORKERS, ARCHIVE, CALIBRATION, PHOTOMETRY = "workers", "archive", "calibration", "photometry"
 
 T = TypeVar("T", bound=CheckedOptions)
 
@@ -65,6 +65,7 @@ class LiteralPath(str):
     """A path that is not expanded: a dollar sign in it is a dollar sign."""
 
 
+_TOKEN = re.compile(r"cal-[0-9a-z.-]{1,60}")
 _VARIABLE = re.compile(r"\$(?:(?P<escape>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\})")
 
 
@@ -137,6 +138,46 @@ def _check_archive_url(value: Any) -> str:
         raise ValueError("{rule}")
     normal = _normalise(value)
     return _keep(normal) if is_mirror else normal
+
+
+def _check_calibration(value: Any) -> str:
+    """Return a keyword, or the base URL of a tree of products."""
+    if value in ("archive", "frame"):
+        return str(value)
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    if "://" in text or text.startswith("file:"):
+        return _check_archive_url(text)
+    path = _check_path(value)
+    return _keep(Path(path).absolute().as_uri())
+
+
+def _check_pins(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the tokens of each family, sorted."""
+    from spxdask.science.calibration import FAMILIES
+
+    if isinstance(value, Mapping):
+        pairs = [*value.items()]
+    elif isinstance(value, list | tuple):
+        pairs = [
+            tuple(item.split("=", 1)) if isinstance(item, str) and "=" in item else item
+            for item in value
+        ]
+    else:
+        pairs = [None]
+    pins: dict[str, set[str]] = {}
+    for pair in pairs if value is not None else []:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("{rule}")
+        family, tokens = pair
+        tokens = [tokens] if isinstance(tokens, str) else tokens
+        if family not in FAMILIES:
+            raise ValueError(f"{{rule}}; families are {', '.join(FAMILIES)}")
+        if not isinstance(tokens, list | tuple) or not all(
+            isinstance(token, str) and _TOKEN.fullmatch(token) for token in tokens
+        ):
+            raise ValueError("{rule}, such as cal-epsf-v1-2026-191")
+        pins.setdefault(family, set()).update(tokens)
+    return tuple((family, tuple(sorted(pins[family]))) for family in sorted(pins))
 
 
 def _normalise(url: str) -> str:
@@ -430,6 +471,40 @@ class BatchConfig(CheckedOptions):
         ),
         PlainValidator(_check_archive_url),
     ] = field(default_factory=lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL)
+    calibration: Annotated[
+        str,
+        option(
+            "where calibration products come from: 'archive', its newest; 'frame', nothing but "
+            "what is in the frames; or a path or URL of a tree of products",
+            group=CALIBRATION,
+            rule="archive, frame, or a path or URL of a tree of products",
+            metavar="WHERE",
+        ),
+        PlainValidator(_check_calibration),
+    ] = "archive"
+    calibration_pins: Annotated[
+        tuple[tuple[str, tuple[str, ...]], ...],
+        option(
+            "products to use in place of the newest, such as {epsf: cal-epsf-v1-2026-191}",
+            group=CALIBRATION,
+            rule="a mapping of families of products to tokens",
+            metavar="FAMILY=TOKEN",
+            nargs="+",
+        ),
+        PlainValidator(_check_pins),
+    ] = ()
+    contaminants_path: Annotated[
+        str | None,
+        option(
+            "a second catalogue, whose sources take part in the solution for PSF fluxes and get "
+            "no rows",
+            group=CALIBRATION,
+            rule=_PATH_RULE,
+            flag="contaminants",
+            metavar="FILE",
+        ),
+        PlainValidator(lambda value: None if value is None else _check_path(value)),
+    ] = None
     photometry: Annotated[
         PhotometryConfig,
         option(
@@ -448,10 +523,12 @@ class BatchConfig(CheckedOptions):
         dict
             Of plain numbers, texts, lists and mappings; a dollar sign in a path is ``$$``.
         """
-        return {
+        found = {
             name: value.replace("$", "$$") if isinstance(value, LiteralPath) else value
             for name, value in super().to_dict().items()
         }
+        pins = {family: [*tokens] for family, tokens in self.calibration_pins}
+        return found | {"calibration_pins": pins}
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:

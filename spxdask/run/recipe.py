@@ -18,7 +18,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spxdask.science.options import PhotometryConfig
 
-__all__ = ["STEPS", "Recipe", "StepDefinition", "legacy_fingerprint", "make_recipe"]
+__all__ = ["STEPS", "Recipe", "RecipeInputs", "StepDefinition", "make_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeInputs:
+    """What a recipe is made of.
+
+    Attributes
+    ----------
+    photometry : PhotometryConfig
+        How a source is measured.
+    products : mapping of str to (str, str)
+        Token and checksum of each calibration product of a frame, by family.
+    contaminants : str or None
+        Fingerprint of the sources that take part in the solution without being measured.
+    """
+
+    photometry: PhotometryConfig
+    products: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    contaminants: str | None = None
+
+    def describe(self, family: str) -> dict[str, Any]:
+        """Return the option that stands for a product; none where the frame's own is used.
+
+        Parameters
+        ----------
+        family : str
+            Of the product.
+
+        Returns
+        -------
+        dict of str to list
+        """
+        return {"product": list(self.products[family])} if family in self.products else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +65,8 @@ class StepDefinition:
     version : int
         Raised whenever the numbers that the step gives change, or the columns it fills.
     read_options : callable
-        Takes the photometry options, returns those that the step depends on by name.
+        Takes the inputs, returns the options that the step depends on by name; None if the
+        step is not done.
     neutral : mapping
         Values of options, by name, with which the step does what it did before these options
         existed. An option with its neutral value is not part of a recipe, and a step whose
@@ -41,29 +75,31 @@ class StepDefinition:
 
     name: str
     version: int
-    read_options: Callable[[PhotometryConfig], dict[str, Any]]
+    read_options: Callable[[RecipeInputs], dict[str, Any] | None]
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _read_frame(photometry: PhotometryConfig) -> dict[str, Any]:
+def _read_frame(inputs: RecipeInputs) -> dict[str, Any]:
     """Reading a frame has no options; the step is there for its version."""
     return {}
 
 
-def _read_selection(photometry: PhotometryConfig) -> dict[str, Any]:
+def _read_selection(inputs: RecipeInputs) -> dict[str, Any]:
     from spxdask.science.photometry import margin
 
-    return {"margin": margin(photometry)}
+    return {"margin": margin(inputs.photometry)}
 
 
-def _read_zodi(photometry: PhotometryConfig) -> dict[str, Any]:
+def _read_zodi(inputs: RecipeInputs) -> dict[str, Any]:
+    photometry = inputs.photometry
     if not photometry.subtract_zodi:
         return {"subtract_zodi": False}
     names = ("subtract_zodi", "zodi_scale_min", "zodi_scale_max", "bad_flags")
     return {name: getattr(photometry, name) for name in names}
 
 
-def _read_background(photometry: PhotometryConfig) -> dict[str, Any]:
+def _read_background(inputs: RecipeInputs) -> dict[str, Any]:
+    photometry = inputs.photometry
     names = [
         "background_method",
         "bad_flags",
@@ -86,10 +122,32 @@ def _read_background(photometry: PhotometryConfig) -> dict[str, Any]:
     return options
 
 
-def _read_aperture(photometry: PhotometryConfig) -> dict[str, Any]:
+def _read_aperture(inputs: RecipeInputs) -> dict[str, Any]:
+    photometry = inputs.photometry
     size = "fwhm_multiplier" if photometry.aperture_method == "fwhm" else "aperture_diameter"
     names = ("aperture_method", size, "pixel_scale_fallback")
     return {name: getattr(photometry, name) for name in names}
+
+
+def _read_solid_angle(inputs: RecipeInputs) -> dict[str, Any]:
+    return inputs.describe("solid_angle_pixel_map")
+
+
+def _read_wavelength(inputs: RecipeInputs) -> dict[str, Any] | None:
+    return inputs.describe("spectral_wcs") or None
+
+
+def _read_flux_scale(inputs: RecipeInputs) -> dict[str, Any] | None:
+    return inputs.describe("l3_flux_corrections") or None
+
+
+def _read_psf(inputs: RecipeInputs) -> dict[str, Any] | None:
+    photometry = inputs.photometry
+    if photometry.psf == "none":
+        return None
+    options = {name: getattr(photometry, name) for name in ("psf", "psf_bad_flags", "bad_flags")}
+    contaminants = {"contaminants": inputs.contaminants} if inputs.contaminants else {}
+    return options | inputs.describe("epsf") | contaminants
 
 
 STEPS = (
@@ -97,7 +155,12 @@ STEPS = (
     StepDefinition(name="selection", version=1, read_options=_read_selection),
     StepDefinition(name="zodi", version=1, read_options=_read_zodi),
     StepDefinition(name="background", version=1, read_options=_read_background),
-    StepDefinition(name="aperture", version=1, read_options=_read_aperture),
+    # 2: the scale of the pixels is that of the local solid angle at the centre.
+    StepDefinition(name="aperture", version=2, read_options=_read_aperture),
+    StepDefinition(name="solid_angle", version=1, read_options=_read_solid_angle),
+    StepDefinition(name="wavelength", version=1, read_options=_read_wavelength),
+    StepDefinition(name="flux_scale", version=1, read_options=_read_flux_scale),
+    StepDefinition(name="psf", version=1, read_options=_read_psf),
 )
 
 
@@ -153,15 +216,13 @@ class Recipe:
         return found
 
 
-def make_recipe(
-    photometry: PhotometryConfig, definitions: tuple[StepDefinition, ...] = STEPS
-) -> Recipe:
-    """Return the recipe that photometry options stand for.
+def make_recipe(inputs: RecipeInputs, definitions: tuple[StepDefinition, ...] = STEPS) -> Recipe:
+    """Return the recipe that options and calibration products stand for.
 
     Parameters
     ----------
-    photometry : PhotometryConfig
-        How a source is measured.
+    inputs : RecipeInputs
+        How a source is measured, and with what.
     definitions : tuple of StepDefinition, optional
         The steps that there are.
 
@@ -172,60 +233,12 @@ def make_recipe(
     """
     steps = {}
     for definition in definitions:
-        read = definition.read_options(photometry)
+        read = definition.read_options(inputs)
+        if read is None:
+            continue
         neutral = definition.neutral
         options = {k: v for k, v in read.items() if k not in neutral or v != neutral[k]}
         if options or not read:
             steps[definition.name] = {"version": definition.version} | options
     # As they come back from the ledger: lists, not tuples.
     return Recipe(json.loads(json.dumps(steps)))
-
-
-# Versions of the steps whose numbers are those that MEASUREMENT_VERSION 2 stood for.
-_LEGACY_VERSION = 2
-_LEGACY_STEPS = {"frame": 1, "selection": 1, "zodi": 1, "background": 1, "aperture": 1}
-_LEGACY_OPTIONS = (
-    "aperture_method",
-    "aperture_diameter",
-    "fwhm_multiplier",
-    "background_method",
-    "window_size",
-    "subtract_zodi",
-    "zodi_scale_min",
-    "zodi_scale_max",
-    "min_usable_pixels",
-    "bg_sigma_clip_sigma",
-    "bg_sigma_clip_maxiters",
-    "annulus_inner_offset",
-    "min_annulus_area",
-    "max_outer_radius",
-    "max_annulus_attempts",
-    "annulus_expansion_step",
-    "pixel_scale_fallback",
-    "bad_flags",
-)
-
-
-def legacy_fingerprint(sources: str | bytes, photometry: PhotometryConfig) -> str | None:
-    """Return the fingerprint that ledgers had before there were recipes.
-
-    Parameters
-    ----------
-    sources : str or bytes
-        Fingerprint of the whole catalogue, or digest of the sources near a frame.
-    photometry : PhotometryConfig
-        How a source is measured.
-
-    Returns
-    -------
-    str or None
-        None when tables of that time cannot be those of today's steps.
-    """
-    steps = make_recipe(photometry).steps
-    if {name: step["version"] for name, step in steps.items()} != _LEGACY_STEPS:
-        return None
-    values = {name: getattr(photometry, name) for name in _LEGACY_OPTIONS}
-    values["bad_flags"] = list(values["bad_flags"])
-    options = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    text = f"({_LEGACY_VERSION!r}, {sources!r}, PhotometryConfig({options}))"
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -494,8 +494,9 @@ def _as_bits(flags: Any) -> Any:
     return tuple(sorted(bits))
 
 
-APERTURE, BACKGROUND, ZODI, PIXELS = (
-    f"photometry: {topic}" for topic in ("aperture", "background", "zodiacal light", "pixels")
+APERTURE, PSF, BACKGROUND, ZODI, PIXELS = (
+    f"photometry: {topic}"
+    for topic in ("aperture", "PSF", "background", "zodiacal light", "pixels")
 )
 WindowSide = Annotated[int, Field(ge=3, le=500)]
 FlagBit = Annotated[int, Field(ge=0, le=31)]
@@ -525,6 +526,25 @@ class PhotometryConfig(CheckedOptions):
         float,
         option("diameter of the fwhm aperture", unit="PSF FWHM", group=APERTURE, gt=0, le=50),
     ] = 2.5
+    psf: Annotated[
+        Literal["nearest", "bilinear", "none"],
+        option(
+            "the PSF at a source: that of the 'nearest' zone of the detector, or 'bilinear' "
+            "between four; 'none' measures no total fluxes, and leaves out their columns",
+            group=PSF,
+        ),
+    ] = "nearest"
+    psf_bad_flags: Annotated[
+        tuple[FlagBit, ...],
+        option(
+            "flags that make a pixel unusable for PSF photometry",
+            group=PSF,
+            rule="a list of flags, by name or by bit from 0 to 31",
+            metavar="FLAG",
+            nargs="*",
+        ),
+        BeforeValidator(_as_bits),
+    ] = tuple(flag.bit for flag in FLAGS if flag.bad_for_psf)
     background_method: Annotated[
         Literal["window", "annulus"],
         option(

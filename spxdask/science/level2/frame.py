@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -26,6 +27,24 @@ USABLE_FWHM_ARCSEC = (1.0, 60.0)
 # Times, in days, and offsets of a cut-out, in pixels, beyond these are errors in the header.
 LAST_MJD = 1e6
 LARGEST_ORIGIN = 1e5
+# The spacecraft is 7,000 km from the Earth's centre; a position beyond this is an error.
+FARTHEST_OBSERVER_KM = 1e5
+
+
+@dataclass(frozen=True, slots=True)
+class PsfExtension:
+    """An extension with a PSF, not yet read.
+
+    Attributes
+    ----------
+    content : memoryview
+        The whole file.
+    hdu : Hdu
+        ``EPSF``, a table, or ``PSF``, a cube.
+    """
+
+    content: memoryview
+    hdu: Hdu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +71,10 @@ class Frame:
         Full-frame 0-based pixel of this file's pixel (0, 0); zero except for cut-outs.
     psf_fwhm : float or None
         Median PSF FWHM, arcsec.
+    observer_km : tuple of float or None
+        Position of the spacecraft from the Earth's centre, equatorial axes, km.
+    psf : PsfExtension or None
+        The extension with the PSF of the frame, if it has one.
     flag_bits : dict of str to int
         Bit of each flag, by the header's own names.
     warnings : tuple of str
@@ -72,6 +95,8 @@ class Frame:
     wavelengths: WavelengthTable
     origin: tuple[float, float] = (0.0, 0.0)
     psf_fwhm: float | None = None
+    observer_km: tuple[float, float, float] | None = None
+    psf: PsfExtension | None = None
     flag_bits: dict[str, int] = field(default_factory=lambda: dict(FLAG_BITS))
     warnings: tuple[str, ...] = ()
     file_bytes: int = 0
@@ -171,6 +196,8 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         wavelengths=read_wavelength_table(buffer, hdus["WCS-WAVE"]),
         origin=origin,
         psf_fwhm=_read_psf_fwhm(header),
+        observer_km=_read_observer(header),
+        psf=_find_psf(buffer, hdus),
         flag_bits=read_flag_bits(hdus["FLAGS"].header),
         warnings=_list_warnings(header),
         file_bytes=len(buffer),
@@ -239,6 +266,22 @@ def _read_psf_fwhm(header: Header) -> float | None:
     if isinstance(fwhm, bool) or not isinstance(fwhm, int | float) or not low <= fwhm <= high:
         return None
     return float(fwhm)
+
+
+def _read_observer(header: Header) -> tuple[float, float, float] | None:
+    """Return the position of the spacecraft, None where the header has no usable one."""
+    values = [header.get(f"{axis}_SC") for axis in "XYZ"]
+    found = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(found) < 3 or not math.hypot(*found) <= FARTHEST_OBSERVER_KM:
+        return None
+    return found[0], found[1], found[2]
+
+
+def _find_psf(buffer: memoryview, hdus: dict[str, Hdu]) -> PsfExtension | None:
+    for name in ("EPSF", "PSF"):
+        if name in hdus:
+            return PsfExtension(buffer, hdus[name])
+    return None
 
 
 def _list_warnings(header: Header) -> tuple[str, ...]:

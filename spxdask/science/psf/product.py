@@ -7,11 +7,42 @@ from numpy.typing import ArrayLike
 
 from spxdask.errors import FrameError
 from spxdask.science.level2.fits import Hdu
+from spxdask.science.level2.frame import PsfExtension
 from spxdask.science.psf.cube import arrange_cube_zones, make_cube_model, read_centres
 from spxdask.science.psf.epsf import make_epsf_model
 from spxdask.science.psf.model import PsfModel
 
-__all__ = ["read_cube", "read_epsf"]
+__all__ = ["read_cube", "read_epsf", "read_frame_psf"]
+
+
+def read_frame_psf(
+    extension: PsfExtension, x: ArrayLike, y: ArrayLike, *, is_bilinear: bool
+) -> PsfModel:
+    """Read the PSF that a frame has.
+
+    Parameters
+    ----------
+    extension : PsfExtension
+        Of the frame.
+    x, y : (n,) float array
+        Positions of the sources, 0-based pixels of the full frame.
+    is_bilinear : bool
+        Whether the PSF is interpolated between four zones.
+
+    Returns
+    -------
+    PsfModel
+        Of use for these sources.
+
+    Raises
+    ------
+    FrameError
+        If the extension has no PSF that could be used.
+    """
+    content, hdu = extension.content, extension.hdu
+    if hdu.name == "EPSF":
+        return read_epsf(content, hdu).interpolated(is_bilinear)
+    return read_cube(content, hdu, x=x, y=y, is_bilinear=is_bilinear)
 
 
 def read_epsf(content: memoryview, hdu: Hdu) -> PsfModel:
