@@ -23,6 +23,7 @@ __all__ = [
     "EPSF",
     "FAMILIES",
     "FLUX_CORRECTION",
+    "NO_CALIBRATION",
     "SOLID_ANGLE",
     "SPECTRAL_WCS",
     "DetectorCalibration",
@@ -93,6 +94,87 @@ class DetectorCalibration:
             # A row without any usable factor is left as it was measured.
             factors[row, wild[row]] = np.median(usable) if len(usable) else 1.0
         return factors
+
+    def solid_angle_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+        """Return the solid angle of the pixels at some positions.
+
+        Parameters
+        ----------
+        x, y : (n,) float array
+            0-based pixels of the full frame.
+
+        Returns
+        -------
+        (n,) float array or None
+            arcsec^2, NaN where the map has no value; None without a map.
+        """
+        if self.solid_angle is None:
+            return None
+        low, high = USABLE_SOLID_ANGLE_ARCSEC2
+        found = self.solid_angle[_round(y), _round(x)].astype(float)
+        return np.where((found >= low) & (found <= high), found, np.nan)
+
+    def wavelength_at(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return wavelength and bandwidth at some positions, bilinear between pixel centres.
+
+        Parameters
+        ----------
+        x, y : (n,) float array
+            0-based pixels of the full frame.
+
+        Returns
+        -------
+        wavelength, bandwidth : (n,) float array
+            um; None in place of the two without maps.
+        """
+        if self.wavelength is None or self.bandwidth is None:
+            return None
+        return _interpolate(self.wavelength, x, y), _interpolate(self.bandwidth, x, y)
+
+    def correct(
+        self, image: np.ndarray, variance: np.ndarray, origin: tuple[float, float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put a frame of before QR3 on the flux scale of QR3.
+
+        Parameters
+        ----------
+        image, variance : (ny, nx) big-endian float32 array
+            Planes of the frame.
+        origin : (float, float)
+            Full-frame 0-based pixel of their pixel (0, 0).
+
+        Returns
+        -------
+        image, variance : (ny, nx) big-endian float32 array
+            The same arrays without a correction.
+        """
+        factors = self.factors
+        if factors is None:
+            return image, variance
+        (ny, nx), x0, y0 = image.shape, round(origin[0]), round(origin[1])
+        if not (0 <= x0 <= DETECTOR_PIXELS - nx and 0 <= y0 <= DETECTOR_PIXELS - ny):
+            raise FrameError("the frame is not a part of the detector, as its origin has it")
+        part = factors[y0 : y0 + ny, x0 : x0 + nx]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return (image * part).astype(">f4"), (variance * part * part).astype(">f4")
+
+
+NO_CALIBRATION = DetectorCalibration()
+
+
+def _round(position: np.ndarray) -> np.ndarray:
+    """Return the pixel that a coordinate is in."""
+    return np.clip(np.rint(position), 0, DETECTOR_PIXELS - 1).astype(int)
+
+
+def _interpolate(plane: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    last = DETECTOR_PIXELS - 1
+    x, y = np.clip(x, 0, last), np.clip(y, 0, last)
+    i, j = np.minimum(x.astype(int), last - 1), np.minimum(y.astype(int), last - 1)
+    u, v = x - i, y - j
+    low = (1 - u) * plane[j, i] + u * plane[j, i + 1]
+    high = (1 - u) * plane[j + 1, i] + u * plane[j + 1, i + 1]
+    return (1 - v) * low + v * high
 
 
 def check_product(family: str, band: str, content: memoryview) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FLAGS", "FLAG_BITS", "Flag", "decode_flags", "find_bit"]
+__all__ = ["FLAGS", "FLAG_BITS", "PSF_BAD_FLAGS", "Flag", "decode_flags", "find_bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,20 @@ FLAGS = (
 )
 
 FLAG_BITS = {flag.name: flag.bit for flag in FLAGS}
+# Left out of a PSF fit. TRANSIENT and OUTLIER also fire on the cores of bright sources.
+PSF_BAD_FLAGS = tuple(
+    FLAG_BITS[name]
+    for name in (
+        "SUR_ERROR",
+        "NONFUNC",
+        "MISSING_DATA",
+        "HOT",
+        "COLD",
+        "PHANMISS",
+        "NONLINEAR",
+        "PERSIST",
+    )
+)
 
 
 def find_bit(flag: int | str) -> int:

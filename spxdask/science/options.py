@@ -35,7 +35,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs, ErrorDetails, PydanticUndefined
 
 from spxdask.errors import ConfigError
-from spxdask.science.flags import FLAG_BITS, FLAGS, find_bit
+from spxdask.science.flags import FLAG_BITS, FLAGS, PSF_BAD_FLAGS, find_bit
 
 __all__ = [
     "CheckedOptions",
@@ -544,7 +544,7 @@ class PhotometryConfig(CheckedOptions):
             nargs="*",
         ),
         BeforeValidator(_as_bits),
-    ] = tuple(flag.bit for flag in FLAGS if flag.bad_for_psf)
+    ] = PSF_BAD_FLAGS
     background_method: Annotated[
         Literal["window", "annulus"],
         option(

@@ -13,8 +13,9 @@ and "bad" means that a pixel has one of the configured flag bits.
   an annulus; its error is their standard deviation / sqrt(number before clipping). A
   round of clipping that would leave no pixel is not done.
 - **Flux**: exact-fraction sum of I' in the circle minus background x pi r^2, times the
-  pixel area; the error adds the variances so summed and (background error x pi r^2)^2.
-  Both are NaN when a pixel inside is not finite, or the circle leaves the frame.
+  solid angle of the pixel at the source; the error adds the variances so summed and
+  (background error x pi r^2)^2. Both are NaN when a pixel inside is not finite, or the
+  circle leaves the frame.
 - **Magnitude**: AB, -2.5 log10(f_nu / (erg s^-1 cm^-2 Hz^-1)) - 48.6.
 - **Flag**: bitwise OR over pixels whose centre is within r.
 """
@@ -25,11 +26,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import astropy.units as u
 import numpy as np
 
 from spxdask.errors import FrameError
+from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
@@ -37,6 +40,9 @@ from spxdask.science.kernels.statistics import Clipping, find_positive_median
 from spxdask.science.kernels.zodi import sum_zodi
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
+from spxdask.science.psf.fit import Contaminants, measure_psf_fluxes
+from spxdask.science.psf.model import PsfModel
+from spxdask.science.psf.product import read_frame_psf
 
 # From the planes' MJy/sr to uJy/arcsec^2.
 UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
@@ -51,6 +57,8 @@ WINDOW_GAP_PIXELS = 0.707
 # Sources are measured in strips of this many rows, from left to right, so that neighbours,
 # which need the same pixels, follow one another.
 STRIP_ROWS = 32
+# A source this far beyond an edge has light on the frame: half of a stamp of any PSF.
+REACH_OF_CONTAMINANTS_PIXELS = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +72,18 @@ class Measurement:
     columns : dict of str to (n,) array
         One array for each measured column of `spxdask.tables.schema`, in its order and
         units; `flag` is int64; NaN where a number is missing.
+    psf_columns : dict of str to (n,) array
+        The same for the columns of PSF photometry; empty when there is none.
     radius : float
         Of the aperture, pixels.
     zodi_scale : float
         The scale that ZODI was subtracted with; 0 when it was not.
+    is_zodi_fitted : bool
+        Whether this scale was fitted.
+    psf_name : str
+        Which PSF was used, empty for none.
+    psf_empty : dict of str to int
+        Rows without a PSF flux, by reason.
     skipped : dict of str to int
         Sources on the frame without a row, by reason.
     warnings : tuple of str
@@ -78,6 +94,10 @@ class Measurement:
     columns: dict[str, np.ndarray]
     radius: float
     zodi_scale: float
+    is_zodi_fitted: bool = False
+    psf_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    psf_name: str = ""
+    psf_empty: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -130,7 +150,14 @@ def on_frame(
     return index, x[index], y[index]
 
 
-def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryConfig) -> Measurement:
+def measure(
+    frame: Frame,
+    ra: np.ndarray,
+    dec: np.ndarray,
+    config: PhotometryConfig,
+    calibration: DetectorCalibration = NO_CALIBRATION,
+    contaminants: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Measurement:
     """Measure every given source that lies on a frame.
 
     Parameters
@@ -141,6 +168,11 @@ def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryCon
         ICRS, deg, within `frame.bounding_circle`.
     config : PhotometryConfig
         How a source is measured.
+    calibration : DetectorCalibration, optional
+        Calibration products; by default the frame's own values are used.
+    contaminants : ((m,) float array, (m,) float array), optional
+        ICRS ra and dec, deg, of sources that take part in the solution for the PSF fluxes, and
+        get no rows.
 
     Returns
     -------
@@ -153,20 +185,25 @@ def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryCon
         If no pixel of the frame has a finite value, or none a valid variance.
     """
     warnings = list(frame.warnings)
-    pixel_area = _choose_pixel_area(frame, config, warnings)
-    radius = _choose_aperture_radius(frame, math.sqrt(pixel_area), config, warnings)
+    pixel_scale = _choose_pixel_scale(frame, config, warnings)
+    radius = _choose_aperture_radius(frame, pixel_scale, config, warnings)
 
-    planes = _view_planes(frame)
+    planes = _view_planes(frame, calibration)
     bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.
     median_variance = functools.cache(lambda: find_positive_median(planes.variance))
-    zodi_scale, unflagged = _fit_zodi(planes, bad | source, median_variance, config)
-    if unflagged:
-        warnings.append(f"{unflagged} unflagged pixels with an invalid variance, treated as bad")
+    zodi = _fit_zodi(planes, bad | source, median_variance, config)
+    if zodi.unflagged:
+        warnings.append(
+            f"{zodi.unflagged} unflagged pixels with an invalid variance, treated as bad"
+        )
+    if not config.subtract_zodi:
+        # Nothing of ZODI may enter, not even its NaNs.
+        planes = planes._replace(zodi=planes.image)
 
     index, x, y = on_frame(frame, ra, dec, config)
-    masks = Masks(bad, source, unflagged > 0)
-    sums, flag = _sum_sources(planes, x, y, radius, zodi_scale, median_variance, masks, config)
+    masks = Masks(bad, source, zodi.unflagged > 0)
+    sums, flag = _sum_sources(planes, x, y, radius, zodi.scale, median_variance, masks, config)
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
     skipped = {}
@@ -175,11 +212,40 @@ def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryCon
     index, x, y = index[kept], x[kept], y[kept]
     total, variance, level, level_error = sums[kept].T
 
+    solid_angle = _find_solid_angles(frame, calibration, x, y, warnings)
     circle = math.pi * radius**2
-    flux = (total - level * circle) * pixel_area
-    flux_error = np.sqrt(variance + (level_error * circle) ** 2) * pixel_area
+    flux = (total - level * circle) * solid_angle
+    flux_error = np.sqrt(variance + (level_error * circle) ** 2) * solid_angle
     magnitude, magnitude_error = ab_magnitude(flux, flux_error)
-    wavelength, bandwidth = frame.wavelength_at(x, y)
+    wavelength, bandwidth = _find_wavelengths(frame, calibration, x, y, warnings)
+    psf_columns: dict[str, np.ndarray] = {}
+    psf_empty: dict[str, int] = {}
+    psf_name = ""
+    if config.psf != "none":
+        others = _find_others(frame, ra, dec, index, contaminants)
+        model, psf_name = _choose_psf(frame, calibration, x, y, others, config, warnings)
+        found = None
+        if model is not None:
+            found = measure_psf_fluxes(
+                planes,
+                Conversion(zodi.scale, UJY_PER_ARCSEC2, math.nan),
+                model,
+                x,
+                y,
+                level=level,
+                level_error=level_error,
+                radius=radius,
+                solid_angle=solid_angle,
+                bad=int(bad),
+                psf_bad=int(_mask(config.psf_bad_flags)),
+                contaminants=others,
+                origin=frame.origin,
+            )
+            psf_empty = found.empty
+        psf_columns = {
+            name: np.full(len(x), np.nan) if found is None else getattr(found, attribute)
+            for name, attribute in _PSF_COLUMNS.items()
+        }
     return Measurement(
         index=index,
         columns={
@@ -196,11 +262,26 @@ def measure(frame: Frame, ra: np.ndarray, dec: np.ndarray, config: PhotometryCon
             "bg_error": level_error,
             "aperture_radius": np.full(len(index), radius),
         },
+        psf_columns=psf_columns,
         radius=radius,
-        zodi_scale=zodi_scale,
+        zodi_scale=zodi.scale,
+        is_zodi_fitted=zodi.is_fitted,
+        psf_name=psf_name,
         skipped=skipped,
+        psf_empty=psf_empty,
         warnings=tuple(warnings),
     )
+
+
+_PSF_COLUMNS = {
+    "aperture_correction": "aperture_correction",
+    "psf_flux": "flux",
+    "psf_flux_error": "flux_error",
+    "psf_chi2": "chi2",
+    "psf_fraction": "fraction",
+    "neighbour_flux": "neighbour_flux",
+    "bad_fraction": "bad_fraction",
+}
 
 
 def ab_magnitude(flux: np.ndarray, flux_error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,16 +302,105 @@ def ab_magnitude(flux: np.ndarray, flux_error: np.ndarray) -> tuple[np.ndarray, 
     return magnitude, 2.5 / math.log(10) * flux_error / flux
 
 
-def _choose_pixel_area(frame: Frame, config: PhotometryConfig, warnings: list[str]) -> float:
-    """Return the area of a pixel in arcsec^2: the header's, or the fallback with a warning."""
-    pixel_area = frame.wcs.pixel_area_arcsec2
-    if USABLE_SCALE_ARCSEC[0] <= math.sqrt(pixel_area) <= USABLE_SCALE_ARCSEC[1]:
-        return pixel_area
+def _choose_pixel_scale(frame: Frame, config: PhotometryConfig, warnings: list[str]) -> float:
+    """Return the scale at the centre in arcsec: the header's, or the fallback with a warning."""
+    ny, nx = frame.shape
+    scale = math.sqrt(float(frame.wcs.solid_angle_at((nx - 1) / 2, (ny - 1) / 2)))
+    if USABLE_SCALE_ARCSEC[0] <= scale <= USABLE_SCALE_ARCSEC[1]:
+        return scale
     warnings.append(
-        f"pixel scale of {math.sqrt(pixel_area):.4g} arcsec is not usable, "
+        f"pixel scale of {scale:.4g} arcsec is not usable, "
         f"used {config.pixel_scale_fallback} arcsec instead"
     )
-    return config.pixel_scale_fallback**2
+    return config.pixel_scale_fallback
+
+
+def _find_solid_angles(
+    frame: Frame,
+    calibration: DetectorCalibration,
+    x: np.ndarray,
+    y: np.ndarray,
+    warnings: list[str],
+) -> np.ndarray:
+    """Return the solid angle of the pixel at each source, arcsec^2."""
+    own = frame.wcs.solid_angle_at
+    found = calibration.solid_angle_at(x + frame.origin[0], y + frame.origin[1])
+    if found is None:
+        return own(x, y)
+    missing = ~np.isfinite(found)
+    if missing.any():
+        found[missing] = own(x[missing], y[missing])
+        warnings.append("the solid angle map has gaps at sources; the header's WCS was used there")
+    return found
+
+
+def _find_wavelengths(
+    frame: Frame,
+    calibration: DetectorCalibration,
+    x: np.ndarray,
+    y: np.ndarray,
+    warnings: list[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return wavelength and bandwidth at each source, um."""
+    found = calibration.wavelength_at(x + frame.origin[0], y + frame.origin[1])
+    if found is None:
+        return frame.wavelength_at(x, y)
+    missing = ~(np.isfinite(found[0]) & np.isfinite(found[1]))
+    if missing.any():
+        own = frame.wavelength_at(x[missing], y[missing])
+        found[0][missing], found[1][missing] = own
+        warnings.append("the wavelength maps have gaps at sources; WCS-WAVE was used there")
+    return found
+
+
+def _find_others(
+    frame: Frame,
+    ra: np.ndarray,
+    dec: np.ndarray,
+    index: np.ndarray,
+    contaminants: tuple[np.ndarray, np.ndarray] | None,
+) -> Contaminants:
+    """Return the sources without rows whose light is on the frame: at its edges, and others."""
+    without = np.ones(len(ra), bool)
+    without[index] = False
+    ra, dec = ra[without], dec[without]
+    if contaminants is not None:
+        ra, dec = np.append(ra, contaminants[0]), np.append(dec, contaminants[1])
+    ny, nx = frame.shape
+    x, y = frame.wcs.sky_to_pixel(ra, dec)
+    reach = REACH_OF_CONTAMINANTS_PIXELS
+    near = (x > -reach) & (x < nx + reach) & (y > -reach) & (y < ny + reach)
+    unknown = np.full(int(near.sum()), np.nan)
+    return Contaminants(x=x[near], y=y[near], level=unknown, level_error=unknown)
+
+
+def _choose_psf(
+    frame: Frame,
+    calibration: DetectorCalibration,
+    x: np.ndarray,
+    y: np.ndarray,
+    others: Contaminants,
+    config: PhotometryConfig,
+    warnings: list[str],
+) -> tuple[PsfModel | None, str]:
+    """Return the PSF and its name: of the product, else the frame's own; None without any."""
+    is_bilinear = config.psf == "bilinear"
+    if calibration.psf is not None:
+        return calibration.psf.interpolated(is_bilinear), "epsf product"
+    if frame.psf is None:
+        warnings.append("no PSF: aperture corrections and PSF fluxes are empty")
+        return None, ""
+    ny, nx = frame.shape
+    at = (
+        np.clip(np.append(x, others.x), 0, nx - 1) + frame.origin[0],
+        np.clip(np.append(y, others.y), 0, ny - 1) + frame.origin[1],
+    )
+    try:
+        model = read_frame_psf(frame.psf, *at, is_bilinear=is_bilinear)
+    except FrameError as error:
+        warnings.append(f"no usable PSF, so that PSF fluxes are empty: {error}")
+        return None, ""
+    return model, f"{frame.psf.hdu.name} of the frame"
 
 
 def _choose_aperture_radius(
@@ -246,8 +416,8 @@ def _choose_aperture_radius(
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
 
 
-def _view_planes(frame: Frame) -> Planes:
-    """Return the planes of a frame as words."""
+def _view_planes(frame: Frame, calibration: DetectorCalibration) -> Planes:
+    """Return the planes of a frame as words, IMAGE and VARIANCE on the present flux scale."""
 
     def view(plane: np.ndarray) -> np.ndarray:
         words = np.asarray(plane).view("<u4")
@@ -255,11 +425,20 @@ def _view_planes(frame: Frame) -> Planes:
         words.flags.writeable = False
         return words
 
-    return Planes(*map(view, (frame.image, frame.variance, frame.zodi, frame.flags)))
+    image, variance = calibration.correct(frame.image, frame.variance, frame.origin)
+    return Planes(*map(view, (image, variance, frame.zodi, frame.flags)))
 
 
 def _mask(bits: Iterable[int]) -> np.uint32:
     return np.uint32(sum(1 << bit for bit in bits))
+
+
+class ZodiFit(NamedTuple):
+    """The scale of ZODI, 0 if it is not subtracted, and the number of unflagged bad variances."""
+
+    scale: float
+    is_fitted: bool
+    unflagged: int
 
 
 def _fit_zodi(
@@ -267,15 +446,15 @@ def _fit_zodi(
     excluded: np.uint32,
     median_variance: Callable[[], float],
     config: PhotometryConfig,
-) -> tuple[float, int]:
-    """Return the scale of ZODI, 0 if it is not subtracted, and the unflagged bad variances."""
+) -> ZodiFit:
+    """Fit the scale of ZODI to IMAGE."""
     sums = sum_zodi(planes, excluded)
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")
     if not sums.valid:
         raise FrameError("VARIANCE has no finite positive pixel")
     if not config.subtract_zodi:
-        return 0.0, sums.unflagged
+        return ZodiFit(0.0, False, sums.unflagged)
     izw, zzw = sums.weighted_iz, sums.weighted_zz
     if sums.zz > 0:
         weight = 1.0 / median_variance()
@@ -283,8 +462,8 @@ def _fit_zodi(
     scale = izw / zzw if zzw > 0 else math.nan
     mostly_excluded = 2 * sums.clear < planes.image.size
     if mostly_excluded or not config.zodi_scale_min < scale <= config.zodi_scale_max:
-        scale = 1.0
-    return scale, sums.unflagged
+        return ZodiFit(1.0, False, sums.unflagged)
+    return ZodiFit(scale, True, sums.unflagged)
 
 
 def _sum_sources(
@@ -302,9 +481,6 @@ def _sum_sources(
     Sources are measured as if no variance had to be replaced. Those for which this was
     wrong are measured again with the median variance, which is expensive to find.
     """
-    if not config.subtract_zodi:
-        # Nothing of ZODI may enter, not even its NaNs.
-        planes = planes._replace(zodi=planes.image)
     region = _make_region(radius, config)
     clipping = Clipping(config.bg_sigma_clip_sigma, config.bg_sigma_clip_maxiters)
 
