@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from spxdask.cluster.page import choose_dashboard_port
 from spxdask.cluster.workers import MALLOC_ENVIRONMENT, keep_local_workers
 from spxdask.errors import InputError
+from spxdask.science.compiled import prepare_cache
 
 _GUARD_ADVICE = (
     "worker processes import the script that starts them: in a script, put what it does under "
@@ -60,7 +61,7 @@ def embedded_client(
     environment = dict(os.environ)
     settings = {
         f"distributed.nanny.pre-spawn-environ.{name}": value
-        for name, value in MALLOC_ENVIRONMENT.items()
+        for name, value in (MALLOC_ENVIRONMENT | prepare_cache()).items()
     }
 
     def start() -> LocalCluster:
