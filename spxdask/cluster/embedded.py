@@ -14,6 +14,12 @@ from multiprocessing import resource_tracker
 import dask
 from distributed import Client, LocalCluster
 
+from spxdask.cluster.limits import (
+    count_cores,
+    count_fitting_workers,
+    read_cpu_quota,
+    read_memory_limit,
+)
 from spxdask.cluster.page import choose_dashboard_port
 from spxdask.cluster.workers import MALLOC_ENVIRONMENT, keep_local_workers
 from spxdask.errors import InputError
@@ -34,13 +40,14 @@ def embedded_client(
 ) -> Iterator[Client]:
     """Start a cluster on this machine, and close it when the block ends.
 
-    It has one process per core, as extraction keeps a core busy. Each has as many more
-    threads as are needed for its share of the downloads, which only wait.
+    It has one process per core, as extraction keeps a core busy, and no more than there is
+    memory for. Each has as many more threads as are needed for its share of the downloads,
+    which only wait.
 
     Parameters
     ----------
     max_processes : int
-        Processes to start at most; there are never more than cores.
+        Processes to start at most; there are never more than this process may use cores.
     n_downloads : int
         Frames that are downloaded at the same time in the whole cluster.
     make_cluster : callable, optional
@@ -57,7 +64,9 @@ def embedded_client(
         script of a user.
     """
     require_main_guard()
-    processes = max(1, min(max_processes, available_cores()))
+    memory_bytes = read_memory_limit()
+    fitting = count_fitting_workers(count_cores(), read_cpu_quota(), memory_bytes)
+    processes = min(max_processes, fitting)
     environment = dict(os.environ)
     settings = {
         f"distributed.nanny.pre-spawn-environ.{name}": value
@@ -69,6 +78,7 @@ def embedded_client(
             n_workers=processes,
             threads_per_worker=1 + math.ceil(n_downloads / processes),
             processes=True,
+            memory_limit=int(memory_bytes / processes),
             silence_logs=logging.ERROR,
             host="127.0.0.1",
             dashboard_address=f"127.0.0.1:{choose_dashboard_port()}",
@@ -98,18 +108,6 @@ def require_main_guard() -> None:
     """Raise InputError in a worker process that is still importing the script of a user."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise InputError(_GUARD_ADVICE)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use.
-
-    Returns
-    -------
-    int
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager
