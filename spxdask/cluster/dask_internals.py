@@ -120,6 +120,24 @@ async def close_job(cluster: Any, name: Any, job: Any) -> None:
         await job.close()
 
 
+async def replace_closed_workers(cluster: Any) -> None:
+    """Start workers in place of those that a cluster has given up; only on its event loop.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster. One that adapts, or is of another kind than those of processes or jobs that
+        this process starts, is not changed.
+    """
+    if get_adapt_limits(cluster) is not None or not hasattr(cluster, "worker_spec"):
+        return
+    for name, worker in list(cluster.workers.items()):
+        if worker.status in (Status.closed, Status.failed):
+            del cluster.workers[name]
+    if cluster.worker_spec.keys() - cluster.workers.keys():
+        cluster.scale(len(cluster.worker_spec))
+
+
 def abandon_cluster(cluster: Any) -> None:
     """Stop what the constructor of a cluster started before it failed.
 

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,31 @@ def read_memory_limit(groups: Path = PROCESS_GROUPS, files: Path = GROUP_FILES) 
     float
         Bytes: the memory of the machine, or what its control groups allow if that is less.
     """
-    limit = float(psutil.virtual_memory().total)
+    limit = float(MEMORY_LIMIT)
     for folder in _list_folders("memory", groups, files):
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
             limit = min([limit, *map(_parse_limit, _read_words(folder / name))])
     return limit
+
+
+def warn_of_small_workers(client: Client) -> None:
+    """Warn if a worker of a cluster has less memory than it needs.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    """
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    # Without a limit, it is 0.
+    limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+    if limits and min(limits) < WORKER_BYTES:
+        logger.warning(
+            "a worker of the cluster may use %.2g GB of memory, and needs %.2g GB: it may stop at "
+            "its limit, and a run that waits for it ends with an error",
+            min(limits) / 1e9,
+            WORKER_BYTES / 1e9,
+        )
 
 
 def _list_folders(controller: str, groups: Path, files: Path) -> Iterator[Path]:

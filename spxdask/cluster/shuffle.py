@@ -25,6 +25,7 @@ from spxdask.cluster.dask_internals import (
     make_threads,
     set_threads,
 )
+from spxdask.cluster.stalls import StallTimes, watch_stalls
 from spxdask.errors import ClusterError, SpxdaskError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def compute_shuffle(
     check: Callable[[], object] = lambda: None,
     on_result: Callable[[pd.DataFrame], object] = lambda _: None,
     on_restart: Callable[[], object] = lambda: None,
+    stall_times: StallTimes | None = None,
 ) -> list[pd.DataFrame]:
     """Compute a data frame that contains a shuffle, again if it is lost with a worker.
 
@@ -75,6 +77,8 @@ def compute_shuffle(
         Called with each partition when it has ended.
     on_restart : callable, optional
         Called before each attempt but the first.
+    stall_times : StallTimes, optional
+        After what time without progress something is done.
 
     Returns
     -------
@@ -88,7 +92,8 @@ def compute_shuffle(
     OSError
         That a task raised.
     ClusterError
-        If the scheduler is gone, or every worker that took one of the tasks died.
+        If the scheduler is gone, every worker that took one of the tasks died, or workers have
+        too little memory.
     RuntimeError
         If the shuffle is lost at the last attempt.
     """
@@ -97,7 +102,7 @@ def compute_shuffle(
         for attempt in range(1, attempts + 1):
             try:
                 frame = build_frame(uuid.uuid4().hex)
-                return _compute_partitions(client, frame, check, on_result)
+                return _compute_partitions(client, frame, check, on_result, stall_times)
             except RuntimeError as error:
                 if attempt == attempts or not is_shuffle_lost(error):
                     raise
@@ -111,19 +116,22 @@ def _compute_partitions(
     frame: dd.DataFrame,
     check: Callable[[], object],
     on_result: Callable[[pd.DataFrame], object],
+    stall_times: StallTimes | None,
 ) -> list[pd.DataFrame]:
     """Compute a data frame once and return its partitions in the order in which they ended."""
     futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
     results = []
     try:
-        for _, result in as_completed(futures, with_results=True):
-            check()
-            if isinstance(result, SpxdaskError):
-                raise result
-            if isinstance(result, CancelledError):
-                raise scheduler_lost_error(client)
-            results.append(result)
-            on_result(result)
+        with watch_stalls(client, "partition", lambda: futures, stall_times) as advance:
+            for _, result in as_completed(futures, with_results=True):
+                check()
+                if isinstance(result, SpxdaskError):
+                    raise result
+                if isinstance(result, CancelledError):
+                    raise scheduler_lost_error(client)
+                advance()
+                results.append(result)
+                on_result(result)
     except KilledWorker as error:
         raise ClusterError(
             "every worker that received one of the partitions died, perhaps for lack of memory: "

@@ -14,6 +14,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, as_complet
 
 from spxdask import __version__
 from spxdask.cluster.connect import scheduler_lost_error, version_mismatch_error
+from spxdask.cluster.stalls import StallTimes, watch_stalls
 from spxdask.errors import ClusterError, SpxdaskError
 
 # A window is filled up when this part of it is free, as each call costs the scheduler as
@@ -135,6 +136,7 @@ def run_window(
     window: Callable[[], int],
     *,
     interrupt_grace_s: float = INTERRUPT_GRACE_S,
+    stall_times: StallTimes | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run delayed tasks, at most as many at the same time as `window` returns.
 
@@ -151,6 +153,8 @@ def run_window(
         Returns the bound; called whenever tasks have ended, as a cluster may grow.
     interrupt_grace_s : float
         After an interrupt, results are accepted for this many seconds.
+    stall_times : StallTimes, optional
+        After what time without progress something is done.
 
     Yields
     ------
@@ -161,7 +165,7 @@ def run_window(
     Raises
     ------
     ClusterError
-        If the scheduler is gone.
+        If the scheduler is gone, or workers have too little memory.
     KeyboardInterrupt
         After an interrupt: no further task is submitted, and those that end within
         `interrupt_grace_s` are still yielded.
@@ -169,6 +173,9 @@ def run_window(
     items: dict[Any, Any] = {}
     in_flight: dict[Any, Future] = {}
     running = as_completed(loop=client.loop)
+
+    def list_in_flight() -> list[Future]:
+        return list(in_flight.copy().values())
 
     def fill() -> None:
         size = window()
@@ -201,19 +208,23 @@ def run_window(
         return pairs
 
     try:
-        fill()
-        try:
-            for futures in running.batches():
-                pairs = collect(futures)
-                fill()
-                yield from pairs
-        except KeyboardInterrupt:
-            rest = list(in_flight.values())
-            last = as_completed(rest, loop=client.loop, timeout=interrupt_grace_s)
-            with suppress(TimeoutError):
-                for futures in last.batches():
-                    yield from collect(futures)
-            raise
+        with watch_stalls(
+            client, "frame", lambda: in_flight.copy().values(), stall_times
+        ) as advance:
+            fill()
+            try:
+                for futures in running.batches():
+                    advance()
+                    pairs = collect(futures)
+                    fill()
+                    yield from pairs
+            except KeyboardInterrupt:
+                rest = list(in_flight.values())
+                last = as_completed(rest, loop=client.loop, timeout=interrupt_grace_s)
+                with suppress(TimeoutError):
+                    for futures in last.batches():
+                        yield from collect(futures)
+                raise
     finally:
         for future in in_flight.values():
             if future.status != "cancelled":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import psutil
 import pytest
+from distributed.system import MEMORY_LIMIT
 
 from spxdask.cluster.limits import count_fitting_workers, read_cpu_quota, read_memory_limit
 
@@ -79,13 +79,13 @@ def test_cpu_quota(machine, groups, files, quota):
     ],
 )
 def test_memory_limit(machine, groups, files, limit):
-    expected = psutil.virtual_memory().total if limit is None else limit
+    expected = MEMORY_LIMIT if limit is None else limit
     assert read_memory_limit(*machine(groups, **files)) == expected
 
 
 def test_limits_without_control_groups(tmp_path):
     assert read_cpu_quota(tmp_path / "none", tmp_path) == math.inf
-    assert read_memory_limit(tmp_path / "none", tmp_path) == psutil.virtual_memory().total
+    assert read_memory_limit(tmp_path / "none", tmp_path) == MEMORY_LIMIT
 
 
 @pytest.mark.parametrize(
