@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -446,7 +446,7 @@ def get_keywords(cluster_class: Any) -> set[str]:
     return known
 
 
-def detach_commands(job_class: Any) -> Any:
+def detach_commands(job_class: Any, make_environment: Callable[[list[str]], dict[str, str]]) -> Any:
     """Return a class of jobs whose commands do not receive a Ctrl-C from the terminal.
 
     If Ctrl-C ended a command that submits a job, the job would exist, but its number would be
@@ -456,16 +456,27 @@ def detach_commands(job_class: Any) -> Any:
     ----------
     job_class : type
         A class of jobs of dask-jobqueue.
+    make_environment : callable
+        Returns the environment of a command.
 
     Returns
     -------
     type
-        A subclass of it.
+        A subclass of it. Its method `note_answer` is called with what the batch system wrote
+        when it accepted a job.
     """
 
     class DetachedJob(job_class):
         @staticmethod
         async def _call(command: list[str], **options: Any) -> str:
-            return await job_class._call(command, start_new_session=True, **options)
+            options |= {"start_new_session": True, "env": make_environment(command)}
+            return await job_class._call(command, **options)
+
+        def _job_id_from_submit_output(self, out: str) -> str:
+            self.note_answer(out)
+            return super()._job_id_from_submit_output(out)
+
+        def note_answer(self, answer: str) -> None:
+            pass
 
     return DetachedJob
