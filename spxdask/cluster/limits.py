@@ -127,8 +127,8 @@ def warn_of_small_workers(client: Client) -> None:
     limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
     if limits and min(limits) < WORKER_BYTES:
         logger.warning(
-            "a worker of the cluster may use %.2g GB of memory, and needs %.2g GB: with less, Dask may "
-            "pause it for good, and the run ends with an error",
+            "a worker of the cluster may use %.2g GB of memory, and needs %.2g GB: with less, Dask "
+            "may pause it for good, and the run ends with an error",
             min(limits) / 1e9,
             WORKER_BYTES / 1e9,
         )

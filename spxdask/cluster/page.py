@@ -11,8 +11,10 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +187,19 @@ def choose_dashboard_port(preferred: int = DASHBOARD_PORT) -> int:
         except OSError:
             return 0
     return preferred
+
+
+@contextmanager
+def ignore_taken_port() -> Iterator[None]:
+    """Keep Dask from warning of a port that was taken since it was chosen; it takes another.
+
+    Yields
+    ------
+    None
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+        yield
 
 
 def show_page(client: Client) -> str | None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
 
 import dask
 import pytest
 from distributed import LocalCluster, WorkerPlugin, wait
 
 from spxdask.cluster.embedded import embedded_client
+from spxdask.cluster.held_stderr import hold_stderr_back
 from spxdask.errors import InputError
 
 
@@ -74,3 +81,78 @@ def test_a_worker_that_dies_again_and_again_is_restarted_each_time(tmp_path):
         wait(later, timeout=60)
         assert later.result() == 1
         assert deaths.read_text() == ""
+
+
+def test_a_port_that_is_taken_meanwhile_is_no_warning():
+    taken = socket.socket()
+
+    def start(**options) -> LocalCluster:
+        host, _, port = options["dashboard_address"].partition(":")
+        taken.bind((host, int(port)))
+        taken.listen()
+        return LocalCluster(**options)
+
+    with (
+        taken,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        with embedded_client(max_processes=1, n_downloads=1, make_cluster=start) as client:
+            assert f":{taken.getsockname()[1]}/" not in client.dashboard_link
+        # Dask leaves the socket open with which it tried.
+        gc.collect()
+    assert [each for each in caught if each.category is not ResourceWarning] == []
+
+
+def test_failures_to_start_have_one_cause():
+    def start(**_) -> LocalCluster:
+        try:
+            raise OSError(24, "Too many open files")
+        except OSError as error:
+            raise RuntimeError("Nanny failed to start.") from error
+
+    with (
+        pytest.raises(InputError) as caught,
+        embedded_client(max_processes=1, n_downloads=1, make_cluster=start),
+    ):
+        pytest.fail("there is no cluster")
+    assert str(caught.value) == (
+        "the worker processes did not start (OSError: [Errno 24] Too many open files)"
+    )
+    assert caught.value.__suppress_context__
+
+
+WRITE = "import os, sys; os.write(2, b'in time '); sys.stdin.read(); os.write(2, b'later ')"
+
+
+def start_writing() -> subprocess.Popen:
+    """Start a process that writes to its standard error, and again when its input ends."""
+    return subprocess.Popen([sys.executable, "-c", WRITE], stdin=subprocess.PIPE)
+
+
+def test_output_that_is_held_back_is_passed_on(capfd):
+    with hold_stderr_back() as held:
+        process = start_writing()
+        while "in time" not in held.text:
+            time.sleep(0.01)
+        assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "in time "
+    process.communicate()
+    while "later" not in (found := capfd.readouterr().err):
+        time.sleep(0.01)
+    assert found == "later "
+
+
+def test_output_that_is_held_back_is_dropped_after_an_error(capfd):
+    def fail():
+        with hold_stderr_back() as held:
+            yield held
+            start_writing().communicate()
+            raise ZeroDivisionError
+
+    failing = fail()
+    held = next(failing)
+    with pytest.raises(ZeroDivisionError):
+        next(failing)
+    assert held.text == "in time later "
+    assert capfd.readouterr().err == ""

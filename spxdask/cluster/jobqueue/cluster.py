@@ -31,6 +31,7 @@ from spxdask.cluster.jobqueue.watchdog import (
     RESUBMIT_DELAY_S,
     JobWatchdog,
 )
+from spxdask.cluster.page import ignore_taken_port
 from spxdask.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ def _start_cluster(settings: Settings) -> Any:
     clusters = find_clusters(directives) if settings.system == "slurm" else None
     job_class = make_job_class(get_job_class(settings.cluster_class), clusters)
     try:
-        cluster.__init__(job_cls=job_class, **settings.keywords)
+        with ignore_taken_port():
+            cluster.__init__(job_cls=job_class, **settings.keywords)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         abandon_cluster(cluster)
         reason = " ".join(str(_find_cause(error)).split())
