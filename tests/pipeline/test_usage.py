@@ -83,7 +83,7 @@ def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_p
         text=True,
         check=False,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if "did not start" in line]
     assert "PYTHONHASHSEED must be" in line
     assert "--scheduler" in line
