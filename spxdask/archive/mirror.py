@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 
-from spxdask.archive.received import ReceivedFile
+from spxdask.archive.received import FileVersion, ReceivedFile
 from spxdask.errors import FrameError
 from spxdask.storage import local_path
+
+# Bytes read at a time, so that they are hashed while they are in the processor's cache.
+CHUNK_BYTES = 1 << 20
 
 
 async def receive_from_mirror(url: str, received: ReceivedFile, stall_timeout_s: float) -> None:
@@ -36,10 +39,36 @@ def _read(url: str, received: ReceivedFile) -> None:
     path = local_path(url)
     assert path is not None, "file: URLs are paths on disk"
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        size, received.version = status.st_size, received.version.of_file(status)
         received.check_size(size)
         while received.size < size:
-            count = file.readinto(received.memory[received.size : size])
+            stop = min(received.size + CHUNK_BYTES, size)
+            count = file.readinto(received.memory[received.size : stop])
             if not count:
                 raise FrameError(f"the file ended after {received.size} of {size} bytes")
-            received.size += count
+            received.count(count)
+
+
+async def ask_mirror_version(url: str, stall_timeout_s: float) -> FileVersion:
+    """Return the version of a file, from the time of its last change.
+
+    Parameters
+    ----------
+    url : str
+        Where the file is: ``file:///...``.
+    stall_timeout_s : float
+        Not used.
+
+    Returns
+    -------
+    FileVersion
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    """
+    path = local_path(url)
+    assert path is not None, "file: URLs are paths on disk"
+    return FileVersion.of_file(await asyncio.to_thread(os.stat, path))

@@ -16,25 +16,9 @@ from spxdask.science.flags import FLAG_BITS, REJECTING_FLAGS, REJECTING_MASK
 
 # Table 16 of the Explanatory Supplement v2.0.
 MASKED_BY_IRSA = [
-    "TRANSIENT",
-    "SUR_ERROR",
-    "NONFUNC",
-    "DICHROIC",
-    "MISSING_DATA",
-    "HOT",
-    "COLD",
-    "PHANMISS",
-    "NONLINEAR",
-    "PERSIST",
-    "CROSSTALK",
-    "GHOST",
-    "GHOST_FPA",
-    "GHOST_EXT",
-    "STREAK",
-    "BLOOM",
-    "SNOWBALL",
-    "HALO",
-    "SATELLITE_HALO",
+    *("TRANSIENT", "SUR_ERROR", "NONFUNC", "DICHROIC", "MISSING_DATA", "HOT", "COLD", "PHANMISS"),
+    *("NONLINEAR", "PERSIST", "CROSSTALK", "GHOST", "GHOST_FPA", "GHOST_EXT", "STREAK", "BLOOM"),
+    *("SNOWBALL", "HALO", "SATELLITE_HALO"),
 ]
 KEPT_BY_IRSA = ["OVERFLOW", "OUTLIER", "FULLSAMPLE", "SOURCE"]
 
