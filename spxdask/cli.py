@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import multiprocessing
 import os
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform == "win32":
         print(f"spxdask: {UNSUPPORTED_PLATFORM}", file=sys.stderr)
         return EXIT_USAGE
+    for stream in (sys.stdout, sys.stderr):
+        # Ids and paths may hold characters that the locale's encoding does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options, unknown = parser.parse_known_args(_attach_negative_values(arguments))

@@ -286,6 +286,9 @@ class BatchPipeline:
                 progress=self._progress,
             )
             self.folder.save_config(self.config)
+            if self.config.lightcurve_format == "csv" and "extract" in stages:
+                # Long before the first light curve is written.
+                self.folder.find_refused_characters(self.catalogue)
             replaced = run.recheck(self._ask_versions) if recheck else set()
             states = run.plan(
                 skip_existing=skip_existing, only_failed=only_failed, replaced=replaced

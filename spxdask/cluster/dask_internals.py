@@ -6,6 +6,7 @@ fails by that name when a new version of the libraries lacks it.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import math
 from collections.abc import Mapping
@@ -389,6 +390,23 @@ def is_shuffle_lost(error: RuntimeError) -> bool:
     bool
     """
     return str(error).lstrip().startswith(_SHUFFLE_LOST)
+
+
+def is_shuffle_disk_full(error: OSError) -> bool:
+    """Return whether an error means that a worker's disk has no room for a shuffle.
+
+    Parameters
+    ----------
+    error : OSError
+        An error of a shuffle.
+
+    Returns
+    -------
+    bool
+    """
+    from distributed.shuffle._exceptions import P2POutOfDiskError
+
+    return isinstance(error, P2POutOfDiskError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # dask-jobqueue

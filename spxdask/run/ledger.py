@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from spxdask.storage import LocalStore, Store, raise_disk_full
+from spxdask.storage import LocalStore, Store, describe_temporary_folder, raise_disk_full
 
 # Longer than most lines, in bytes; a longer line is read in some pieces.
 LINE_BYTES = 1024
@@ -388,7 +388,8 @@ class StoreLedger(Ledger):
         self._known: dict[str, int] = {}
         self._segment, self._segment_name, self._sent = bytearray(), "", -math.inf
         # A copy of all lines on the local disk, in a file without a name.
-        self._copy, name = tempfile.mkstemp(prefix="spxdask-ledger-")
+        with raise_disk_full(describe_temporary_folder()):
+            self._copy, name = tempfile.mkstemp(prefix="spxdask-ledger-")
         self._file = self._copy
         os.unlink(name)
         weakref.finalize(self, os.close, self._copy)
@@ -439,7 +440,8 @@ class StoreLedger(Ledger):
         """Append to the local copy."""
         offset = os.lseek(self._copy, 0, os.SEEK_END)
         while text:
-            written = os.pwrite(self._copy, text, offset)
+            with raise_disk_full(describe_temporary_folder()):
+                written = os.pwrite(self._copy, text, offset)
             offset += written
             text = text[written:]
 

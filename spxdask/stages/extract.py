@@ -177,7 +177,10 @@ def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:
         return dataclasses.replace(frame, warnings=frame.warnings + warnings, checksum=checksum)
     except FrameError as error:
         aside = f"{name}.unreadable"
-        store.rename(name, aside)
+        try:
+            store.rename(name, aside)
+        except OSError as refusal:
+            raise FrameError(f"{error}; it cannot be set aside: {refusal.strerror}") from error
         raise FrameError(f"{error}; set aside as {aside}") from error
 
 

@@ -131,6 +131,8 @@ class FrameRun:
         ------
         DiskFullError
             If there is no room for the frames that are to be fetched and kept.
+        RunFolderError
+            If the folders for what is to be written cannot be written to.
         """
         ledger = self.folder.ledger
         total = len(self.observations)
@@ -169,6 +171,7 @@ class FrameRun:
                 self._record_missing_frame(observation)
             if state in (FrameState.DONE, FrameState.MISSING):
                 self.progress.advance(failed=state == FrameState.MISSING)
+        self._require_folders(states)
         if self.config.keep_images:
             self._require_room(fetch_bytes)
         return states
@@ -327,6 +330,17 @@ class FrameRun:
             report.warnings[outcome.filename] = outcome.warnings
         if outcome.status == "failed":
             report.failed[outcome.filename] = outcome.reason or ""
+
+    def _require_folders(self, states: bytearray) -> None:
+        """Raise an error now if the frames could not be written when they are there."""
+        folder = self.folder
+        if self.config.keep_images and any(state in states for state in FETCHING):
+            folder.require_writable(folder.images)
+        if any(state in states for state in MEASURING):
+            folder.require_writable(folder.per_image)
+            if "download" in self.reports:
+                # A whole run, which goes on to light curves.
+                folder.require_writable(folder.lightcurves)
 
     def _require_room(self, needed: int) -> None:
         free = self.folder.images.free_bytes()

@@ -26,6 +26,9 @@ CARD = 80
 # Level 2 headers have a few hundred cards; without END in this many blocks it is no header.
 MAX_HEADER_BLOCKS = 4096
 
+# Decimal digits of a 32-bit number; 16 characters that encode one.
+_DATASUM = re.compile(r"\d{1,10}", re.ASCII)
+_CHECKSUM = re.compile(r"[0-9A-Za-z]{16}")
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([EeDd][+-]?\d+)?$")
 
 
@@ -211,13 +214,13 @@ def verify(buffer: Buffer) -> tuple[str, ...]:
     stale, start = [], 0
     for hdu in scan(buffer):
         stop = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
-        expected = str(hdu.header.get("DATASUM") or "").strip()
-        has_checksum = bool(hdu.header.get("CHECKSUM"))
+        expected = _read_sum(hdu.header, "DATASUM", _DATASUM)
+        has_checksum = _read_sum(hdu.header, "CHECKSUM", _CHECKSUM) is not None
         header, start = words[start // 4 : hdu.data_start // 4], stop
         if not expected and not has_checksum:
             continue
         data = sum_words(words[hdu.data_start // 4 : stop // 4])
-        if expected and expected != str(data):
+        if expected and int(expected) != data:
             raise FrameError(
                 f"the data of {hdu.name!r} have the sum {data}, DATASUM is {expected!r}"
             )
@@ -229,6 +232,12 @@ def verify(buffer: Buffer) -> tuple[str, ...]:
         return ()
     names = ", ".join(stale)
     return (f"CHECKSUM of {names} disagrees with the header; the data agree with DATASUM",)
+
+
+def _read_sum(header: Header, keyword: str, form: re.Pattern[str]) -> str | None:
+    """Return a sum as its card has it, None where there is none in the form of the standard."""
+    value = header.get(keyword)
+    return value if isinstance(value, str) and form.fullmatch(value) else None
 
 
 def map_image(buffer: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarray:
