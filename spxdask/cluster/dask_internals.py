@@ -6,7 +6,6 @@ fails by that name when a new version of the libraries lacks it.
 
 from __future__ import annotations
 
-import errno
 import inspect
 import math
 from collections.abc import Mapping
@@ -406,7 +405,7 @@ def is_shuffle_disk_full(error: OSError) -> bool:
     """
     from distributed.shuffle._exceptions import P2POutOfDiskError
 
-    return isinstance(error, P2POutOfDiskError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, P2POutOfDiskError)
 
 
 # dask-jobqueue

@@ -111,7 +111,6 @@ def compute_shuffle(
             except OSError as error:
                 if not is_shuffle_disk_full(error):
                     raise
-                # What tasks write to the run's folder names that folder itself.
                 raise DiskFullError(
                     f"{os.strerror(errno.ENOSPC)} in {_list_worker_folders(client)}, where workers "
                     "keep temporary files: make room or set TMPDIR to another folder, then the "

@@ -25,6 +25,7 @@ from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, tabl
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import light_curves
+from spxdask.storage import describe_temporary_folder, raise_disk_full
 from spxdask.text import format_count
 
 if TYPE_CHECKING:
@@ -180,15 +181,17 @@ class Aggregation:
             self._tables, folder.state.path_to(TABLE_GROUPS_NAME)
         )
         self._progress.start("aggregate", n_partitions, "partitions")
-        parts = compute_shuffle(
-            client,
-            lambda run: light_curves.build_light_curves(
-                n_groups, n_partitions, dataclasses.replace(options, run=run)
-            ),
-            check=folder.raise_if_lock_lost,
-            on_result=lambda _: self._progress.advance(),
-            on_restart=lambda: self._progress.start("aggregate", n_partitions, "partitions"),
-        )
+        # Tasks that write to the run's folders name these themselves.
+        with raise_disk_full(describe_temporary_folder()):
+            parts = compute_shuffle(
+                client,
+                lambda run: light_curves.build_light_curves(
+                    n_groups, n_partitions, dataclasses.replace(options, run=run)
+                ),
+                check=folder.raise_if_lock_lost,
+                on_result=lambda _: self._progress.advance(),
+                on_restart=lambda: self._progress.start("aggregate", n_partitions, "partitions"),
+            )
         folder.raise_if_lock_lost()
         written = pd.concat(parts, ignore_index=True)
         report.rows = int(written["rows"].sum())
