@@ -9,9 +9,6 @@ from spxdask.archive.received import FileVersion, ReceivedFile
 from spxdask.errors import FrameError
 from spxdask.storage import local_path
 
-# Bytes read at a time, so that they are hashed while they are in the processor's cache.
-CHUNK_BYTES = 1 << 20
-
 
 async def receive_from_mirror(url: str, received: ReceivedFile, stall_timeout_s: float) -> None:
     """Receive a file from its beginning.
@@ -43,11 +40,10 @@ def _read(url: str, received: ReceivedFile) -> None:
         size, received.version = status.st_size, received.version.of_file(status)
         received.check_size(size)
         while received.size < size:
-            stop = min(received.size + CHUNK_BYTES, size)
-            count = file.readinto(received.memory[received.size : stop])
+            count = file.readinto(received.memory[received.size : size])
             if not count:
                 raise FrameError(f"the file ended after {received.size} of {size} bytes")
-            received.count(count)
+            received.size += count
 
 
 async def ask_mirror_version(url: str, stall_timeout_s: float) -> FileVersion:

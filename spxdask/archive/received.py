@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -143,7 +142,6 @@ class ReceivedFile:
     etag: str | None = None
     attempts: int = 0
     version: FileVersion = FileVersion()
-    _hash: Any = field(default_factory=hashlib.sha256, repr=False)
 
     @property
     def content(self) -> memoryview:
@@ -155,18 +153,6 @@ class ReceivedFile:
             A view of the memory, of `size` bytes.
         """
         return self.memory[: self.size]
-
-    @property
-    def checksum(self) -> str:
-        """The SHA-256 of the bytes received so far.
-
-        Returns
-        -------
-        str
-            64 hexadecimal digits.
-        """
-        digest: str = self._hash.hexdigest()
-        return digest
 
     @property
     def can_resume(self) -> bool:
@@ -196,25 +182,11 @@ class ReceivedFile:
         if size > len(self.memory):
             raise FrameError(f"received more than {len(self.memory)} bytes")
         self.memory[self.size : size] = chunk
-        self.count(len(chunk))
-
-    def count(self, n_bytes: int) -> None:
-        """Count bytes that are in the memory, behind those received so far.
-
-        They are hashed as they arrive, because a frame would have to be read again afterwards.
-
-        Parameters
-        ----------
-        n_bytes : int
-            How many there are.
-        """
-        self._hash.update(self.memory[self.size : self.size + n_bytes])
-        self.size += n_bytes
+        self.size = size
 
     def discard(self) -> None:
         """Drop the bytes received so far, so that the next transfer starts over."""
         self.size = 0
-        self._hash = hashlib.sha256()
 
     def check_size(self, size: int) -> None:
         """Raise an error unless the whole file may have a certain length.

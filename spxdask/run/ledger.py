@@ -22,7 +22,6 @@ from spxdask.storage import LocalStore, Store, describe_temporary_folder, raise_
 
 # Longer than most lines, in bytes; a longer line is read in some pieces.
 LINE_BYTES = 1024
-SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +58,13 @@ class Outcome:
     bounding_circle : tuple of float or None
         Circle on the sky that holds the frame: ra, dec and radius, deg.
     checksum : str or None
-        Of a fetched file, the SHA-256 of its content; of a table, the hash of its content that
+        Of a fetched file, the XXH64 of its content; of a table, the hash of its content that
         `hash_table` gives. Earlier versions have sums of eight digits for fetched files, which
         do not tell one from another; see `content_hash`.
     etag, modified : str or None
         What the archive sent with a file that was fetched, to tell it from a later version.
     frame_checksum : str or None
-        The SHA-256 of the frame that was measured, None where that is not known.
+        The XXH64 of the frame that was measured, None where that is not known.
     time : str or None
         When it was recorded, ISO 8601; the ledger sets it.
     frame_bytes : int
@@ -100,14 +99,14 @@ class Outcome:
 
     @property
     def content_hash(self) -> str | None:
-        """The SHA-256 of a file that was fetched, None where it is not known.
+        """The hash of a file that was fetched, None where it is not known.
 
         Returns
         -------
         str or None
-            64 hexadecimal digits.
+            As `hash_content` returns it.
         """
-        is_hash = self.checksum is not None and len(self.checksum) == SHA256_DIGITS
+        is_hash = self.checksum is not None and ":" in self.checksum
         return self.checksum if is_hash else None
 
 

@@ -19,6 +19,7 @@ from spxdask.archive.urls import strip_credentials
 from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import ArchiveError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
+from spxdask.science.content_hash import hash_content
 from spxdask.science.level2.fits import has_fits_start, verify
 from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.storage import open_store
@@ -156,7 +157,7 @@ def fetch_frame(
             bytes=0 if reason else received.size,
             attempts=received.attempts,
             warnings=() if reason else warnings,
-            checksum=None if reason else received.checksum,
+            checksum=None if reason or frame is None else frame.checksum,
             etag=None if reason else received.version.etag,
             modified=None if reason else received.version.modified,
         )
@@ -196,12 +197,13 @@ class _FrameCheck:
     def __call__(self, received: ReceivedFile) -> tuple[Frame, tuple[str, ...]]:
         """Return the frame, and what is wrong with its sums although the data are right."""
         received.check_size(received.size)
-        is_settled = received.checksum == self._doubtful
+        checksum = hash_content(received.content)
+        is_settled = checksum == self._doubtful
         try:
             frame = open_frame(received.content, self._observation.filename)
             warnings = verify(received.content)
         except FrameError as error:
-            self._doubtful = received.checksum
+            self._doubtful = checksum
             # A file of unknown length may be short, and what is no FITS file is no frame.
             is_frame = received.expected_size is not None and has_fits_start(received.content)
             if is_settled and is_frame:
@@ -211,12 +213,10 @@ class _FrameCheck:
             raise FrameError(f"the file is of band {frame.band}, not {self._observation.band}")
         # With the last attempt, a header that may be damaged is better than no frame.
         if warnings and not is_settled and received.attempts <= self._max_retries:
-            self._doubtful = received.checksum
+            self._doubtful = checksum
             raise FrameError(warnings[0])
-        frame = dataclasses.replace(
-            frame, warnings=frame.warnings + warnings, checksum=received.checksum
-        )
-        return frame, warnings
+        warned = frame.warnings + warnings
+        return dataclasses.replace(frame, warnings=warned, checksum=checksum), warnings
 
 
 def _format_reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Recheck: which of the frames that were fetched has the archive replaced since?"""
+"""Recheck: the archive is asked which of the frames that were fetched it has replaced since."""
 
 from __future__ import annotations
 

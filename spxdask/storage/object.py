@@ -279,10 +279,10 @@ class ObjectStore(Store):
         """Do nothing, as a store shows no file before it is whole."""
 
     def require_writable(self) -> None:
-        """Do nothing, as some stores let files be written that cannot be deleted."""
+        """Do nothing, as some stores let files be written that cannot be deleted again."""
 
     def find_refused_characters(self, characters: str) -> str:
-        """Return none, as names in a store may have all characters."""
+        """See `Store.find_refused_characters`."""
         return ""
 
     def free_bytes(self) -> float:

@@ -36,7 +36,7 @@ FULL = Outcome(
     frame_bytes=71_600_000,
     etag='"abc"',
     modified="Thu, 26 Nov 2026 05:00:00 GMT",
-    frame_checksum="0" * 64,
+    frame_checksum="xxh64:0",
     time="2026-11-26T05:00:00+00:00",
 )
 

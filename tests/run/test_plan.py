@@ -190,9 +190,9 @@ def test_a_frame_that_was_replaced_and_fetched_is_measured_again(inputs, measure
 
 
 def test_the_content_of_a_frame_decides_whether_it_was_replaced(inputs, measured):
-    old = replace(measured, frame_bytes=SIZE, frame_checksum="a" * 64)
-    same = outcome("download", "done", bytes=SIZE, checksum="a" * 64)
-    other = outcome("download", "done", bytes=SIZE, checksum="b" * 64)
+    old = replace(measured, frame_bytes=SIZE, frame_checksum="xxh64:a")
+    same = outcome("download", "done", bytes=SIZE, checksum="xxh64:a")
+    other = outcome("download", "done", bytes=SIZE, checksum="xxh64:b")
     assert decide(inputs, old, same, on_disk=True, table=77) == FrameState.DONE
     assert decide(inputs, old, other, on_disk=True, table=77) == FrameState.MEASURE
     assert decide(inputs, old, other, table=77, keep_images=False) == FrameState.FETCH_AND_MEASURE

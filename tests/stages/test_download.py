@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import logging
 import math
@@ -31,6 +30,7 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.cluster.tasks import error_as_value
 from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import DiskFullError
+from spxdask.science.content_hash import hash_content
 from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
@@ -402,10 +402,6 @@ def test_lengths_that_no_frame_has(frame, content, images, size, says, attempts)
     assert_failed(outcome, images, says, attempts)
 
 
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def summed(qr2, tmp_path_factory):
     """A frame whose units carry sums."""
@@ -436,11 +432,11 @@ def test_damage_on_the_way_is_noticed(summed, images, where, says, lasting):
         outcome = fetch(server, summed, images)
     if not lasting:
         assert_done(outcome, images, summed, content, 2)
-        assert (outcome.checksum, outcome.warnings) == (sha256(content), ())
+        assert (outcome.checksum, outcome.warnings) == (hash_content(content), ())
     elif says == "CHECKSUM":
         # The archive serves it so: a header that was mended in place, with the data as they were.
         assert_done(outcome, images, summed, bytes(damaged), 2)
-        assert outcome.checksum == sha256(damaged)
+        assert outcome.checksum == hash_content(damaged)
         assert len(outcome.warnings) == 1
         assert "CHECKSUM of WCS-WAVE disagrees with the header" in outcome.warnings[0]
     else:
@@ -484,7 +480,7 @@ def test_measuring_sees_hash_and_warnings_of_a_frame(mended, images):
         observation = observed(mended, archive.url)
         outcome, _ = fetch_frame(observation, None, PATIENT, seen.append)
     [frame] = seen
-    assert frame.checksum == outcome.checksum == sha256(mended.path.read_bytes())
+    assert frame.checksum == outcome.checksum == hash_content(mended.path.read_bytes())
     assert set(outcome.warnings) <= set(frame.warnings)
 
 
@@ -501,14 +497,14 @@ def test_a_frame_that_the_archive_has_broken_is_asked_for_twice(frame, content, 
 def test_what_was_fetched_has_hash_and_version_in_the_ledger(frame, content, images, headers):
     with Server([(200, headers, content)]) as server:
         outcome = fetch(server, frame, images)
-    assert outcome.checksum == outcome.content_hash == sha256(content)
+    assert outcome.checksum == outcome.content_hash == hash_content(content)
     assert (outcome.etag, outcome.modified) == (headers.get("ETag"), headers.get("Last-Modified"))
 
 
 def test_the_hash_is_that_of_the_whole_file_after_a_broken_transfer(frame, content, images):
     plan = [Fault(truncate=1_000_000), Fault(truncate=500_000), Fault(html=True)]
     with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
-        assert fetch(archive, frame, images).checksum == sha256(content)
+        assert fetch(archive, frame, images).checksum == hash_content(content)
         assert 206 in statuses(archive)
 
 
@@ -920,7 +916,7 @@ def fetch_from(mirror, frame, images, patience=PATIENT, **changes):
 def test_a_frame_comes_from_a_mirror(frame, content, images, mirror, known):
     outcome = fetch_from(mirror, frame, images, **{} if known else {"size_bytes": None})
     assert_done(outcome, images, frame, content, 1)
-    assert outcome.checksum == sha256(content)
+    assert outcome.checksum == hash_content(content)
     assert outcome.modified == str(mirror.stat().st_mtime_ns)
 
 
