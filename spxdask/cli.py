@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import multiprocessing
 import os
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform == "win32":
         print(f"spxdask: {UNSUPPORTED_PLATFORM}", file=sys.stderr)
         return EXIT_USAGE
+    for stream in (sys.stdout, sys.stderr):
+        # Ids and paths may hold characters that the locale's encoding does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options, unknown = parser.parse_known_args(_attach_negative_values(arguments))
@@ -268,8 +273,11 @@ def _add_command(commands: Any, name: str) -> None:
             action="store_true",
             help="process only the frames of the folder's last query that failed",
         )
+        _add_recheck(groups[FRAMES])
     elif name in STAGES:
         groups = _add_options(command, STAGES[name])
+        if name == "download":
+            _add_recheck(groups[FRAMES])
         if name == "extract":
             groups[FRAMES].add_argument(
                 "--all", action="store_true", help="measure again what is already measured"
@@ -292,6 +300,14 @@ def _add_command(commands: Any, name: str) -> None:
         "-v", "--verbose", action="count", default=0, help="log more; twice for every frame"
     )
     _add_help(general)
+
+
+def _add_recheck(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recheck",
+        action="store_true",
+        help="ask the archive which frames it has replaced, and fetch those again",
+    )
 
 
 def _add_options(
@@ -440,7 +456,7 @@ def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
     # Read now, so that a mistake in it is reported before a cluster is started.
     _ = pipeline.catalogue
-    summary = pipeline.run_all(retry_failed=options.retry_failed)
+    summary = pipeline.run_all(retry_failed=options.retry_failed, recheck=options.recheck)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
 
@@ -451,6 +467,8 @@ def _stage(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.command != "query")
     if options.command == "extract":
         pipeline.run_extract(skip_existing=not options.all)
+    elif options.command == "download":
+        pipeline.run_download(recheck=options.recheck)
     else:
         getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]

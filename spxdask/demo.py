@@ -20,6 +20,7 @@ from spxdask.errors import InputError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.summary import RunSummary
+from spxdask.science.flags import select_good_rows
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
     Exposure,
@@ -285,7 +286,7 @@ def _plot_spectra(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
         axes = figure.add_subplot(2, 2, number + 1)
         one = sky.take(np.array([source]))
         axes.plot(wavelength, [one.flux(w)[0] for w in wavelength], color="0.7", label="injected")
-        rows = measured[measured["target_id"] == _make_target_id(source)]
+        rows = select_good_rows(measured[measured["target_id"] == _make_target_id(source)])
         # The spectrum is total flux, so the aperture flux is corrected to that.
         correction = rows["injected"] / rows["expected"]
         axes.errorbar(

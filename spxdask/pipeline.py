@@ -7,13 +7,15 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dask.bag as db
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.received import FileVersion
+from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.cluster.tasks import run_one
@@ -24,7 +26,7 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
-from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
+from spxdask.stages.frames import FrameRun, make_bag, make_fetch_options, needs_tasks
 from spxdask.tables.catalogue import CatalogueFile
 
 logger = logging.getLogger(__name__)
@@ -172,8 +174,13 @@ class BatchPipeline:
             self._progress.advance()
         return found
 
-    def run_download(self) -> StageReport:
+    def run_download(self, *, recheck: bool = False) -> StageReport:
         """Fetch the frames of the query that are not yet in images/.
+
+        Parameters
+        ----------
+        recheck : bool
+            Ask the archive which frames it has replaced, and fetch those again.
 
         Returns
         -------
@@ -187,7 +194,7 @@ class BatchPipeline:
         """
         if not self.config.keep_images:
             raise ConfigError("keep_images is false: only a whole run can do without images/")
-        return self._run_frames("download")["download"]
+        return self._run_frames("download", recheck=recheck)["download"]
 
     def run_extract(self, skip_existing: bool = True) -> StageReport:
         """Measure the catalogue in every frame that is in images/.
@@ -230,7 +237,7 @@ class BatchPipeline:
                 run.compute(self._session.connect())
         return report
 
-    def run_all(self, retry_failed: bool = False) -> RunSummary:
+    def run_all(self, retry_failed: bool = False, *, recheck: bool = False) -> RunSummary:
         """Run the four stages.
 
         Parameters
@@ -238,6 +245,9 @@ class BatchPipeline:
         retry_failed : bool
             Take the frames of the last query that failed, and no others, and bring the
             light curves up to date.
+        recheck : bool
+            Ask the archive which frames it has replaced since they were fetched, fetch those
+            again and measure those whose content is another.
 
         Returns
         -------
@@ -249,7 +259,7 @@ class BatchPipeline:
         with self._session.hold():
             # Nothing found or measured is more often a mistake than a reason to remove curves.
             if self.folder.require_observations(self.config) if retry_failed else self.run_query():
-                self._run_frames("download", "extract", only_failed=retry_failed)
+                self._run_frames("download", "extract", only_failed=retry_failed, recheck=recheck)
                 try:
                     self.run_aggregate()
                 except aggregate.NothingMeasuredError as error:
@@ -258,7 +268,11 @@ class BatchPipeline:
         return self.summary
 
     def _run_frames(
-        self, *stages: str, skip_existing: bool = True, only_failed: bool = False
+        self,
+        *stages: str,
+        skip_existing: bool = True,
+        only_failed: bool = False,
+        recheck: bool = False,
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
@@ -272,10 +286,31 @@ class BatchPipeline:
                 progress=self._progress,
             )
             self.folder.save_config(self.config)
-            states = run.plan(skip_existing=skip_existing, only_failed=only_failed)
+            if self.config.lightcurve_format == "csv" and "extract" in stages:
+                # Long before the first light curve is written.
+                self.folder.find_refused_characters(self.catalogue)
+            replaced = run.recheck(self._ask_versions) if recheck else set()
+            states = run.plan(
+                skip_existing=skip_existing, only_failed=only_failed, replaced=replaced
+            )
             if needs_tasks(states):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
         return run.reports
+
+    def _ask_versions(self, urls: Sequence[str]) -> list[FileVersion | str]:
+        """Ask the archive for versions of files from where the frames are fetched."""
+        options = make_fetch_options(self.config)
+        question = functools.partial(
+            ask_versions,
+            retry=options.retry,
+            stall_timeout_s=options.stall_timeout_s,
+            max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
+        )
+        if not self._session.has_cluster:
+            return question(urls)
+        key = ("recheck", uuid.uuid4().hex)
+        found: list[FileVersion | str] = run_one(self._session.connect(), question, urls, key=key)
+        return found
 
     @contextmanager
     def _stage_context(self, *stages: str) -> Iterator[list[StageReport]]:

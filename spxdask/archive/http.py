@@ -5,7 +5,7 @@ from __future__ import annotations
 import aiohttp
 import fsspec
 
-from spxdask.archive.received import ReceivedFile
+from spxdask.archive.received import FileVersion, ReceivedFile
 from spxdask.archive.redirects import get_following_redirects
 from spxdask.errors import FrameError
 
@@ -47,6 +47,7 @@ async def receive_from_http(url: str, received: ReceivedFile, stall_timeout_s: f
         if response.content_type == "text/html":
             raise FrameError("the server sent an HTML page instead of the file")
         etag = response.headers.get("ETag")
+        received.version = received.version.of_headers(response.headers)
         if response.status == 206:
             if (
                 not received.can_resume
@@ -67,3 +68,37 @@ async def receive_from_http(url: str, received: ReceivedFile, stall_timeout_s: f
 def _starts_at(content_range: str | None, start: int) -> bool:
     """Return whether a Content-Range header names a range that starts at a byte."""
     return (content_range or "").startswith(f"bytes {start}-")
+
+
+async def ask_http_version(url: str, stall_timeout_s: float) -> FileVersion:
+    """Ask a file server for the version of a file, by a HEAD request.
+
+    Parameters
+    ----------
+    url : str
+        Where the file is.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+
+    Returns
+    -------
+    FileVersion
+        Empty where the server states none.
+
+    Raises
+    ------
+    ArchiveError, aiohttp.ClientError, OSError
+        If it does not answer; see `spxdask.archive.transfer.classify_failure`.
+    """
+    timeout = aiohttp.ClientTimeout(sock_connect=stall_timeout_s, sock_read=stall_timeout_s)
+    filesystem = fsspec.filesystem(url.partition(":")[0], client_kwargs={"trust_env": True})
+    session = await filesystem.set_session()
+    async with get_following_redirects(
+        session,
+        filesystem.encode_url(url),
+        method="HEAD",
+        headers={"Accept-Encoding": "identity"},
+        timeout=timeout,
+    ) as response:
+        response.raise_for_status()
+        return FileVersion.of_headers(response.headers)

@@ -23,9 +23,14 @@ _LOCAL_NAT64 = ip_network("64:ff9b:1::/48")
 
 @asynccontextmanager
 async def get_following_redirects(
-    session: aiohttp.ClientSession, url: str, *, max_redirects: int = MAX_REDIRECTS, **options: Any
+    session: aiohttp.ClientSession,
+    url: str,
+    *,
+    method: str = "GET",
+    max_redirects: int = MAX_REDIRECTS,
+    **options: Any,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Send a GET request and follow redirects to where they are allowed to lead.
+    """Send a request and follow redirects to where they are allowed to lead.
 
     An archive with a public address cannot have a worker send requests to a private one,
     such as a service of the machine or of the network that the worker is in.
@@ -36,10 +41,12 @@ async def get_following_redirects(
         Session that sends the requests.
     url : str
         The URL, percent-encoded.
+    method : str
+        GET or HEAD.
     max_redirects : int
         Largest number of redirects.
     **options
-        Arguments of ``session.get``, such as headers.
+        Arguments of ``session.request``, such as headers.
 
     Yields
     ------
@@ -53,7 +60,7 @@ async def get_following_redirects(
     """
     archive = current = URL(url, encoded=True)
     for _ in range(max_redirects + 1):
-        async with session.get(current, allow_redirects=False, **options) as response:
+        async with session.request(method, current, allow_redirects=False, **options) as response:
             if response.status not in REDIRECT_STATUS:
                 yield response
                 return

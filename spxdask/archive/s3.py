@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import fsspec
 
-from spxdask.archive.received import ReceivedFile
+from spxdask.archive.received import FileVersion, ReceivedFile
 from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
 from spxdask.storage import s3_options
 
@@ -63,6 +63,7 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
             ):
                 raise FrameError("the store sent a range that was not requested")
             received.etag = response["ETag"]
+            received.version = received.version.of_object(response)
             received.check_size(received.size + response["ContentLength"])
             while chunk := await asyncio.wait_for(body.read(CHUNK_BYTES), stall_timeout_s):
                 received.append(chunk)
@@ -80,6 +81,41 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
         # botocore's errors have no common base class, and botocore may not be installed.
         if "Credentials" in type(error).__name__:
             raise ArchiveError(str(error)) from error
+        raise StoreError(f"{type(error).__name__}: {error}") from error
+
+
+async def ask_bucket_version(url: str, stall_timeout_s: float) -> FileVersion:
+    """Ask an object store for the version of an object, by a HEAD request.
+
+    Parameters
+    ----------
+    url : str
+        Where the object is: ``s3://bucket/key``.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+
+    Returns
+    -------
+    FileVersion
+
+    Raises
+    ------
+    ArchiveError, StoreError, OSError
+        If it does not answer; see `spxdask.archive.transfer.classify_failure`.
+    """
+    try:
+        filesystem = open_bucket(url.split("/")[2], stall_timeout_s)
+        bucket, key, _ = filesystem.split_path(url)
+        await filesystem.set_session()
+        request = filesystem._call_s3("head_object", Bucket=bucket, Key=key)
+        return FileVersion.of_object(await asyncio.wait_for(request, stall_timeout_s))
+    except (OSError, SpxdaskError):
+        raise
+    except ImportError as error:
+        # fsspec's text names the package to install.
+        raise ArchiveError(str(error)) from error
+    except Exception as error:
+        # botocore's errors have no common base class, and botocore may not be installed.
         raise StoreError(f"{type(error).__name__}: {error}") from error
 
 

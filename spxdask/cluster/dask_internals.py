@@ -409,6 +409,23 @@ def is_shuffle_lost(error: RuntimeError) -> bool:
     return str(error).lstrip().startswith(_SHUFFLE_LOST)
 
 
+def is_shuffle_disk_full(error: OSError) -> bool:
+    """Return whether an error means that a worker's disk has no room for a shuffle.
+
+    Parameters
+    ----------
+    error : OSError
+        An error of a shuffle.
+
+    Returns
+    -------
+    bool
+    """
+    from distributed.shuffle._exceptions import P2POutOfDiskError
+
+    return isinstance(error, P2POutOfDiskError)
+
+
 # dask-jobqueue
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,12 +23,13 @@ from spxdask.cluster.dask_internals import (
     get_memory_limit,
     get_threads,
     get_worker_plugin_names,
+    is_shuffle_disk_full,
     is_shuffle_lost,
     make_threads,
     set_threads,
 )
 from spxdask.cluster.stalls import StallTimes, watch_stalls
-from spxdask.errors import ClusterError, SpxdaskError
+from spxdask.errors import ClusterError, DiskFullError, SpxdaskError
 
 if TYPE_CHECKING:
     # They are not imported at run time, because a scheduler imports this module without them.
@@ -89,8 +92,10 @@ def compute_shuffle(
     ------
     SpxdaskError
         That a partition is, or that a task raised.
+    DiskFullError
+        If a worker has no room for what it receives.
     OSError
-        That a task raised.
+        Another that a task raised.
     ClusterError
         If the scheduler is gone, every worker that took one of the tasks died, or workers have
         too little memory.
@@ -108,7 +113,22 @@ def compute_shuffle(
                     raise
                 logger.warning("the shuffle was lost with a worker (%s); it starts again", error)
                 on_restart()
+            except OSError as error:
+                if not is_shuffle_disk_full(error):
+                    raise
+                raise DiskFullError(
+                    f"{os.strerror(errno.ENOSPC)} in {_list_worker_folders(client)}, where workers "
+                    "keep temporary files: make room or set TMPDIR to another folder, then the "
+                    "same command resumes the run"
+                ) from error
     raise AssertionError
+
+
+def _list_worker_folders(client: Client) -> str:
+    """Name the folders of a cluster's workers for temporary files."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    folders = sorted({os.path.dirname(worker["local_directory"]) for worker in workers})
+    return ", ".join(folders[:3]) or "the folders of the workers"
 
 
 def _compute_partitions(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import os
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -17,12 +20,17 @@ from spxdask.run.lock import RunLock, open_lock
 from spxdask.run.observations import Observations, save_observations
 from spxdask.run.query_summary import QUERY_SUMMARY_NAME, save_query_summary
 from spxdask.science.catalogue import Catalogue
-from spxdask.storage import Store, locate_file, open_store
+from spxdask.storage import NEVER_IN_NAMES, Store, locate_file, open_store
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
 CATALOGUE_PREFIX = "catalogue-"
+FILE_NAMES_NAME = "file_names.json"
+# Characters that every file system takes.
+PLAIN_CHARACTERS = f"{string.ascii_letters}{string.digits}._-"
 
 
 class RunFolder:
@@ -96,6 +104,63 @@ class RunFolder:
                 raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
             self.delete_partial_files()
             yield
+
+    def require_writable(self, *folders: Store) -> None:
+        """Raise an error if folders of the run cannot be written to.
+
+        Parameters
+        ----------
+        *folders : Store
+            Some of the folders, which have been made.
+
+        Raises
+        ------
+        RunFolderError
+            With the reason.
+        DiskFullError
+            If there is no room even for a file without content.
+        """
+        for folder in folders:
+            try:
+                folder.require_writable()
+            except OSError as error:
+                raise RunFolderError(
+                    f"cannot be written to ({error.strerror}): change its permissions, or choose "
+                    "another output_dir",
+                    path=str(folder),
+                ) from error
+
+    def find_refused_characters(self, catalogue: Catalogue | None) -> str:
+        """Find and record which characters of ids the names of light curves cannot have.
+
+        CIFS and exFAT, for example, refuse quotation marks and colons.
+
+        Parameters
+        ----------
+        catalogue : Catalogue or None
+            The sources; None tries all punctuation.
+
+        Returns
+        -------
+        str
+            Those found now or recorded before, so that a file keeps its name.
+        """
+        recorded = ""
+        if self.state.exists(FILE_NAMES_NAME):
+            recorded = json.loads(self.state.get(FILE_NAMES_NAME))["refused_characters"]
+        characters = set(string.punctuation + " ") if catalogue is None else catalogue.id_characters
+        untried = sorted(characters - set(PLAIN_CHARACTERS + recorded) - set(NEVER_IN_NAMES))
+        found = self.lightcurves.find_refused_characters("".join(untried))
+        if found:
+            logger.warning(
+                "names of files in %s cannot have %s: ids with them are percent-encoded in the "
+                "names of light curves",
+                self.lightcurves,
+                " ".join(found),
+            )
+            record = {"refused_characters": recorded + found}
+            self.state.put(FILE_NAMES_NAME, json.dumps(record).encode())
+        return recorded + found
 
     @property
     def is_lock_lost(self) -> bool:

@@ -8,7 +8,7 @@ sends a request or depends on Dask; the code that executes a plan records the ou
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -235,6 +235,7 @@ def plan_frames(
     skip_existing: bool = True,
     only_failed: bool = False,
     retry_failed: bool = True,
+    replaced: Container[str] = (),
 ) -> Iterator[PlannedFrame]:
     """Decide what is left to do for each frame of a query.
 
@@ -260,6 +261,8 @@ def plan_frames(
         Whether frames that have not failed are excluded.
     retry_failed : bool
         Whether what failed with the present inputs is to be tried again.
+    replaced : container of str
+        Names of files that the archive has replaced since they were fetched.
 
     Yields
     ------
@@ -278,6 +281,8 @@ def plan_frames(
                 measured.bytes == table
                 and inputs.match(measured)
                 and not _was_replaced(observation, measured, outcomes)
+                # Where the frame is kept, its content decides, once it is fetched.
+                and (keep_images or filename not in replaced)
             ):
                 measured = None
         state = _decide(
@@ -286,7 +291,7 @@ def plan_frames(
             inputs,
             extracted=extracted,
             is_measured=measured is not None,
-            is_on_disk=observation.is_complete(image_sizes),
+            is_on_disk=observation.is_complete(image_sizes) and filename not in replaced,
             stages=stages,
             keep_images=keep_images,
             only_failed=only_failed,
@@ -331,6 +336,10 @@ def _decide(
 
 def _was_replaced(observation: Observation, measured: Outcome, outcomes: Outcomes) -> bool:
     """Return whether the archive has another file under the name than was measured."""
+    latest = outcomes.get_done("download", observation.filename)
+    # What a version without hashes measured may be another file, too.
+    if latest is not None and latest.content_hash not in (None, measured.frame_checksum):
+        return True
     if measured.frame_bytes:
         return observation.size_bytes not in (None, measured.frame_bytes)
     # Earlier versions did not record the length of what was measured.

@@ -32,6 +32,12 @@ class StageReport:
         For query, frames of each release, such as qr2.
     outside : int
         For query, sources of the catalogue outside the circle of the query.
+    rechecked : int
+        Frames of which the archive was asked whether it has replaced them.
+    replaced : int
+        How many of them it has replaced.
+    not_rechecked : Counter
+        Of how many it is not known, by reason.
     left_out : int
         For aggregate, frames of the query that have no table.
     removed : int
@@ -55,6 +61,9 @@ class StageReport:
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
     outside: int = 0
+    rechecked: int = 0
+    replaced: int = 0
+    not_rechecked: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
     removed: int = 0
     rows: int = 0
@@ -183,6 +192,11 @@ def _list_notes(report: StageReport) -> list[str]:
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")
+    if report.rechecked:
+        asked = format_count(report.rechecked, "frame")
+        notes.append(f"{asked} rechecked: {report.replaced:,} replaced in the archive")
+    for reason, count in sorted(report.not_rechecked.items()):
+        notes.append(f"{format_count(count, 'frame')} not rechecked: {reason}")
     if report.left_out:
         notes.append(f"{format_count(report.left_out, 'frame')} not included: not measured")
     if report.removed:

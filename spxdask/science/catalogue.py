@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import string
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +49,14 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.ra)
+
+    @cached_property
+    def id_characters(self) -> set[str]:
+        """The characters other than ASCII letters and digits that the ids are made of."""
+        data = self.target_id.buffers()[2]
+        plain = (string.ascii_letters + string.digits).encode()
+        # Without the many plain ones, which is quick for a million ids.
+        return set(bytes(data or b"").translate(None, plain).decode("utf-8", "surrogatepass"))
 
     @classmethod
     def from_arrays(cls, target_id: pa.Array, ra: np.ndarray, dec: np.ndarray) -> Catalogue:
@@ -97,7 +107,7 @@ class Catalogue:
             },
             metadata={"fingerprint": self.fingerprint},
         )
-        with pa.OSFile(os.fspath(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        with open(path, "wb") as file, pa.ipc.new_file(file, table.schema) as out:
             out.write_table(table, max_chunksize=len(table))
 
     @classmethod
@@ -114,7 +124,8 @@ class Catalogue:
         Catalogue
             The catalogue that was saved.
         """
-        table = pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()
+        # As bytes, since pyarrow takes text for UTF-8, whatever the locale.
+        table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
         numbers = {
             name: table.column(name).chunk(0).to_numpy() for name in ("ra", "dec", "row", "sky_key")
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -27,6 +29,7 @@ from spxdask.run.plan import FrameState, MeasurementInputs, has_failed, plan_fra
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
+from spxdask.stages.recheck import AskVersions, recheck_frames
 
 if TYPE_CHECKING:
     from spxdask.cluster.session import Client
@@ -71,11 +74,43 @@ class FrameRun:
         """What tables are made with."""
         return MeasurementInputs(photometry=self.config.photometry, catalogue=self.catalogue)
 
+    def __post_init__(self) -> None:
+        # Frames that were fetched for their image, and turned out to be others than were measured.
+        self._other_frames: list[Job] = []
+
     @cached_property
     def _bag(self) -> db.Bag:
         return make_bag(self.observations)
 
-    def plan(self, *, skip_existing: bool = True, only_failed: bool = False) -> bytearray:
+    def recheck(self, ask_versions: AskVersions) -> set[str]:
+        """Ask the archive which frames it has replaced since they were fetched.
+
+        Parameters
+        ----------
+        ask_versions : callable
+            See `spxdask.stages.recheck.recheck_frames`.
+
+        Returns
+        -------
+        set of str
+            Their names, for `plan`.
+        """
+        self.progress.start("recheck", len(self.observations), "frames")
+        found = recheck_frames(
+            iterate(self._bag), self.folder.ledger, ask_versions, self.progress.advance
+        )
+        report = self.reports["download"]
+        report.rechecked, report.replaced = found.n_asked, len(found.replaced)
+        report.not_rechecked = found.unknown
+        return found.replaced
+
+    def plan(
+        self,
+        *,
+        skip_existing: bool = True,
+        only_failed: bool = False,
+        replaced: Container[str] = (),
+    ) -> bytearray:
         """Decide what is left to do, and report the frames for which that is nothing.
 
         Parameters
@@ -84,6 +119,8 @@ class FrameRun:
             Whether a table that is up to date counts.
         only_failed : bool
             Whether frames that have not failed are excluded.
+        replaced : container of str
+            Names of files that the archive has replaced since they were fetched.
 
         Returns
         -------
@@ -94,6 +131,8 @@ class FrameRun:
         ------
         DiskFullError
             If there is no room for the frames that are to be fetched and kept.
+        RunFolderError
+            If the folders for what is to be written cannot be written to.
         """
         ledger = self.folder.ledger
         total = len(self.observations)
@@ -112,6 +151,7 @@ class FrameRun:
             table_format=self.config.per_image_format,
             skip_existing=skip_existing,
             only_failed=only_failed,
+            replaced=replaced,
         )
         states, fetch_bytes = bytearray(), 0
         for observation, state, measured in planned:
@@ -131,6 +171,7 @@ class FrameRun:
                 self._record_missing_frame(observation)
             if state in (FrameState.DONE, FrameState.MISSING):
                 self.progress.advance(failed=state == FrameState.MISSING)
+        self._require_folders(states)
         if self.config.keep_images:
             self._require_room(fetch_bytes)
         return states
@@ -158,14 +199,14 @@ class FrameRun:
         """
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
-            discard_aggregation(folder.state)
-            folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
+            self._announce_measurements()
         make_task = _TaskFactory(
             images=str(folder.images),
             per_image=str(folder.per_image),
             keep_images=config.keep_images,
-            fetch=_make_fetch_options(config),
+            fetch=make_fetch_options(config),
             measure=self._make_extract_options(serial) if "extract" in self.reports else None,
+            find_fetched=functools.partial(folder.ledger.get_done, "download"),
         )
         suspects: list[Job] = []
         # Frames on disk come first, as they wait for no download.
@@ -177,8 +218,17 @@ class FrameRun:
             pairs = zip(iterate(self._bag), map(FrameState, states), strict=True)
             jobs = (pair for pair in pairs if pair[1] in wanted)
             self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
+        if self._other_frames:
+            self._announce_measurements()
+            again = ((job, make_task(*job)) for job in self._other_frames)
+            self._collect(client, again, make_thread_window(client), suspects)
         # Run one at a time, frames that kill workers are distinguished from their neighbours.
         self._collect(client, ((job, make_task(*job)) for job in suspects), lambda: 1, None)
+
+    def _announce_measurements(self) -> None:
+        """Prepare the folder for tables that will replace those it has."""
+        discard_aggregation(self.folder.state)
+        self.folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
 
     def _collect(
         self,
@@ -217,10 +267,29 @@ class FrameRun:
             self._account(outcome)
         last = outcomes[-1]
         failed = last.status == "failed"
+        if state == FrameState.FETCH and not failed and self._withdraw_measurement(last):
+            self._other_frames.append((observation, FrameState.MEASURE))
+            return
         if failed and last.stage == "download" and state == FrameState.FETCH_AND_MEASURE:
             self._record_missing_frame(observation)
         reason = f"{observation.filename}: {last.reason}" if failed else None
         self.progress.advance(failed=failed, reason=reason)
+
+    def _withdraw_measurement(self, fetched: Outcome) -> bool:
+        """Take an earlier measurement out of the report if it was of another file.
+
+        That a table is up to date is known only when the frame is there again.
+        """
+        report = self.reports.get("extract")
+        measured = self.folder.ledger.get_done("extract", fetched.filename)
+        if report is None or measured is None or measured.frame_checksum == fetched.content_hash:
+            return False
+        report.reused -= 1
+        report.rows -= measured.rows
+        report.bytes -= measured.bytes
+        report.skipped -= Counter(measured.skipped)
+        report.warnings.pop(fetched.filename, None)
+        return True
 
     def _make_failure(
         self, observation: Observation, state: FrameState, error: BaseException
@@ -256,10 +325,22 @@ class FrameRun:
         report.rows += outcome.rows
         report.bytes += outcome.bytes
         report.skipped.update(outcome.skipped)
-        if outcome.warnings:
+        # The measurement of a frame repeats the warnings of its download.
+        if outcome.warnings and (outcome.stage == "extract" or "extract" not in self.reports):
             report.warnings[outcome.filename] = outcome.warnings
         if outcome.status == "failed":
             report.failed[outcome.filename] = outcome.reason or ""
+
+    def _require_folders(self, states: bytearray) -> None:
+        """Raise an error now if the frames could not be written when they are there."""
+        folder = self.folder
+        if self.config.keep_images and any(state in states for state in FETCHING):
+            folder.require_writable(folder.images)
+        if any(state in states for state in MEASURING):
+            folder.require_writable(folder.per_image)
+            if "download" in self.reports:
+                # A whole run, which goes on to light curves.
+                folder.require_writable(folder.lightcurves)
 
     def _require_room(self, needed: int) -> None:
         free = self.folder.images.free_bytes()
@@ -283,7 +364,18 @@ class FrameRun:
         )
 
 
-def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
+def make_fetch_options(config: BatchConfig) -> download.FetchOptions:
+    """Return how patient the downloads of a run are.
+
+    Parameters
+    ----------
+    config : BatchConfig
+        The run.
+
+    Returns
+    -------
+    FetchOptions
+    """
     return download.FetchOptions(
         retry=RetryPolicy(max_retries=config.max_retries),
         stall_timeout_s=config.stall_timeout,
@@ -300,12 +392,20 @@ class _TaskFactory:
     keep_images: bool
     fetch: download.FetchOptions
     measure: extract.ExtractOptions | None
+    find_fetched: Callable[[str], Outcome | None]
 
     def __call__(self, observation: Observation, state: FrameState) -> Delayed:
         if state == FrameState.MEASURE:
             image = f"{self.images}/{observation.filename}"
+            fetched = self.find_fetched(observation.filename)
             return _as_frame_task(
-                "extract", observation, extract.extract, image, self.per_image, self.measure
+                "extract",
+                observation,
+                extract.extract,
+                image,
+                self.per_image,
+                self.measure,
+                fetched,
             )
         if state == FrameState.FETCH:
             return _as_frame_task(

@@ -74,6 +74,8 @@ class CurveOptions:
         for each partition.
     buckets : str or None
         Folder in which partitions are also stored as Parquet, None to store none.
+    refused_characters : str
+        What file names cannot have where the light curves are written.
     run : str
         Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
@@ -83,6 +85,7 @@ class CurveOptions:
     lightcurves: str
     format: str
     buckets: str | None
+    refused_characters: str = ""
     run: str = ""
 
 
@@ -144,7 +147,11 @@ def save_table_groups(
     n_groups = size = 0
     group: list[Table] = []
     store, name = locate_file(path)
-    with store.atomic_path(name) as part, pq.ParquetWriter(part, _GROUPS_SCHEMA) as file:
+    with (
+        store.atomic_path(name) as part,
+        open(part, "wb") as out,
+        pq.ParquetWriter(out, _GROUPS_SCHEMA) as file,
+    ):
 
         def write_group() -> None:
             nonlocal n_groups
@@ -377,7 +384,8 @@ def _write_partition(
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
         header = render_header(LIGHT_CURVE)
-        file_names = map(light_curve_name, targets.to_pylist())
+        refused = options.refused_characters
+        file_names = (light_curve_name(target, refused) for target in targets.to_pylist())
         curves = (
             (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
         )
@@ -406,20 +414,22 @@ def _encode_partition(
     return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
 
 
-def light_curve_name(target_id: str) -> str:
+def light_curve_name(target_id: str, refused_characters: str = "") -> str:
     """Return the name of the CSV file with the light curve of a source.
 
     Parameters
     ----------
     target_id : str
         Id of the source.
+    refused_characters : str
+        What file names cannot have where the file is.
 
     Returns
     -------
     str
         Characters that a file name cannot have are escaped.
     """
-    return f"{file_stem(target_id)}.csv"
+    return f"{file_stem(target_id, refused_characters)}.csv"
 
 
 def bucket_name(number: int) -> str:

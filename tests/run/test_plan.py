@@ -189,6 +189,35 @@ def test_a_frame_that_was_replaced_and_fetched_is_measured_again(inputs, measure
     assert decide(inputs, new, fetched, on_disk=True, table=77) == FrameState.DONE
 
 
+def test_the_content_of_a_frame_decides_whether_it_was_replaced(inputs, measured):
+    old = replace(measured, frame_bytes=SIZE, frame_checksum="xxh64:a")
+    same = outcome("download", "done", bytes=SIZE, checksum="xxh64:a")
+    other = outcome("download", "done", bytes=SIZE, checksum="xxh64:b")
+    assert decide(inputs, old, same, on_disk=True, table=77) == FrameState.DONE
+    assert decide(inputs, old, other, on_disk=True, table=77) == FrameState.MEASURE
+    assert decide(inputs, old, other, table=77, keep_images=False) == FrameState.FETCH_AND_MEASURE
+    # Sums of eight digits, which ledgers had before, identify nothing.
+    for sum_ in (None, "ffffffff", "0123abcd"):
+        unknown = replace(same, checksum=sum_)
+        assert decide(inputs, old, unknown, on_disk=True, table=77) == FrameState.DONE
+        legacy = replace(old, frame_checksum=None)
+        assert decide(inputs, legacy, unknown, on_disk=True, table=77) == FrameState.DONE
+    # What was measured without a hash may be another file than that which was fetched since.
+    legacy = replace(old, frame_checksum=None)
+    assert decide(inputs, legacy, same, on_disk=True, table=77) == FrameState.MEASURE
+
+
+@pytest.mark.parametrize(
+    ("keep_images", "expected"), [(True, FrameState.FETCH), (False, FrameState.FETCH_AND_MEASURE)]
+)
+def test_a_frame_that_the_archive_is_known_to_have_replaced(
+    inputs, measured, keep_images, expected
+):
+    how = {"on_disk": True, "table": 77, "keep_images": keep_images}
+    assert decide(inputs, measured, replaced={FRAME.filename}, **how) == expected
+    assert decide(inputs, measured, replaced={"another"}, **how) == FrameState.DONE
+
+
 def test_a_failure_with_other_inputs_does_not_outdate_a_table(inputs, measured):
     failed = outcome("extract", "failed", reason="not downloaded", recipe="other", catalogue="x")
     ledger = ledger_of(failed)
