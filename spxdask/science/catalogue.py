@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
+from spxdask.science.footprint import SourceSky
 from spxdask.science.sphere import angular_distance
 
 __all__ = ["Catalogue"]
@@ -47,6 +49,11 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.ra)
+
+    @cached_property
+    def sky(self) -> SourceSky:
+        """Where its sources are, to compare with footprints of frames."""
+        return SourceSky(self.ra, self.dec)
 
     @classmethod
     def from_arrays(cls, target_id: pa.Array, ra: np.ndarray, dec: np.ndarray) -> Catalogue:

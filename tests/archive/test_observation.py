@@ -24,6 +24,8 @@ from spxdask.errors import ArchiveError, RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder
 from spxdask.run.observations import save_observations
+from spxdask.run.query_summary import Field
+from spxdask.science.footprint import Circle
 from spxdask.run.query_summary import load_query_summary
 
 URI = (
@@ -227,7 +229,8 @@ def found(count: int) -> list[Observation]:
 def saved(tmp_path, observations, **part_sizes):
     folder = RunFolder(tmp_path)
     folder.state.make()
-    folder.save_query(observations, config(tmp_path))
+    field = Field(mode="circle", circles=[Circle(1.0, 2.0, 3.0)], n_sources=1)
+    folder.save_query(observations, config(tmp_path), field, "0", [False] * len(observations))
     found = folder.load_observations(config(tmp_path))
     if part_sizes:
         options = found.query_options

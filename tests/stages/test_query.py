@@ -49,7 +49,10 @@ def config(archive=None, **options):
 
 
 def found(archive, **options):
-    return query.find_observations(config(archive, **options))
+    asked = config(archive, **options)
+    observations = query.find_observations(asked)
+    query.check_count(observations, asked)
+    return observations
 
 
 # What is asked
