@@ -24,9 +24,8 @@ from spxdask.errors import ArchiveError, RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder
 from spxdask.run.observations import save_observations
-from spxdask.run.query_summary import Field
+from spxdask.run.query_summary import Field, load_query_summary
 from spxdask.science.footprint import Circle
-from spxdask.run.query_summary import load_query_summary
 
 URI = (
     "ibe/data/spherex/qr2/level2/2025W51_1A/l2b-v21-2025-354/3/"
