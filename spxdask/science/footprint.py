@@ -69,7 +69,9 @@ def pack_footprint(value: Any) -> bytes | None:
     """
     try:
         if isinstance(value, str):
-            shape = re.fullmatch(r"\s*polygon\b(?:[\s(']*icrs\b)?([^a-df-z]*)", value, re.IGNORECASE)
+            shape = re.fullmatch(
+                r"\s*polygon\b(?:[\s(']*icrs\b)?([^a-df-z]*)", value, re.IGNORECASE
+            )
             numbers = re.split(r"[\s,()']+", shape[1].strip(" ,()'")) if shape else []
             values = np.array(numbers, float)
         else:
