@@ -125,19 +125,21 @@ def summarise_query(
     times = [o.mjd for o in observations]
     # Many circles have no centre in common.
     ra, dec, radius = field.circles[0] if len(field.circles) == 1 else (None, None, None)
+    region = {
+        "mode": field.mode,
+        "center_ra": ra,
+        "center_dec": dec,
+        "radius_deg": radius,
+        "coverage_mode": config.coverage_mode,
+    }
+    if field.mode != "circle":
+        region |= {"n_sources": field.n_sources, "n_queries": len(field.circles)}
+    if field.mode == "target":
+        region["target"] = config.target
     n_empty = sum(is_empty)
     return {
         "query_time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "region": {
-            "mode": field.mode,
-            "center_ra": ra,
-            "center_dec": dec,
-            "radius_deg": radius,
-            "coverage_mode": config.coverage_mode,
-            "target": config.target,
-            "n_sources": field.n_sources,
-            "n_queries": len(field.circles),
-        },
+        "region": region,
         "filters": {
             "bands": list(config.bands) if config.bands is not None else None,
             "mjd_range": list(config.mjd_range) if config.mjd_range else None,

@@ -38,6 +38,9 @@ GROUP_COST_DEG2 = 100.0
 # Half of a frame is added to the radius of a circle, as frames that touch it are found, too.
 HALF_FRAME_DEG = 1.75
 
+# Numbers may have exponents.
+_POLYGON = re.compile(r"\s*polygon\b(?:[\s(']*icrs\b)?([^a-df-z]*)", re.IGNORECASE)
+
 
 class Circle(NamedTuple):
     """A circle on the sky.
@@ -69,9 +72,7 @@ def pack_footprint(value: Any) -> bytes | None:
     """
     try:
         if isinstance(value, str):
-            shape = re.fullmatch(
-                r"\s*polygon\b(?:[\s(']*icrs\b)?([^a-df-z]*)", value, re.IGNORECASE
-            )
+            shape = _POLYGON.fullmatch(value)
             numbers = re.split(r"[\s,()']+", shape[1].strip(" ,()'")) if shape else []
             values = np.array(numbers, float)
         else:

@@ -96,7 +96,8 @@ def find_observations(
             answered.result()
             logger.info("%d of %d queries answered", n, len(circles))
     finally:
-        pool.shutdown(cancel_futures=True)
+        # After an error, what is asked already is not waited for.
+        pool.shutdown(wait=False, cancel_futures=True)
     return ask.selection.finish()
 
 

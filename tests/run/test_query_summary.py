@@ -146,7 +146,6 @@ def test_frames_without_a_source_are_marked(tmp_path):
             "center_dec": None,
             "radius_deg": None,
             "coverage_mode": "any",
-            "target": None,
             "n_sources": 7,
             "n_queries": 2,
         }
