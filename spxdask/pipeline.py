@@ -276,9 +276,12 @@ class BatchPipeline:
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
-            # A download needs no catalogue, which may be elsewhere, but that of the query.
-            is_measured = "extract" in stages
-            catalogue = self.catalogue if is_measured else self.folder.saved_catalogue()
+            catalogue = None
+            if "extract" in stages:
+                catalogue = self.catalogue
+            elif not self.config.fetches_empty_frames:
+                # A download needs none but that of the query; the user's may be elsewhere.
+                catalogue = self.folder.saved_catalogue()
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,

@@ -61,7 +61,7 @@ def pack_footprint(value: Any) -> bytes | None:
 
     Parameters
     ----------
-    value : str or float array
+    value : str, bytes or float array
         As a TAP service gives it: ``POLYGON ICRS ra dec ra dec ...``, or its numbers alone, deg.
 
     Returns
@@ -71,6 +71,8 @@ def pack_footprint(value: Any) -> bytes | None:
         bits; None for what is not one polygon on the sky.
     """
     try:
+        if isinstance(value, bytes):
+            value = value.decode("ascii")
         if isinstance(value, str):
             shape = _POLYGON.fullmatch(value)
             numbers = re.split(r"[\s,()']+", shape[1].strip(" ,()'")) if shape else []

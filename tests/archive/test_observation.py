@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
 from itertools import chain
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -236,6 +238,19 @@ def saved(tmp_path, observations, **part_sizes):
         save_observations(folder.state, OBSERVATIONS_NAME, observations, options, **part_sizes)
         found = folder.load_observations(config(tmp_path))
     return found
+
+
+def test_observations_of_earlier_versions(tmp_path):
+    """Without footprints, and without the catalogue that they were found for."""
+    observations = [replace(one, footprint=b"x" * 64) for one in found(3)]
+    back = saved(tmp_path, observations)
+    assert list(back) == observations
+    path = tmp_path / "state" / OBSERVATIONS_NAME
+    table = pq.read_table(path)
+    options = {k: v for k, v in back.query_options.items() if k != "catalogue"}
+    metadata = table.schema.metadata | {b"query": json.dumps(options).encode()}
+    pq.write_table(table.drop_columns("footprint").replace_schema_metadata(metadata), path)
+    assert list(RunFolder(tmp_path).load_observations(config(tmp_path))) == found(3)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20, 23, 24, 25, 100])

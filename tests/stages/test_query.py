@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 import re
@@ -442,6 +443,35 @@ def test_footprints_come_with_the_frames(path):
     with SimulatedArchive([archived_frame(path)]) as archive:
         [observation] = found(archive)
     assert observation.footprint == pack_footprint(np.ravel(CONTAINS))
+
+
+class Counting(SimulatedArchive):
+    """An archive whose answers wait until so many queries are there at once."""
+
+    n_expected = active = peak = 0
+
+    async def _answer(self, parameters, limit):
+        self.active += 1
+        self.peak = max(self.peak, self.active)
+        if self.active == self.n_expected:
+            self._all_there.set()
+        await asyncio.wait_for(self._all_there.wait(), 10)
+        self.active -= 1
+        return await super()._answer(parameters, limit)
+
+    async def _serve(self, started):
+        self._all_there = asyncio.Event()
+        await super()._serve(started)
+
+
+@pytest.mark.parametrize(("limit", "n_at_once"), [(2, 2), (100, 4)])
+def test_few_queries_at_once(path, limit, n_at_once):
+    ra = np.arange(0.0, 360.0, 40.0)
+    archive = Counting([archived_frame(path)])
+    archive.n_expected = n_at_once
+    with archive:
+        anywhere(archive, catalogue(ra, np.zeros(len(ra))), max_download_workers=limit)
+    assert archive.peak == n_at_once
 
 
 class WithoutFootprints(SimulatedArchive):
