@@ -24,6 +24,7 @@ from spxdask.config import (
     BatchConfig,
     check_options,
     expand_path,
+    list_missing,
     name_file,
     read_options,
     template,
@@ -38,7 +39,6 @@ EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 BATCH_OPTIONS = {info.name: info for info in list_options(BatchConfig)}
 PHOTOMETRY_OPTIONS = {info.name: info for info in list_options(PhotometryConfig)}
-REQUIRED = tuple(name for name, info in BATCH_OPTIONS.items() if info.required)
 # Each stage takes the options that it reads.
 STAGES = {
     "query": tuple(BATCH_OPTIONS),
@@ -73,7 +73,7 @@ class _Command(NamedTuple):
     usage: str
 
 
-_FIELD_USAGE = "--catalog FILE --ra DEG --dec DEG --radius DEG [options]"
+_FIELD_USAGE = "--catalog FILE [--ra DEG --dec DEG --radius DEG] [options]"
 # In the order in which they are shown.
 COMMANDS = {
     "run": _Command("every day", "all four stages", _FIELD_USAGE),
@@ -364,7 +364,7 @@ def _help_text(info: OptionInfo) -> str:
     if info.required:
         return text
     if default is None:
-        return text.replace("; null for all", "; default: all")
+        return text.replace("; null for ", "; default: ")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
@@ -397,9 +397,12 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
         values = _not_overruled(read_options(path), flags)
     with name_file(path):
         check_options(BatchConfig, values)
-    missing = [
-        BATCH_OPTIONS[name].flag for name in REQUIRED if name not in values and name not in flags
-    ]
+    for name, other in (("target", "catalog_path"), ("catalog_path", "target")):
+        if name in flags and other not in flags:
+            values.pop(other, None)
+    missing = [BATCH_OPTIONS[name].flag for name in list_missing(values | flags)]
+    if not any((values | flags).get(name) is not None for name in ("catalog_path", "target")):
+        missing.append("--catalog")
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
     check_options(BatchConfig, flags)
@@ -424,7 +427,7 @@ def _collect_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a file that no flag overrules, and that were filled in."""
+    """Return the options of a file that no flag overrules."""
     left = {}
     for name, value in values.items():
         if name == "photometry" and isinstance(value, Mapping):
@@ -432,7 +435,7 @@ def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[
             left[name] = {key: v for key, v in value.items() if key not in overruled}
         elif name not in flags or name == "photometry":
             left[name] = value
-    return {name: v for name, v in left.items() if v is not None or name not in REQUIRED}
+    return left
 
 
 def _pipeline(options: argparse.Namespace, *, saved: bool) -> BatchPipeline:
@@ -510,7 +513,7 @@ def _config(options: argparse.Namespace) -> int:
             file.write(text)
     except OSError as error:
         raise InputError(error.strerror or str(error), path=path) from error
-    print(f"wrote {path}; fill in the four options at its top, then")
+    print(f"wrote {path}; fill in catalog_path, and what else is to be other than it is, then")
     print(f"spxdask run --config {path}")
     return EXIT_DONE
 

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
 from io import StringIO
@@ -40,6 +40,7 @@ __all__ = [
     "LiteralPath",
     "check_options",
     "expand_path",
+    "list_missing",
     "load_yaml",
     "name_file",
     "option_rows",
@@ -109,6 +110,24 @@ def _check_path(value: Any) -> str:
         return _keep(text.rstrip("/"))
     host, slash, path = rest.rstrip("/").partition("/")
     return _keep(f"{scheme}://{host}{slash}{_expand(path)}")
+
+
+def _optional(check: Callable[[Any], str]) -> Callable[[Any], str | None]:
+    """Return a check that lets None pass."""
+    return lambda value: None if value is None else check(value)
+
+
+def _check_target(value: Any) -> str:
+    # It is imported here because few runs have one.
+    from spxdask.tables.target import parse_target
+
+    if not isinstance(value, str):
+        raise ValueError("{rule}")
+    try:
+        parse_target(value)
+    except ValueError as error:
+        raise ValueError(f"{{rule}}{error}") from None
+    return value
 
 
 def _scheme(value: Any) -> str:
@@ -232,9 +251,9 @@ class BatchConfig(CheckedOptions):
     """
 
     center_ra: Annotated[
-        float,
+        float | None,
         option(
-            "centre of the field, ICRS",
+            "centre of the field, ICRS; null for the sky about the sources",
             unit="deg",
             group=FIELD,
             flag="ra",
@@ -243,11 +262,11 @@ class BatchConfig(CheckedOptions):
             le=360,
         ),
         _coordinate("00:42:44"),
-    ]
+    ] = None
     center_dec: Annotated[
-        float,
+        float | None,
         option(
-            "centre of the field, ICRS",
+            "centre of the field, ICRS; null for the sky about the sources",
             unit="deg",
             group=FIELD,
             flag="dec",
@@ -256,24 +275,44 @@ class BatchConfig(CheckedOptions):
             le=90,
         ),
         _coordinate("-66:30:00"),
-    ]
+    ] = None
     radius: Annotated[
-        float,
-        option("radius of the field", unit="deg", group=FIELD, metavar="DEG", gt=0, le=90),
+        float | None,
+        option(
+            "radius of the field; null for the sky about the sources",
+            unit="deg",
+            group=FIELD,
+            metavar="DEG",
+            gt=0,
+            le=90,
+        ),
         BeforeValidator(_to_degrees),
-    ]
+    ] = None
     catalog_path: Annotated[
-        str,
+        str | None,
         option(
             "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
-            "(s3://...)",
+            "(s3://...); null for one target",
             group=FIELD,
             rule=_PATH_RULE,
             flag="catalog",
             metavar="FILE",
         ),
-        PlainValidator(_check_path),
-    ]
+        PlainValidator(_optional(_check_path)),
+    ] = None
+    target: Annotated[
+        str | None,
+        option(
+            "one source instead of a catalogue: a position, or a name that has it, such as "
+            "'10.684 41.269', '00h42m44s +41d16m09s' or J004244.3+411609; null for the sources of "
+            "catalog_path",
+            group=FIELD,
+            rule="a position such as '10.684 41.269' (degrees) or '00h42m44s +41d16m09s', or a "
+            "name that has it to the second, such as J004244.3+411609",
+            metavar="POSITION",
+        ),
+        PlainValidator(_optional(_check_target)),
+    ] = None
     output_dir: Annotated[
         str,
         option(
@@ -440,6 +479,38 @@ class BatchConfig(CheckedOptions):
         BeforeValidator(_as_photometry),
     ] = PhotometryConfig()
 
+    def __post_init__(self) -> None:
+        if self.catalog_path is None and self.target is None:
+            raise ConfigError("missing option: catalog_path (or target)", option="catalog_path")
+        if self.catalog_path is not None and self.target is not None:
+            raise ConfigError(
+                "catalog_path and target exclude each other: leave one of them out", option="target"
+            )
+        if missing := list_missing(vars(self)):
+            raise ConfigError(
+                f"missing option: {', '.join(missing)} (center_ra, center_dec and radius are given "
+                "together, or none of them for the sky about the sources)",
+                option=missing[0],
+            )
+        if self.region != "circle" and self.coverage_mode == "full":
+            raise ConfigError(
+                option="coverage_mode",
+                value=self.coverage_mode,
+                rule="any where center_ra, center_dec and radius give no circle",
+            )
+
+    @property
+    def region(self) -> Literal["circle", "target", "catalogue"]:
+        """What the field is: the circle that is given, or what the source or sources cover."""
+        if self.radius is not None:
+            return "circle"
+        return "catalogue" if self.target is None else "target"
+
+    @property
+    def fetches_empty_frames(self) -> bool:
+        """Whether frames of the field on which no source can lie are fetched and measured, too."""
+        return self.region == "circle" and self.keep_images
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as YAML holds them, such that `from_dict` makes the same of them.
 
@@ -513,6 +584,24 @@ def expand_path(path: str | os.PathLike[str], option: str = "output_dir") -> str
     except ValueError as error:
         rule = str(error).replace("{rule}", _PATH_RULE)
         raise ConfigError(option=option, value=path, rule=rule) from None
+
+
+def list_missing(values: Mapping[str, Any]) -> list[str]:
+    """Return which options of a circle are missing where others are given.
+
+    Parameters
+    ----------
+    values : mapping
+        Options by name.
+
+    Returns
+    -------
+    list of str
+        Empty for a whole circle, and for none.
+    """
+    circle = ("center_ra", "center_dec", "radius")
+    missing = [name for name in circle if values.get(name) is None]
+    return missing if len(missing) < len(circle) else []
 
 
 # Names of options that differ on the command line, and their names everywhere else.
@@ -668,9 +757,12 @@ def template() -> str:
     Returns
     -------
     str
-        The options without a default have no value.
+        Each with its default; catalog_path has none.
     """
-    head = "A spxdask run. The four options without a value have to be given."
+    head = (
+        "A spxdask run. It needs catalog_path (or target); center_ra, center_dec and radius\n"
+        "# restrict it to a circle on the sky."
+    )
     return "\n".join([f"# {head}", *_template_lines(BatchConfig, ""), ""])
 
 
@@ -687,7 +779,7 @@ def _template_lines(model: type[CheckedOptions], indent: str) -> Iterator[str]:
             initial_indent=f"{indent}# ",
             subsequent_indent=f"{indent}# ",
         )
-        if info.required:
+        if info.nested is None and info.default is None:
             yield f"{indent}{info.name}:"
         elif info.nested is not None:
             yield f"{indent}{info.name}:"

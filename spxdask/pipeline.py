@@ -28,6 +28,7 @@ from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
 from spxdask.stages.frames import FrameRun, make_bag, make_fetch_options, needs_tasks
 from spxdask.tables.catalogue import CatalogueFile
+from spxdask.tables.target import make_target_catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,11 @@ class BatchPipeline:
         self.folder = RunFolder(config.output_dir)
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        self._catalogue_file = CatalogueFile(config.catalog_path)
+        self._target: Catalogue | None = None
+        if config.catalog_path is not None:
+            self._catalogue_file = CatalogueFile(config.catalog_path)
+        elif config.target is not None:
+            self._target = make_target_catalogue(config.target)
         bars: Progress = Bars() if progress is True else progress or Silent()
         self._progress = ProgressPublisher(bars, self.folder.path)
         self._session = ClusterSession(
@@ -123,6 +128,9 @@ class BatchPipeline:
     @property
     def catalogue(self) -> Catalogue:
         """The catalogue, read and checked, and read again when its file has changed."""
+        if self._target is not None:
+            return self._target
+        assert self.config.catalog_path is not None
         self.folder.refuse_within(self.config.catalog_path)
         return self._catalogue_file.read()
 
@@ -164,13 +172,15 @@ class BatchPipeline:
         catalogue, config = self.catalogue, self.config
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
+            field = query.make_field(config, catalogue)
+            find = functools.partial(query.find_observations, config, field.circles)
             if self._session.has_cluster:
                 key = ("query", uuid.uuid4().hex)
-                found = run_one(self._session.connect(), query.find_observations, config, key=key)
+                found = run_one(self._session.connect(), find, key=key)
             else:
                 # A run with nothing left to do needs no cluster.
-                found = query.find_observations(config)
-            query.record_query(self.folder, config, catalogue, found, report)
+                found = find()
+            query.record_query(self.folder, config, catalogue, field, found, report)
             self._progress.advance()
         return found
 
@@ -231,7 +241,11 @@ class BatchPipeline:
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
             observations = self.folder.load_observations(self.config)
-            run.choose_tables(observations, None if observations is None else self.catalogue)
+            catalogue = None
+            if observations is not None:
+                catalogue = self.catalogue
+                self.folder.require_observations(self.config, catalogue)
+            run.choose_tables(observations, catalogue)
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -276,12 +290,17 @@ class BatchPipeline:
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
+            catalogue = None
+            if "extract" in stages:
+                catalogue = self.catalogue
+            elif not self.config.fetches_empty_frames:
+                # A download needs none but that of the query; the user's may be elsewhere.
+                catalogue = self.folder.saved_catalogue()
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,
-                # A download needs no catalogue, which may be elsewhere.
-                catalogue=self.catalogue if "extract" in stages else None,
-                observations=self.folder.require_observations(self.config),
+                catalogue=catalogue,
+                observations=self.folder.require_observations(self.config, catalogue),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
             )

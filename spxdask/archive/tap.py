@@ -79,6 +79,8 @@ def run_adql(url: str, adql: str, options: TapOptions) -> Table:
     ------
     ArchiveError
         If the service rejects the query, or does not answer after all retries.
+    QueryRejectedError
+        The first of these, if the service finds the query itself wrong.
     TruncatedAnswerError
         If it answers only in part.
     """
@@ -88,6 +90,10 @@ def run_adql(url: str, adql: str, options: TapOptions) -> Table:
 
 class _RefusedError(ArchiveError):
     """The service's final answer: neither another attempt nor a job would help."""
+
+
+class QueryRejectedError(_RefusedError):
+    """The service found the query itself wrong."""
 
 
 class _UnreachableError(ArchiveError):
@@ -200,7 +206,7 @@ class _Query:
             try:
                 return request()
             except DALQueryError as error:
-                raise _RefusedError(
+                raise QueryRejectedError(
                     f"{name} rejected the query: {strip_credentials(str(error))}", path=shown_url
                 ) from error
             except (DALFormatError, DALServiceError, requests.RequestException) as error:

@@ -18,7 +18,7 @@ from spxdask.errors import RunFolderError, StoreError
 from spxdask.run.ledger import Ledger, open_ledger
 from spxdask.run.lock import RunLock, open_lock
 from spxdask.run.observations import Observations, save_observations
-from spxdask.run.query_summary import QUERY_SUMMARY_NAME, save_query_summary
+from spxdask.run.query_summary import QUERY_SUMMARY_NAME, Field, save_query_summary
 from spxdask.science.catalogue import Catalogue
 from spxdask.storage import NEVER_IN_NAMES, Store, locate_file, open_store
 
@@ -206,12 +206,11 @@ class RunFolder:
             The configuration. It is saved with absolute paths, so that later stages may be
             started in another working directory.
         """
-        catalogue_folder, catalogue_name = locate_file(config.catalog_path)
-        config = dataclasses.replace(
-            config,
-            output_dir=LiteralPath(self.path),
-            catalog_path=LiteralPath(catalogue_folder.path_to(catalogue_name)),
-        )
+        config = dataclasses.replace(config, output_dir=LiteralPath(self.path))
+        if config.catalog_path is not None:
+            catalogue_folder, catalogue_name = locate_file(config.catalog_path)
+            catalog_path = LiteralPath(catalogue_folder.path_to(catalogue_name))
+            config = dataclasses.replace(config, catalog_path=catalog_path)
         with self.state.atomic_path(CONFIG_NAME) as part:
             config.to_yaml(part)
 
@@ -281,7 +280,14 @@ class RunFolder:
                 return Catalogue.open(self.state.local_copy(name))
         return None
 
-    def save_query(self, observations: Sequence[Observation], config: BatchConfig) -> None:
+    def save_query(
+        self,
+        observations: Sequence[Observation],
+        config: BatchConfig,
+        field: Field,
+        fingerprint: str,
+        is_empty: Sequence[bool],
+    ) -> None:
         """Save the result of the query, for the later stages and for the user.
 
         Parameters
@@ -290,18 +296,28 @@ class RunFolder:
             The frames found, in order of time.
         config : BatchConfig
             The configuration with the options of the query.
+        field : Field
+            Where the frames were looked for.
+        fingerprint : str
+            That of the catalogue.
+        is_empty : sequence of bool
+            Which of the frames are not fetched, as no source can lie on them.
         """
-        options = _query_options(config)
+        options = _query_options(config) | {"catalogue": fingerprint}
         save_observations(self.state, OBSERVATIONS_NAME, observations, options)
-        save_query_summary(self.root, observations, config)
+        save_query_summary(self.root, observations, config, field, is_empty)
 
-    def load_observations(self, config: BatchConfig) -> Observations | None:
+    def load_observations(
+        self, config: BatchConfig, catalogue: Catalogue | None = None
+    ) -> Observations | None:
         """Return the result of the last query.
 
         Parameters
         ----------
         config : BatchConfig
             The current configuration.
+        catalogue : Catalogue, optional
+            The current sources. They decide which frames are found where no circle does.
 
         Returns
         -------
@@ -311,7 +327,8 @@ class RunFolder:
         Raises
         ------
         RunFolderError
-            If the options of the last query differ from those of the configuration.
+            If the options of the last query differ from those of the configuration, or its
+            sources do where they matter.
         """
         if not self.state.exists(OBSERVATIONS_NAME):
             return None
@@ -323,15 +340,29 @@ class RunFolder:
                     f"the frames in {self.path} were found with {name} {was!r}, the configuration "
                     f"has {value!r}: run query first"
                 )
+        is_other = (
+            catalogue is not None
+            and config.region != "circle"
+            and found.query_options.get("catalogue") != catalogue.fingerprint
+        )
+        if is_other:
+            raise RunFolderError(
+                f"the frames in {self.path} were found for other sources than those of the "
+                "catalogue now: run query first"
+            )
         return found
 
-    def require_observations(self, config: BatchConfig) -> Observations:
+    def require_observations(
+        self, config: BatchConfig, catalogue: Catalogue | None = None
+    ) -> Observations:
         """Return the result of the last query, as `load_observations`.
 
         Parameters
         ----------
         config : BatchConfig
             What is requested now.
+        catalogue : Catalogue, optional
+            The sources that are to be measured, as for `load_observations`.
 
         Returns
         -------
@@ -343,7 +374,7 @@ class RunFolder:
         RunFolderError
             If there was no query, or another one than the configuration asks for.
         """
-        observations = self.load_observations(config)
+        observations = self.load_observations(config, catalogue)
         if observations is None:
             raise RunFolderError(f"no query was made in {self.path}: run query first")
         return observations

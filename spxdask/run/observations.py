@@ -37,6 +37,7 @@ _SCHEMA = pa.schema(
         "uri": pa.string(),
         "download_url": pa.string(),
         "size_bytes": pa.int64(),
+        "footprint": pa.binary(),
     }
 )
 

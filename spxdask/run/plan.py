@@ -11,6 +11,7 @@ import enum
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from spxdask.run.recipe import Recipe, legacy_fingerprint, make_recipe
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spxdask.science.options import PhotometryConfig
 
 __all__ = [
+    "NO_SOURCE",
     "FrameState",
     "MeasurementInputs",
     "PlannedFrame",
@@ -31,6 +33,12 @@ __all__ = [
     "plan_frames",
     "table_name",
 ]
+
+
+# Why a frame that was found is neither fetched nor measured.
+NO_SOURCE = "no source on the frame"
+# Frames whose footprints are compared with the sources at once.
+BATCH_SIZE = 1000
 
 
 class FrameState(enum.IntEnum):
@@ -50,6 +58,8 @@ class FrameState(enum.IntEnum):
     """To be measured, but not on disk, and fetching is not part of this run."""
     FAILED = 6
     """Tried with the present inputs, in vain, and not to be tried again by itself."""
+    EMPTY = 7
+    """Neither to be fetched nor measured, as no source can lie on it."""
 
 
 class Outcomes(Protocol):
@@ -236,6 +246,7 @@ def plan_frames(
     only_failed: bool = False,
     retry_failed: bool = True,
     replaced: Container[str] = (),
+    fetch_empty: bool = True,
 ) -> Iterator[PlannedFrame]:
     """Decide what is left to do for each frame of a query.
 
@@ -263,13 +274,17 @@ def plan_frames(
         Whether what failed with the present inputs is to be tried again.
     replaced : container of str
         Names of files that the archive has replaced since they were fetched.
+    fetch_empty : bool
+        Whether frames on which no source can lie are fetched and measured, too. If not, the
+        frames are read in batches of `BATCH_SIZE`.
 
     Yields
     ------
     PlannedFrame
         One a frame, in their order.
     """
-    for observation in observations:
+    sources = None if fetch_empty else inputs.catalogue
+    for observation, is_empty in _find_empty(observations, sources):
         filename = observation.filename
         extracted = measured = None
         if "extract" in stages:
@@ -292,12 +307,26 @@ def plan_frames(
             extracted=extracted,
             is_measured=measured is not None,
             is_on_disk=observation.is_complete(image_sizes) and filename not in replaced,
+            is_empty=is_empty,
             stages=stages,
             keep_images=keep_images,
             only_failed=only_failed,
             retry_failed=retry_failed,
         )
         yield PlannedFrame(observation, state, measured)
+
+
+def _find_empty(
+    observations: Iterable[Observation], sources: Catalogue | None
+) -> Iterator[tuple[Observation, bool]]:
+    """Yield each frame, and whether none of the sources can lie on it."""
+    if sources is None:
+        yield from ((observation, False) for observation in observations)
+        return
+    left = iter(observations)
+    while batch := list(islice(left, BATCH_SIZE)):
+        is_empty = sources.sky.find_empty([observation.footprint for observation in batch])
+        yield from zip(batch, is_empty.tolist(), strict=True)
 
 
 def _decide(
@@ -308,6 +337,7 @@ def _decide(
     extracted: Outcome | None,
     is_measured: bool,
     is_on_disk: bool,
+    is_empty: bool,
     stages: Collection[str],
     keep_images: bool,
     only_failed: bool,
@@ -319,6 +349,8 @@ def _decide(
     to_fetch = "download" in stages and not is_on_disk and (keep_images or to_measure)
     if not to_measure and not to_fetch:
         return FrameState.DONE
+    if is_empty:
+        return FrameState.EMPTY
     if not retry_failed:
         failed_here = (
             to_measure
@@ -407,6 +439,8 @@ def choose_tables(
         name = table_name(observation.filename, table_format)
         if measured is not None:
             choice.tables.append((name, measured.bytes, measured.rows, measured.checksum))
+            continue
+        if state == FrameState.EMPTY:
             continue
         choice.left_out += 1
         if state == FrameState.FAILED:

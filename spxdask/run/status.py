@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from spxdask.progress import RATE_WINDOW_S
 from spxdask.run.aggregation import load_aggregation
 from spxdask.run.folder import RunFolder
-from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
+from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
 from spxdask.text import format_count, format_duration
 
@@ -36,13 +36,15 @@ class RunStatus:
     n_frames : int
         Frames of the last query.
     frame_bytes : int
-        Their length.
+        Length of those that are not excluded.
     fetched : int
         Frames in images/.
     measured : int
         Frames with a table that is up to date.
     pending : int
-        Frames that have no such table and have not failed.
+        Frames that have no such table, have not failed and are not excluded.
+    excluded : Counter
+        Frames that are neither fetched nor measured, by reason.
     rows : int
         Rows in the tables that are up to date.
     lightcurves : int
@@ -72,6 +74,7 @@ class RunStatus:
     rows: int = 0
     lightcurves: int = 0
     is_aggregated: bool = True
+    excluded: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
@@ -80,7 +83,7 @@ class RunStatus:
 
     @property
     def ended(self) -> int:
-        """Frames that are measured or failed."""
+        """Frames that are measured, failed or excluded."""
         return self.n_frames - self.pending
 
     def __str__(self) -> str:
@@ -94,6 +97,10 @@ class RunStatus:
             ("aggregate", format_count(self.lightcurves, "light curve") + stale),
             ("pending", format_count(self.pending, "frame")),
             ("failed", format_count(len(self.failed), "frame") if self.failed else "none"),
+        ]
+        lines[1:1] = [
+            ("", f"{format_count(n, 'frame')} not fetched: {text}")
+            for text, n in self.excluded.items()
         ]
         reasons = list(self.failed.items())
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
@@ -208,11 +215,15 @@ def _read(folder: RunFolder) -> RunStatus:
         keep_images=config.keep_images,
         table_format=config.per_image_format,
         retry_failed=False,
+        fetch_empty=config.fetches_empty_frames,
     )
     for observation, state, measured in planned:
-        found.frame_bytes += observation.size_bytes or 0
         is_fetched = observation.is_complete(image_sizes)
         found.fetched += is_fetched
+        if state == FrameState.EMPTY:
+            found.excluded[NO_SOURCE] += 1
+            continue
+        found.frame_bytes += observation.size_bytes or 0
         if measured is not None:
             found.measured += 1
             found.rows += measured.rows

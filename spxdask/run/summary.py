@@ -21,7 +21,7 @@ class StageReport:
     stage : str
         query, download, extract or aggregate.
     total : int
-        Frames that the stage had to process; for aggregate, light curves.
+        Frames that the stage had to process; for query, those found; for aggregate, light curves.
     done : int
         How many of them this run made.
     reused : int
@@ -30,6 +30,8 @@ class StageReport:
         Reason by file name of the frame.
     releases : Counter
         For query, frames of each release, such as qr2.
+    excluded : Counter
+        Frames of the query that are neither fetched nor measured, by reason.
     outside : int
         For query, sources of the catalogue outside the circle of the query.
     rechecked : int
@@ -49,7 +51,7 @@ class StageReport:
     warnings : dict of str to tuple of str
         Warnings by file name of the frame.
     bytes : int
-        For download, bytes fetched; for query, bytes of all frames found.
+        For download, bytes fetched; for query, bytes of all frames found that are not excluded.
     seconds : float
         Wall time, s.
     """
@@ -60,6 +62,7 @@ class StageReport:
     reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
+    excluded: Counter = field(default_factory=Counter)
     outside: int = 0
     rechecked: int = 0
     replaced: int = 0
@@ -158,8 +161,11 @@ def _count_results(report: StageReport) -> tuple[str, str]:
     seconds = max(report.seconds, 1e-9)
     if report.stage == "query":
         if not report.total:
-            return "no frame covers the field: check centre, radius, bands and mjd_range", ""
-        return f"{format_count(report.total, 'frame')} found, {report.bytes / 1e9:.3g} GB", ""
+            return "no frame covers the field: check positions, bands and mjd_range", ""
+        found = f"{format_count(report.total, 'frame')} found"
+        if n_excluded := report.excluded.total():
+            found += f", {report.total - n_excluded:,} with a source"
+        return f"{found}, {report.bytes / 1e9:.3g} GB", ""
     if report.stage == "aggregate":
         results = format_count(report.total, "light curve")
         speed = f"{report.rows / seconds:,.0f} rows/s"
@@ -189,6 +195,9 @@ def _list_notes(report: StageReport) -> list[str]:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
         notes.append(f"{counts}: {scale}")
+    for reason, count in sorted(report.excluded.items()):
+        verb = "measured" if report.stage == "extract" else "fetched"
+        notes.append(f"{format_count(count, 'frame')} not {verb}: {reason}")
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")

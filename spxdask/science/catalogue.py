@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from spxdask.science.footprint import SourceSky
 from spxdask.science.sphere import angular_distance
 
 __all__ = ["Catalogue"]
@@ -57,6 +58,11 @@ class Catalogue:
         plain = (string.ascii_letters + string.digits).encode()
         # Without the many plain ones, which is quick for a million ids.
         return set(bytes(data or b"").translate(None, plain).decode("utf-8", "surrogatepass"))
+
+    @cached_property
+    def sky(self) -> SourceSky:
+        """Where its sources are, to compare with footprints of frames."""
+        return SourceSky(self.ra, self.dec)
 
     @classmethod
     def from_arrays(cls, target_id: pa.Array, ra: np.ndarray, dec: np.ndarray) -> Catalogue:

@@ -109,6 +109,7 @@ class Aggregation:
             stages=("extract",),
             table_format=table_format,
             retry_failed=False,
+            fetch_empty=self._config.fetches_empty_frames,
         )
         choice = choose_tables(
             planned,

@@ -25,7 +25,7 @@ from spxdask.run.aggregation import discard_aggregation
 from spxdask.run.folder import RunFolder
 from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
-from spxdask.run.plan import FrameState, MeasurementInputs, has_failed, plan_frames
+from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_failed, plan_frames
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
@@ -53,7 +53,7 @@ class FrameRun:
     config : BatchConfig
         The run.
     catalogue : Catalogue or None
-        The sources; None where nothing is to be measured.
+        The sources; None where nothing is to be measured, and all frames are to be fetched.
     observations : Observations
         The frames; read several times, part by part.
     reports : dict of str to StageReport
@@ -152,11 +152,17 @@ class FrameRun:
             skip_existing=skip_existing,
             only_failed=only_failed,
             replaced=replaced,
+            fetch_empty=self.config.fetches_empty_frames,
         )
         states, fetch_bytes = bytearray(), 0
         for observation, state, measured in planned:
             states.append(state)
             if state == FrameState.EXCLUDED:
+                continue
+            if state == FrameState.EMPTY:
+                for report in self.reports.values():
+                    report.excluded[NO_SOURCE] += 1
+                self.progress.advance()
                 continue
             for report in self.reports.values():
                 report.total += 1

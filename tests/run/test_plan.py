@@ -21,6 +21,7 @@ from spxdask.run.plan import (
 )
 from spxdask.run.recipe import legacy_fingerprint, make_recipe
 from spxdask.science.catalogue import Catalogue
+from spxdask.science.footprint import pack_footprint
 
 SIZE = 1000
 
@@ -308,6 +309,65 @@ def test_has_failed():
     assert not has_failed(ledger_of(outcome("download", "done")), FRAME.filename)
     both = ledger_of(outcome("download", "done"), outcome("extract", "failed", reason="x"))
     assert has_failed(both, FRAME.filename)
+
+
+def footprint(ra, dec):
+    corners = [ra - 1, dec - 1, ra + 1, dec - 1, ra + 1, dec + 1, ra - 1, dec + 1]
+    return pack_footprint(corners)
+
+
+class TestFramesWithoutASource:
+    """The catalogue has sources at (270, 66) and (10, -30)."""
+
+    EMPTY = replace(FRAME, footprint=footprint(100.0, 0.0))
+    HELD = replace(FRAME, footprint=footprint(10.5, -30.5))
+
+    def decide(self, frame, inputs, *outcomes, **options):
+        known = {"image_sizes": {}, "table_sizes": {}, "fetch_empty": False}
+        [planned] = plan_frames([frame], ledger_of(*outcomes), inputs, **known | options)
+        return planned.state
+
+    def test_they_are_neither_fetched_nor_measured(self, inputs):
+        assert self.decide(self.EMPTY, inputs) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, stages=["download"]) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, stages=["extract"]) == FrameState.EMPTY
+        on_disk = {"image_sizes": {FRAME.filename: SIZE}}
+        assert self.decide(self.EMPTY, inputs, **on_disk) == FrameState.EMPTY
+
+    def test_others_are(self, inputs):
+        for frame in (self.HELD, FRAME):
+            assert self.decide(frame, inputs) == FrameState.FETCH_AND_MEASURE
+        unknown = replace(inputs, catalogue=None)
+        assert self.decide(self.EMPTY, unknown) == FrameState.FETCH_AND_MEASURE
+        fetched = self.decide(self.EMPTY, inputs, fetch_empty=True)
+        assert fetched == FrameState.FETCH_AND_MEASURE
+
+    def test_a_failure_is_not_tried_again(self, inputs):
+        failed = outcome("download", "failed", reason="HTTP 404")
+        for options in ({}, {"only_failed": True}, {"retry_failed": False}):
+            assert self.decide(self.EMPTY, inputs, failed, **options) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, only_failed=True) == FrameState.EXCLUDED
+
+    def test_a_table_that_is_there_counts(self, inputs, measured):
+        state = self.decide(
+            self.EMPTY, inputs, measured, table_sizes={TABLE: 77}, stages=["extract"]
+        )
+        assert state == FrameState.DONE
+
+    def test_they_make_nothing_stale_or_incomplete(self, inputs, measured):
+        other = ledger_of(replace(measured, catalogue="0", sources_fingerprint="0"))
+        known = {"image_sizes": {}, "table_sizes": {TABLE: 77}, "stages": ["extract"]}
+        planned = plan_frames([self.EMPTY], other, inputs, **known, fetch_empty=False)
+        choice = choose_tables(
+            planned, other, inputs, recipes={}, table_sizes={TABLE: 77}, table_format="csv"
+        )
+        assert (choice.tables, choice.stale, choice.left_out) == ([], [], 0)
+
+    def test_they_are_found_in_batches(self, inputs):
+        frames = [self.HELD, self.EMPTY] * 1100
+        known = {"image_sizes": {}, "table_sizes": {}, "fetch_empty": False}
+        states = [p.state for p in plan_frames(iter(frames), Ledger(), inputs, **known)]
+        assert states == [FrameState.FETCH_AND_MEASURE, FrameState.EMPTY] * 1100
 
 
 def test_the_plan_streams(inputs):
