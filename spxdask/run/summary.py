@@ -30,6 +30,8 @@ class StageReport:
         Reason by file name of the frame.
     releases : Counter
         For query, frames of each release, such as qr2.
+    skipped_sources : int
+        For query, and for extract by itself, rows of the user's catalogue that are not used.
     outside : int
         For query, sources of the catalogue outside the circle of the query.
     left_out : int
@@ -54,6 +56,7 @@ class StageReport:
     reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
+    skipped_sources: int = 0
     outside: int = 0
     left_out: int = 0
     removed: int = 0
@@ -180,6 +183,9 @@ def _list_notes(report: StageReport) -> list[str]:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
         notes.append(f"{counts}: {scale}")
+    if report.skipped_sources:
+        rows = format_count(report.skipped_sources, "row")
+        notes.append(f"{rows} of the catalogue skipped, see skipped_rows.csv")
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")
