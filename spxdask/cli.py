@@ -352,7 +352,7 @@ def _help_text(info: OptionInfo) -> str:
     if info.required:
         return text
     if default is None:
-        return text.replace("; null for all", "; default: all")
+        return text.replace("; null for ", "; default: ")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):

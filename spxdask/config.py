@@ -406,7 +406,7 @@ class BatchConfig(CheckedOptions):
         option(
             "detectors to use, of D1 to D6, such as D3, [D3, D4] or [3, 4]; null for all",
             group=FRAMES,
-            rule="some of D1 to D6, or null for all",
+            rule="a list of some of D1 to D6, or null for all",
             metavar="BAND",
             nargs="+",
         ),
@@ -419,7 +419,7 @@ class BatchConfig(CheckedOptions):
             "date is its 0h; null for all",
             unit="MJD",
             group=FRAMES,
-            rule="two MJDs or ISO dates, the earlier first, or null for all",
+            rule="two MJDs, the earlier first, or ISO dates, or null for all",
             metavar=("FIRST", "LAST"),
             nargs=2,
         ),
@@ -541,7 +541,7 @@ class BatchConfig(CheckedOptions):
         """
         if not isinstance(self.catalog_path, str):
             raise ConfigError(
-                f"catalog_path is {self.catalog_path!r}, which YAML cannot hold: write a file of it",
+                f"catalog_path is {self.catalog_path!r}, which YAML cannot hold: make a file of it",
                 option="catalog_path",
             )
         return {

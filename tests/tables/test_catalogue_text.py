@@ -66,7 +66,7 @@ STRAY_QUOTES = {
     "after good quotes": ('targetid,ra,dec,n\n"a",1,2,"x, ""y"""\nb,3,4,"z\nc,5,6,\n', 3),
     "line feeds of Windows": ('targetid,ra,dec,n\r\na,1,2,x\r\nb,3,4,"y\r\nc,5,6,z\r\n', 3),
     "semicolons": ('targetid;ra;dec;n\na;1;2;"x\nb;3;4;y\n', 2),
-    "far below": ("targetid,ra,dec,n\n" + "".join(f"s{i},1,2,x\n" for i in range(9000)) + 't,1,2,"x\n' + "u,1,2,x\n" * 9, 9002),
+    "far below": ("targetid,ra,dec,n\n" + "s,1,2,x\n" * 9000 + 't,1,2,"x\n' + "u,1,2,x\n" * 9, 9002),
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_a_stray_quote_is_refused_with_its_line(tmp_path, case):
         ('targetid,ra,dec,n\na,1,2,"two\nlines"\nb,3,4,"of, one"\n', ["a", "b"]),
         ('n,targetid,ra,dec\n"two\nlines",a,1,2\n"3\n4\n5",b,3,4\n', ["a", "b"]),
         ('targetid,ra,dec,n\na,1,2,5" off\nb,3,4,x\n', ["a", "b"]),
-        ('targetid,ra,dec,n\na,1,2,5\' x 3" disk, \nb,3,4,"x"'.replace("disk, ", "disk"), ["a", "b"]),
+        ('targetid,ra,dec,n\na,1,2,5\' x 3" disk\nb,3,4,"x"', ["a", "b"]),
         ('targetid,ra,dec,size (")\na,1,2,3\nb,3,4,5\n', ["a", "b"]),
         ('targetid,ra,dec\n"a ""b"" c",1,2\n"""",3,4\n', ['"', 'a "b" c']),
         ('targetid,ra,dec\n"a\n#b",1,2\n"c\r",3,4\n', ["a\n#b", "c\r"]),
@@ -116,7 +116,7 @@ def test_quotes_that_are_right(tmp_path, text, ids):
         PLAIN.replace("dec\n", "dec\n---,degrees,degrees\n"),
         PLAIN.replace("dec\n", "dec\n--,[deg],(deg)\n"),
         PLAIN.replace("ra,dec", "ra [deg],dec (degrees)"),
-        "#\n#Coosys\ntargetid\tra\tdec\n \tdeg\tdeg\n---\t---\t---\na\t10.5\t-20.25\nb\t11.5\t-21.25\n",
+        "#\n#Coosys\n" + PLAIN.replace("dec\n", "dec\n ,deg,deg\n---,---,---\n").replace(",", "\t"),
         PLAIN.replace("-", "\u2212"),
         PLAIN.replace("\n", "\r\n"),
         PLAIN.replace("\n", "\r"),
@@ -177,7 +177,7 @@ def test_compressed_files(tmp_path, content, name):
         (PLAIN.encode("utf-32-be"), "the text is UTF-32"),
         (b"\x00\x01\x02abc" * 50, "neither text nor a table"),
         (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "a web page"),
-        ("targetid,ra,dec\na,1,2\nb,1\nc,1,2,3\n", "2 lines with another number of columns than the header: 3, 4"),
+        ("targetid,ra,dec\na,1,2\nb,1\nc,1,2,3\n", "2 lines with another number of columns"),
         ("# x\ntargetid,ra,dec\na,1,2\n\nb,1\n", "line 5 has 2 columns, the header has 3"),
     ],
 )  # fmt: skip
@@ -200,7 +200,20 @@ def test_other_columns_may_be_in_latin_1(tmp_path, n_before):
 @pytest.mark.parametrize(
     "id_name", ["targetid", "target_id", "Source_ID", "id", "objID", "NAME", "designation"]
 )
-@pytest.mark.parametrize("ra_name, dec_name", [("ra", "dec"), ("RAJ2000", "DEJ2000"), ("_RA", "_DE"), ("RA_ICRS", "DE_ICRS"), ("ra_deg", "dec_deg"), ("raMean", "decMean"), ("ra", "decl"), ("_RAJ2000", "_DEJ2000"), ("ALPHA_J2000", "DELTA_J2000")])  # fmt: skip
+@pytest.mark.parametrize(
+    "ra_name, dec_name",
+    [
+        ("ra", "dec"),
+        ("RAJ2000", "DEJ2000"),
+        ("_RA", "_DE"),
+        ("RA_ICRS", "DE_ICRS"),
+        ("ra_deg", "dec_deg"),
+        ("raMean", "decMean"),
+        ("ra", "decl"),
+        ("_RAJ2000", "_DEJ2000"),
+        ("ALPHA_J2000", "DELTA_J2000"),
+    ],
+)
 def test_usual_names_of_columns(tmp_path, id_name, ra_name, dec_name):
     header = f"x,{dec_name}, {id_name} ,ra_error,{ra_name}\n"
     assert read(tmp_path, header + "0,-20.25,a,9,10.5\n0,-21.25,b,9,11.5\n") == SOURCES
@@ -270,7 +283,7 @@ def test_sexagesimal_positions(tmp_path, ra, dec, separator):
     "units, ra, dec, expected",
     [
         ("h:m:s,d:m:s", "00:42:44", "41:16:07", (10.0 + 41 / 60, 41 + 16 / 60 + 7 / 3600)),
-        ('"""h:m:s""","""d:m:s"""', "00:42:44", "41:16:07", (10.0 + 41 / 60, 41 + 16 / 60 + 7 / 3600)),
+        ('"""h:m:s""","""d:m:s"""', "00:42:00", "41:30:00", (10.5, 41.5)),
         ("deg,deg", "10:30:00", "41:30:00", (10.5, 41.5)),
         ("hourangle,deg", "0.7", "-20.25", (10.5, -20.25)),
         ("h,deg", "0.7", "-20.25", (10.5, -20.25)),

@@ -38,7 +38,7 @@ NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 DECIMAL_COMMA = r"^[+-]?\d*,\d+([eE][+-]?\d+)?$"
 # What marks the parts of a sexagesimal value, as typed and as typeset.
 _HOURS, _DEGREES = "hH\u02b0", "dD\u00b0"
-_MINUTES, _SECONDS = "mM'\u1d50\u2032", "sS\"\u02e2\u2033"
+_MINUTES, _SECONDS = "mM'\u1d50\u2032", 'sS"\u02e2\u2033'
 _DIGITS = r"\d{1,2}(?:\.\d*)?"
 SEXAGESIMAL = (
     rf"^(?P<sign>[+-]?)\s*(?P<whole>\d{{1,3}})(?:\s*(?P<mark>[{_HOURS}{_DEGREES}:])\s*|\s+)"
