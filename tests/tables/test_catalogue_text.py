@@ -66,7 +66,7 @@ STRAY_QUOTES = {
     "after good quotes": ('targetid,ra,dec,n\n"a",1,2,"x, ""y"""\nb,3,4,"z\nc,5,6,\n', 3),
     "line feeds of Windows": ('targetid,ra,dec,n\r\na,1,2,x\r\nb,3,4,"y\r\nc,5,6,z\r\n', 3),
     "semicolons": ('targetid;ra;dec;n\na;1;2;"x\nb;3;4;y\n', 2),
-    "far below": ("targetid,ra,dec,n\n" + "s,1,2,x\n" * 9000 + 't,1,2,"x\n' + "u,1,2,x\n" * 9, 9002),
+    "far below": ("targetid,ra,dec,n\n" + "s,1,2,x\n" * 9000 + 't,1,2,"x\nu,1,2,y\n', 9002),
 }  # fmt: skip
 
 
@@ -176,6 +176,7 @@ def test_compressed_files(tmp_path, content, name):
         (PLAIN.encode("utf-32"), "the text is UTF-32"),
         (PLAIN.encode("utf-32-be"), "the text is UTF-32"),
         (b"\x00\x01\x02abc" * 50, "neither text nor a table"),
+        (b"\x80\x04\x95abc\x00\x00\x00\x00\x00def" * 10, "neither text nor a table"),
         (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "a web page"),
         ("targetid,ra,dec\na,1,2\nb,1\nc,1,2,3\n", "2 lines with another number of columns"),
         ("# x\ntargetid,ra,dec\na,1,2\n\nb,1\n", "line 5 has 2 columns, the header has 3"),
@@ -430,3 +431,9 @@ def test_a_descriptor_is_read_once(tmp_path):
         reader = CatalogueReader(f"/dev/fd/{file.fileno()}")
         assert sources(reader.read()) == SOURCES
         assert sources(reader.read()) == SOURCES
+
+
+def test_stores_that_cannot_be_opened_are_a_sentence():
+    with pytest.raises(CatalogueError, match="the store cannot be read") as raised:
+        read_catalogue("github://o:r/x.csv")
+    assert raised.value.path == "github://o:r/x.csv"

@@ -17,7 +17,10 @@ SYNONYMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("targetid",),
         ("target_id",),
         ("source_id", "id", "objid", "name", "designation"),
-        ("sourceid", "obj_id", "object_id", "objectid", "main_id", "source_name", "objname"),
+        (
+            *("sourceid", "obj_id", "object_id", "objectid", "main_id", "source_name", "objname"),
+            *("source", "object"),
+        ),
     ),
     "ra": (
         ("ra",),

@@ -400,10 +400,10 @@ def refuse_other_encodings(content: bytes) -> None:
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "UTF-16"
     elif b"\0" in head:
-        # Without a mark at its beginning: most characters have bytes of zero.
-        zeros = head.count(0) / len(head)
-        encoding = "UTF-32" if zeros > 0.7 else "UTF-16" if zeros > 0.3 else ""
-        if not encoding:
+        # Without a mark at its beginning, most characters have zeros at the same places.
+        places = [head[i::4].count(0) > len(head[i::4]) / 2 for i in range(4)]
+        encoding = {1: "", 2: "UTF-16", 3: "UTF-32"}.get(sum(places), "")
+        if not encoding or places == [True, True, False, False]:
             raise CatalogueError("not readable as CSV: neither text nor a table of a known format")
     if encoding:
         raise CatalogueError(f"not readable as CSV: the text is {encoding}; save it as UTF-8")

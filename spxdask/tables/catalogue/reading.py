@@ -168,7 +168,7 @@ def _name(path: Path) -> Iterator[None]:
             error.path = os.fspath(path)
         raise
     except StoreError as error:
-        raise CatalogueError(error.reason, path=error.path) from error
+        raise CatalogueError(f"the store cannot be read: {error.reason}", path=path) from error
     except OSError as error:
         raise CatalogueError(error.strerror or str(error), path=path) from error
     except MemoryError as error:
