@@ -52,6 +52,10 @@ STAGES = {
     "extract": (
         "output_dir",
         "catalog_path",
+        "id_column",
+        "ra_column",
+        "dec_column",
+        "on_bad_row",
         "max_extract_workers",
         "per_image_format",
         "photometry",
@@ -353,7 +357,7 @@ def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
     group.add_argument(
         info.flag,
         nargs=info.nargs,
-        type=str if info.annotation is str else _value,
+        type=str if info.annotation in (str, str | None) else _value,
         metavar=info.metavar,
         **how,
     )

@@ -11,8 +11,9 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field
+from datetime import UTC, date, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -112,7 +113,7 @@ def _check_path(value: Any) -> str:
     return _keep(f"{scheme}://{host}{slash}{_expand(path)}")
 
 
-def _optional(check: Callable[[Any], str]) -> Callable[[Any], str | None]:
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a check that lets None pass."""
     return lambda value: None if value is None else check(value)
 
@@ -128,6 +129,18 @@ def _check_target(value: Any) -> str:
     except ValueError as error:
         raise ValueError(f"{{rule}}{error}") from None
     return value
+
+
+def _check_catalogue(value: Any) -> Any:
+    """Return the path of a catalogue, or a table of whatever library as a GivenCatalogue."""
+    if isinstance(value, str | os.PathLike):
+        return _check_path(value)
+    # It is imported here because it brings pyarrow.
+    from spxdask.tables.catalogue import GivenCatalogue, is_catalogue
+
+    if not is_catalogue(value):
+        raise ValueError("{rule}")
+    return value if isinstance(value, GivenCatalogue) else GivenCatalogue(value)
 
 
 def _scheme(value: Any) -> str:
@@ -197,12 +210,46 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _sort_bands(value: Any) -> Any:
-    """Return the names of bands in upper case, sorted, without duplicates."""
+    """Return bands, by name or number, as names in upper case, sorted, without duplicates."""
+    if isinstance(value, str):
+        value = tuple(re.split(r"[,;\s]+", value.strip()))
+    elif type(value) is int:
+        value = (value,)
     if not isinstance(value, tuple | set | frozenset):
         return value
-    if not all(isinstance(band, str) for band in value):
+    if not all(type(band) in (str, int) for band in value):
         raise ValueError("{rule}")
-    return tuple(sorted({band.upper() for band in value}))
+    names = (str(band).strip().upper() for band in value)
+    return tuple(sorted({f"D{name}" if name in "123456" else name for name in names}))
+
+
+# The day 0 of the Modified Julian Date.
+_MJD_ZERO = datetime(1858, 11, 17, tzinfo=UTC)
+
+
+def _to_mjd(value: Any) -> Any:
+    """Return a date or time in UTC as MJD; other values are returned unchanged."""
+    # An astropy Time, without importing astropy.
+    if hasattr(value, "mjd") and hasattr(value, "utc"):
+        return value.utc.mjd.tolist() if hasattr(value.mjd, "tolist") else float(value.utc.mjd)
+    if isinstance(value, str) and "-" in value.strip()[1:]:
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value.strip())
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if not isinstance(value, datetime):
+        return value
+    # A time without a zone is UTC.
+    time = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+    return (time - _MJD_ZERO) / timedelta(days=1)
+
+
+def _to_mjds(value: Any) -> Any:
+    """Return two dates or times as MJDs."""
+    mjds = _to_mjd(value)
+    if isinstance(mjds, list | tuple):
+        return tuple(_to_mjd(mjd) for mjd in mjds)
+    return mjds
 
 
 def _check_release(value: Any) -> Any:
@@ -241,8 +288,9 @@ _Format = Literal["csv", "parquet"]
 class BatchConfig(CheckedOptions):
     """A run: where on the sky, which catalogue, which frames, how.
 
-    Angles may be numbers of degrees or astropy's Angle, Longitude, Latitude or Quantity;
-    sequences may be lists, tuples or arrays. In paths, ``~`` and ``$VAR`` are expanded.
+    Angles may be numbers of degrees or astropy's Angle, Longitude, Latitude or Quantity; times
+    may be MJDs, ISO dates, datetime or Time; sequences may be lists, tuples or arrays. In paths,
+    ``~`` and ``$VAR`` are expanded.
 
     Raises
     ------
@@ -291,14 +339,16 @@ class BatchConfig(CheckedOptions):
     catalog_path: Annotated[
         str | None,
         option(
-            "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
-            "(s3://...); null for one target",
+            "table of sources with columns of id, ra and dec: CSV, Parquet, FITS, VOTable, ECSV, "
+            "IPAC, MRT and others, compressed or not, or a folder of Parquet files; a path or a "
+            "URL (s3://...); in Python also a table, a DataFrame or a SkyCoord; null for one "
+            "target",
             group=FIELD,
-            rule=_PATH_RULE,
+            rule=f"{_PATH_RULE}, a table, a DataFrame or a SkyCoord",
             flag="catalog",
             metavar="FILE",
         ),
-        PlainValidator(_optional(_check_path)),
+        PlainValidator(_optional(_check_catalogue)),
     ] = None
     target: Annotated[
         str | None,
@@ -313,6 +363,41 @@ class BatchConfig(CheckedOptions):
         ),
         PlainValidator(_optional(_check_target)),
     ] = None
+    id_column: Annotated[
+        str | None,
+        option(
+            "column of the ids in the catalogue; null for targetid or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    ra_column: Annotated[
+        str | None,
+        option(
+            "column of the right ascension; null for ra or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    dec_column: Annotated[
+        str | None,
+        option(
+            "column of the declination; null for dec or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    on_bad_row: Annotated[
+        Literal["error", "skip"],
+        option(
+            "what becomes of rows of the catalogue without id or position: 'error' ends the run, "
+            "'skip' leaves them out, counts them, and lists them in skipped_rows.csv",
+            group=FIELD,
+        ),
+    ] = "error"
     output_dir: Annotated[
         str,
         option(
@@ -359,7 +444,7 @@ class BatchConfig(CheckedOptions):
         Annotated[tuple[Literal["D1", "D2", "D3", "D4", "D5", "D6"], ...], Field(min_length=1)]
         | None,
         option(
-            "detectors to use, of D1 to D6, such as [D3, D4]; null for all",
+            "detectors to use, of D1 to D6, such as D3, [D3, D4] or [3, 4]; null for all",
             group=FRAMES,
             rule="a list of some of D1 to D6, or null for all",
             metavar="BAND",
@@ -370,13 +455,15 @@ class BatchConfig(CheckedOptions):
     mjd_range: Annotated[
         tuple[_Mjd, _Mjd] | None,
         option(
-            "first and last mid-exposure time, both included; null for all",
+            "first and last mid-exposure time, both included, as MJD or ISO 8601 in UTC, where a "
+            "date is its 0h; null for all",
             unit="MJD",
             group=FRAMES,
-            rule="two MJDs, the earlier first, or null for all",
+            rule="two MJDs, the earlier first, or ISO dates, or null for all",
             metavar=("FIRST", "LAST"),
             nargs=2,
         ),
+        BeforeValidator(_to_mjds),
         AfterValidator(_check_order),
     ] = None
     release: Annotated[
@@ -518,7 +605,17 @@ class BatchConfig(CheckedOptions):
         -------
         dict
             Of plain numbers, texts, lists and mappings; a dollar sign in a path is ``$$``.
+
+        Raises
+        ------
+        ConfigError
+            If the catalogue is an object.
         """
+        if not isinstance(self.catalog_path, str):
+            raise ConfigError(
+                f"catalog_path is {self.catalog_path!r}, which YAML cannot hold: make a file of it",
+                option="catalog_path",
+            )
         return {
             name: value.replace("$", "$$") if isinstance(value, LiteralPath) else value
             for name, value in super().to_dict().items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -19,7 +20,7 @@ from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.cluster.tasks import run_one
-from spxdask.config import BatchConfig
+from spxdask.config import BatchConfig, LiteralPath
 from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
@@ -27,7 +28,12 @@ from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
 from spxdask.stages.frames import FrameRun, make_bag, make_fetch_options, needs_tasks
-from spxdask.tables.catalogue import CatalogueFile
+from spxdask.tables.catalogue import (
+    CatalogueColumns,
+    CatalogueReader,
+    encode_catalogue,
+    encode_skipped_rows,
+)
 from spxdask.tables.target import make_target_catalogue
 
 logger = logging.getLogger(__name__)
@@ -85,10 +91,26 @@ class BatchPipeline:
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
         self._target: Catalogue | None = None
+        self._reader: CatalogueReader | None = None
         if config.catalog_path is not None:
-            self._catalogue_file = CatalogueFile(config.catalog_path)
+            self._reader = CatalogueReader(
+                config.catalog_path,
+                CatalogueColumns(
+                    target_id=config.id_column, ra=config.ra_column, dec=config.dec_column
+                ),
+                config.on_bad_row,
+            )
         elif config.target is not None:
             self._target = make_target_catalogue(config.target)
+        if self._reader is not None and not self._reader.can_be_read_again:
+            # From here on, it is the file that will be kept of it, with columns of usual names.
+            self.config = dataclasses.replace(
+                config,
+                catalog_path=LiteralPath(self.folder.given_catalogue_path),
+                id_column=None,
+                ra_column=None,
+                dec_column=None,
+            )
         bars: Progress = Bars() if progress is True else progress or Silent()
         self._progress = ProgressPublisher(bars, self.folder.path)
         self._session = ClusterSession(
@@ -130,9 +152,10 @@ class BatchPipeline:
         """The catalogue, read and checked, and read again when its file has changed."""
         if self._target is not None:
             return self._target
+        assert self._reader is not None
         assert self.config.catalog_path is not None
         self.folder.refuse_within(self.config.catalog_path)
-        return self._catalogue_file.read()
+        return self._reader.read()
 
     @property
     def observations(self) -> db.Bag:
@@ -331,6 +354,19 @@ class BatchPipeline:
         found: list[FileVersion | str] = run_one(self._session.connect(), question, urls, key=key)
         return found
 
+    def _keep_catalogue(self, reader: CatalogueReader, report: StageReport) -> None:
+        """Keep in the folder what is not in the user's file, or was left out of it."""
+        catalogue = self.catalogue
+        if not reader.can_be_read_again:
+            self.folder.keep_given_catalogue(encode_catalogue(catalogue))
+        elif self.config.catalog_path == self.folder.given_catalogue_path:
+            # What was left out of it is known to the run that was given it.
+            return
+        skipped = reader.skipped
+        self.folder.save_skipped_rows(encode_skipped_rows(skipped) if skipped else b"")
+        if report.stage in ("query", "extract"):
+            report.skipped_sources = len(skipped)
+
     @contextmanager
     def _stage_context(self, *stages: str) -> Iterator[list[StageReport]]:
         """Lock the folder for a stage, and time it; yield a report for each of `stages`."""
@@ -339,6 +375,11 @@ class BatchPipeline:
         self._session.require_main_guard()
         with self._session.hold(), self.folder.locked():
             self.folder.ledger.refresh()
+            # A download by itself needs no catalogue, but names it in the saved configuration.
+            if self._reader is not None and (
+                not self._reader.can_be_read_again or {"query", "extract"} & {*stages}
+            ):
+                self._keep_catalogue(self._reader, reports[0])
             try:
                 yield reports
             finally:

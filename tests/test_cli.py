@@ -181,7 +181,7 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
         (["download", "--output", "$NOT_SET/o"], "output_dir must be a path of variables that"),
         (["status", "$NOT_SET/o"], "output_dir must be a path of variables that are set"),
         (["run", *FIELD, "--bad-flags", "HOTT"], "did you mean HOT?), got ['HOTT']"),
-        (["run", *FIELD, "--bands", "3"], "D1 to D6, or null for all, got ['3']"),
+        (["run", *FIELD, "--bands", "7"], "D1 to D6, or null for all, got ['7']"),
         (
             ["run", *FIELD, "--window-size", "2"],
             "photometry.window_size must be an integer",

@@ -7,14 +7,18 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import astropy.units as u
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
-from astropy.coordinates import Angle, Latitude, Longitude
+from astropy.coordinates import Angle, Latitude, Longitude, SkyCoord
+from astropy.table import Table
+from astropy.time import Time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +66,10 @@ PHOTOMETRY_DEFAULTS = {
 BATCH_DEFAULTS = {
     "target": None,
     "coverage_mode": "any",
+    "id_column": None,
+    "ra_column": None,
+    "dec_column": None,
+    "on_bad_row": "error",
     "bands": None,
     "mjd_range": None,
     "release": "latest",
@@ -200,7 +208,25 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
         ("catalog_path", ["", b"x", 3, "a\0b"], "a path"),
         ("catalog_path", NO_STORES, "a path, or the URL of a store, such as s3://"),
         ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "any or full"),
-        ("bands", [[], "D1", ["D7"], [1], [["D1"]], [None], 3, {"D1": 1}, ["all"]], "D1 to D6"),
+        (
+            "bands",
+            [
+                [],
+                "D7",
+                ["D7"],
+                [0],
+                [7],
+                [True],
+                [3.0],
+                [["D1"]],
+                [None],
+                12,
+                "",
+                {"D1": 1},
+                ["all"],
+            ],
+            "D1 to D6",
+        ),
         (
             "mjd_range",
             [[], [61000], [61001, 61000], [1, 2, 3], ["a", "b"], 61000, {61000, 61001}, [[1], 2]],
@@ -385,6 +411,20 @@ def test_from_dict_needs_a_mapping():
         ("lightcurve_format", np.str_("parquet"), "parquet"),
         ("coverage_mode", np.str_("full"), "full"),
         ("bands", ("D4", "D3", "D4"), ("D3", "D4")),
+        ("bands", "D3", ("D3",)),
+        ("bands", "d4, D3", ("D3", "D4")),
+        ("bands", 3, ("D3",)),
+        ("bands", [4, 3], ("D3", "D4")),
+        ("bands", ["4", "D3"], ("D3", "D4")),
+        ("bands", np.array([3, 4]), ("D3", "D4")),
+        ("mjd_range", ("2025-05-01", "2025-06-01T12:00:00"), (60796.0, 60827.5)),
+        ("mjd_range", ("2025-05-01T02:00:00+02:00", "2025-06-01T12:00:00Z"), (60796.0, 60827.5)),
+        ("mjd_range", (60000, date(2025, 5, 1)), (60000.0, 60796.0)),
+        ("mjd_range", [datetime(2025, 5, 1, 6), pd.Timestamp("2025-06-01")], (60796.25, 60827.0)),
+        ("mjd_range", np.array(["2025-05-01", "2025-06-01"], "M8[D]"), (60796.0, 60827.0)),
+        ("mjd_range", Time(["2025-05-01", "2025-06-01"]), (60796.0, 60827.0)),
+        ("mjd_range", [Time(60796, format="mjd"), Time("2025-06-01")], (60796.0, 60827.0)),
+        ("id_column", "my id", "my id"),
         ("bands", {"D6"}, ("D6",)),
         ("bands", ["d4", "D3", "D4"], ("D3", "D4")),
         ("bands", np.array(["D2", "D1"]), ("D1", "D2")),
@@ -757,6 +797,33 @@ def test_errors_survive_the_way_between_processes():
     assert isinstance(back, ValueError)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        Table({"ra": [1.0]}),
+        pd.DataFrame({"ra": [1.0]}),
+        SkyCoord(1, 2, unit="deg"),
+        np.zeros(2, [("ra", float)]),
+    ],
+    ids=["Table", "DataFrame", "SkyCoord", "array"],
+)
+def test_a_catalogue_may_be_an_object(value):
+    config = batch(catalog_path=value)
+    assert config == batch(catalog_path=value)
+    assert hash(config.catalog_path) == hash(batch(catalog_path=value).catalog_path)
+    assert replace(config, radius=2.0).catalog_path == config.catalog_path
+    assert f"catalog_path=<{type(value).__name__}>" in repr(config)
+    with pytest.raises(ConfigError, match="which YAML cannot hold") as raised:
+        config.to_yaml()
+    assert raised.value.option == "catalog_path"
+
+
+@pytest.mark.parametrize("value", [{"ra": [1.0]}, [1, 2], np.zeros(2), pd.Series([1.0]), 1 * u.deg])
+def test_other_objects_are_no_catalogue(value):
+    with pytest.raises(ConfigError, match="a table, a DataFrame or a SkyCoord"):
+        batch(catalog_path=value)
+
+
 def filled_template() -> str:
     text = template()
     for name, value in REQUIRED.items():
@@ -770,7 +837,7 @@ def test_template_names_every_option():
     assert list(parsed) == [option.name for option in fields(BatchConfig)]
     assert list(parsed["photometry"]) == [option.name for option in fields(PhotometryConfig)]
     assert {name for name, value in parsed.items() if value is None} == {
-        *REQUIRED, "target", "bands", "mjd_range",
+        *REQUIRED, "target", "id_column", "ra_column", "dec_column", "bands", "mjd_range",
     }  # fmt: skip
 
 
@@ -783,7 +850,7 @@ def test_every_option_of_the_template_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("options", "n_choices"), [(BatchConfig, 3), (PhotometryConfig, 2)], ids=["run", "photometry"]
+    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
     found = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -31,6 +33,9 @@ CATALOGUE_PREFIX = "catalogue-"
 FILE_NAMES_NAME = "file_names.json"
 # Characters that every file system takes.
 PLAIN_CHARACTERS = f"{string.ascii_letters}{string.digits}._-"
+# A catalogue that was given as an object or by a pipe.
+GIVEN_CATALOGUE_NAME = "given_catalogue.parquet"
+SKIPPED_ROWS_NAME = "skipped_rows.csv"
 
 
 class RunFolder:
@@ -80,7 +85,10 @@ class RunFolder:
         RunFolderError
             If it lies in one of the folders that the run writes.
         """
-        for written in (*self._subfolders, self.root / QUERY_SUMMARY_NAME):
+        if os.fspath(path) == self.given_catalogue_path:
+            return
+        files = (self.root / name for name in (QUERY_SUMMARY_NAME, SKIPPED_ROWS_NAME))
+        for written in (*self._subfolders, *files):
             if written.contains(os.fspath(path)):
                 raise RunFolderError(f"lies where the run writes ({written}): move it", path=path)
 
@@ -237,7 +245,55 @@ class RunFolder:
                 "`spxdask query`, or name the folder with --output"
             )
         saved = BatchConfig.from_yaml(LiteralPath(self.state.path_to(CONFIG_NAME)))
-        return dataclasses.replace(saved, output_dir=LiteralPath(self.path))
+        was = RunFolder(LiteralPath(saved.output_dir))
+        is_given = saved.catalog_path == was.given_catalogue_path
+        return dataclasses.replace(
+            saved,
+            output_dir=LiteralPath(self.path),
+            catalog_path=LiteralPath(self.given_catalogue_path) if is_given else saved.catalog_path,
+        )
+
+    @property
+    def given_catalogue_path(self) -> str:
+        """Where a catalogue is kept that was given as an object or by a pipe."""
+        return self.state.path_to(GIVEN_CATALOGUE_NAME)
+
+    def keep_given_catalogue(self, content: bytes) -> None:
+        """Keep a catalogue that cannot be read again for later stages.
+
+        Parameters
+        ----------
+        content : bytes
+            The file; the one that is there is replaced if it differs.
+        """
+        name = GIVEN_CATALOGUE_NAME
+        if not self.state.exists(name) or self.state.get(name) != content:
+            self.state.put(name, content)
+
+    def save_skipped_rows(self, content: bytes) -> None:
+        """Write which rows of the catalogue are not used, for the user.
+
+        Parameters
+        ----------
+        content : bytes
+            The file; if it is empty, that of an earlier catalogue is deleted.
+        """
+        if content:
+            self.root.put(SKIPPED_ROWS_NAME, content)
+        elif self.root.exists(SKIPPED_ROWS_NAME):
+            self.root.delete_many([SKIPPED_ROWS_NAME])
+
+    def count_skipped_rows(self) -> int:
+        """Count the rows of the catalogue that are not used.
+
+        Returns
+        -------
+        int
+        """
+        with suppress(FileNotFoundError):
+            text = self.root.get(SKIPPED_ROWS_NAME).decode()
+            return len(list(csv.reader(io.StringIO(text, newline="")))) - 1
+        return 0
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -257,7 +313,8 @@ class RunFolder:
         str
             Path or URL of the file. Its name contains the fingerprint of the catalogue.
         """
-        name = f"{CATALOGUE_PREFIX}{catalogue.fingerprint}.arrow"
+        prints = filter(None, (catalogue.fingerprint, catalogue.motion_fingerprint))
+        name = f"{CATALOGUE_PREFIX}{'-'.join(prints)}.arrow"
         found = {n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)}
         if name not in found:
             with self.state.atomic_path(name) as part:

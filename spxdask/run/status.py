@@ -53,6 +53,8 @@ class RunStatus:
         Whether nothing that they are made of has changed since.
     failed : dict of str to str
         Stage and reason by file name.
+    skipped_sources : int
+        Rows of the user's catalogue that are not used.
     skipped : Counter
         Sources on a frame without a row, by reason.
     warnings : Counter
@@ -76,6 +78,7 @@ class RunStatus:
     is_aggregated: bool = True
     excluded: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
+    skipped_sources: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
     last: str | None = None
@@ -107,6 +110,9 @@ class RunStatus:
         if len(reasons) > MAX_LINES_SHOWN:
             more = len(reasons) - MAX_LINES_SHOWN
             lines.append(("", f"and {more:,} more, see the ledger in state/"))
+        if self.skipped_sources:
+            rows_left = format_count(self.skipped_sources, "row")
+            lines.append(("left out", f"{rows_left} of the catalogue, see skipped_rows.csv"))
         lines += [
             ("left out", f"{format_count(n, 'measurement')}: {text}")
             for text, n in self.skipped.items()
@@ -205,6 +211,7 @@ def _read(folder: RunFolder) -> RunStatus:
         n_frames=len(observations),
         lightcurves=_count_light_curves(folder.lightcurves, config.lightcurve_format),
         is_aggregated=load_aggregation(folder.state) is not None,
+        skipped_sources=folder.count_skipped_rows(),
     )
     planned = plan_frames(
         observations,

@@ -32,6 +32,8 @@ class StageReport:
         For query, frames of each release, such as qr2.
     excluded : Counter
         Frames of the query that are neither fetched nor measured, by reason.
+    skipped_sources : int
+        For query, and for extract by itself, rows of the user's catalogue that are not used.
     outside : int
         For query, sources of the catalogue outside the circle of the query.
     rechecked : int
@@ -63,6 +65,7 @@ class StageReport:
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
     excluded: Counter = field(default_factory=Counter)
+    skipped_sources: int = 0
     outside: int = 0
     rechecked: int = 0
     replaced: int = 0
@@ -198,6 +201,9 @@ def _list_notes(report: StageReport) -> list[str]:
     for reason, count in sorted(report.excluded.items()):
         verb = "measured" if report.stage == "extract" else "fetched"
         notes.append(f"{format_count(count, 'frame')} not {verb}: {reason}")
+    if report.skipped_sources:
+        rows = format_count(report.skipped_sources, "row")
+        notes.append(f"{rows} of the catalogue skipped, see skipped_rows.csv")
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")

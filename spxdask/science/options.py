@@ -249,10 +249,11 @@ def as_native(value: Any) -> Any:
     Returns
     -------
     object
-        Anything else, and a Quantity with a unit, is returned unchanged.
+        Anything else, a Quantity with a unit and a structured array are returned unchanged.
     """
-    # A Quantity has no list without its unit.
-    if hasattr(value, "tolist") and not hasattr(value, "unit"):
+    # A Quantity has no list without its unit, and a structured array none without its names.
+    has_names = getattr(getattr(value, "dtype", None), "names", None) is not None
+    if hasattr(value, "tolist") and not hasattr(value, "unit") and not has_names:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return tuple(v.tolist() if hasattr(v, "tolist") else v for v in value)
