@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from spxdask.config import BatchConfig
     from spxdask.pipeline import BatchPipeline
     from spxdask.run.query_summary import load_query_summary
-    from spxdask.science.flags import select_good_rows
     from spxdask.science.options import PhotometryConfig
+    from spxdask.tables.selection import select_good_rows
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _MODULES = {
     "load_query_summary": "spxdask.run.query_summary",
     "PhotometryConfig": "spxdask.science.options",
     "run_batch": "spxdask.batch",
-    "select_good_rows": "spxdask.science.flags",
+    "select_good_rows": "spxdask.tables.selection",
 }
 
 

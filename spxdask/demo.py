@@ -20,7 +20,6 @@ from spxdask.errors import InputError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.summary import RunSummary
-from spxdask.science.flags import select_good_rows
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
     Exposure,
@@ -31,6 +30,7 @@ from spxdask.simulate.frames import (
     pixel_integrated_psf,
     write_frame,
 )
+from spxdask.tables.selection import select_good_rows
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300
