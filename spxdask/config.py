@@ -292,7 +292,7 @@ class BatchConfig(CheckedOptions):
         str | None,
         option(
             "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
-            "(s3://...); null for one target",
+            "(s3://...)",
             group=FIELD,
             rule=_PATH_RULE,
             flag="catalog",
