@@ -77,7 +77,7 @@ class _Command(NamedTuple):
     usage: str
 
 
-_FIELD_USAGE = "--catalog FILE [--ra DEG --dec DEG --radius DEG] [options]"
+_FIELD_USAGE = "(--catalog FILE | --target POSITION) [--ra DEG --dec DEG --radius DEG] [options]"
 # In the order in which they are shown.
 COMMANDS = {
     "run": _Command("every day", "all four stages", _FIELD_USAGE),
@@ -406,7 +406,7 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
             values.pop(other, None)
     missing = [BATCH_OPTIONS[name].flag for name in list_missing(values | flags)]
     if not any((values | flags).get(name) is not None for name in ("catalog_path", "target")):
-        missing.append("--catalog")
+        missing.append("--catalog or --target")
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
     check_options(BatchConfig, flags)

@@ -341,8 +341,7 @@ class BatchConfig(CheckedOptions):
         option(
             "table of sources with columns of id, ra and dec: CSV, Parquet, FITS, VOTable, ECSV, "
             "IPAC, MRT and others, compressed or not, or a folder of Parquet files; a path or a "
-            "URL (s3://...); in Python also a table, a DataFrame or a SkyCoord; null for one "
-            "target",
+            "URL (s3://...); in Python also a table, a DataFrame or a SkyCoord",
             group=FIELD,
             rule=f"{_PATH_RULE}, a table, a DataFrame or a SkyCoord",
             flag="catalog",

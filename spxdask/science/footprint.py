@@ -22,10 +22,10 @@ __all__ = ["FOOTPRINT_TOLERANCE_DEG", "Circle", "SourceSky", "pack_footprint"]
 FOOTPRINT_TOLERANCE_DEG = 0.05
 # Sources are first examined in few, coarse cells, then in fine ones where that does not decide.
 CELL_SIZES_DEG = (0.5, 0.05)
-# A polygon that reaches farther than this from its centre is not that of a frame.
-MAX_FRAME_RADIUS_DEG = 30.0
+# A polygon that reaches farther than this from its centre is not that of a frame (2.5 deg).
+MAX_FRAME_RADIUS_DEG = 5.0
 # Frames whose near cells are in memory at once; one has some 8,000 at the most.
-FRAMES_AT_ONCE = 256
+FRAMES_AT_ONCE = 64
 
 # Sources within one of these distances of the first of their group share a circle. Circles of the
 # last have centres so far apart that there are at most 91 of them: caps of half this radius about
