@@ -134,7 +134,8 @@ def _check_target(value: Any) -> str:
 def _check_catalogue(value: Any) -> Any:
     """Return the path of a catalogue, or a table of whatever library as a GivenCatalogue."""
     if isinstance(value, str | os.PathLike):
-        return _check_path(value)
+        # As programs of the shell call their standard input.
+        return _check_path("/dev/stdin" if value == "-" else value)
     # It is imported here because it brings pyarrow.
     from spxdask.tables.catalogue import GivenCatalogue, is_catalogue
 

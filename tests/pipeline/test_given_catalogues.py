@@ -171,7 +171,7 @@ def test_columns_that_are_named_on_the_command_line(finished, table, output, tmp
         *("PATH", "--id-column", "n", "--ra-column", "x", "--dec-column", "y"),
     ]
     # As a file, as a pipe of the shell, and as the standard input.
-    ways = [tmp_path / "x.csv", tmp_path / "pipe", "/dev/stdin"]
+    ways = [tmp_path / "x.csv", tmp_path / "pipe", "-"]
     os.mkfifo(ways[1])
     content = (tmp_path / "x.csv").read_bytes()
     for path in ways:

@@ -203,7 +203,7 @@ def to_mask(condition: pa.Array) -> np.ndarray:
 
     Parameters
     ----------
-    condition : (n,) pyarrow boolean array
+    condition : (n,) pyarrow array of bool
         With or without nulls.
 
     Returns

@@ -81,7 +81,11 @@ class CatalogueReader:
 
     Parameters
     ----------
-    source, columns, on_bad_row
+    source : path or GivenCatalogue
+        As for `read_catalogue`.
+    columns : CatalogueColumns, optional
+        As for `read_catalogue`.
+    on_bad_row : {'error', 'skip'}
         As for `read_catalogue`.
 
     Attributes
