@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
@@ -71,7 +72,8 @@ def compiled(function: Callable) -> Callable:
         attribute ``dispatcher`` is numba's object.
     """
     if config.DISABLE_JIT:
-        return function
+        # Compiled code does not warn of numbers that overflow, either.
+        return np.errstate(all="ignore")(function)
     dispatcher = njit(**OPTIONS)(function)
     _functions.append(function)
 
