@@ -291,7 +291,9 @@ def plan_frames(
             extracted = outcomes.get("extract", filename)
             table = table_sizes.get(table_name(filename, table_format)) if skip_existing else None
             # A failure with other inputs does not make a table wrong that is still there.
-            measured = outcomes.get_done("extract", filename) if table is not None else None
+            measured = extracted if table is not None else None
+            if measured is not None and measured.status != "done":
+                measured = outcomes.get_done("extract", filename)
             if measured is not None and not (
                 measured.bytes == table
                 and inputs.match(measured)
