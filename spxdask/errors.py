@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "ArchiveError",
@@ -162,18 +162,28 @@ class ArchiveError(SpxdaskError):
         The URL, without a user's name and password.
     attempts : int, optional
         How often it was tried.
+    blame : {"frame", "archive", "access"}
+        What the reason lies in: the file or query itself, so that others may succeed; the
+        archive, which may answer later; or the way to it, such as a certificate that is not
+        trusted, which stays as it is until somebody changes it.
 
     Attributes
     ----------
-    path, attempts
+    path, attempts, blame
         As given.
     """
 
     def __init__(
-        self, reason: str = "", *, path: Location = None, attempts: int | None = None
+        self,
+        reason: str = "",
+        *,
+        path: Location = None,
+        attempts: int | None = None,
+        blame: Literal["frame", "archive", "access"] = "frame",
     ) -> None:
         super().__init__(reason, path=path)
         self.attempts = attempts
+        self.blame = blame
 
     def __str__(self) -> str:
         if self.attempts is None:

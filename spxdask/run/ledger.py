@@ -66,6 +66,9 @@ class Outcome:
         Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
     catalogue : str or None
         Fingerprint of the whole catalogue.
+    blame : str or None
+        ``archive`` or ``access`` if it failed for a reason that lies not in the frame, but in the
+        archive or in the way to it.
     """
 
     stage: str
@@ -85,6 +88,7 @@ class Outcome:
     frame_bytes: int = 0
     recipe: str | None = None
     catalogue: str | None = None
+    blame: str | None = None
 
 
 _FIELDS = frozenset(option.name for option in dataclasses.fields(Outcome))

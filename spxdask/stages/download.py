@@ -45,12 +45,15 @@ class FetchOptions:
         Most bytes of frames that a worker holds at the same time.
     max_frame_bytes : int
         Length of the longest file that is accepted as a frame.
+    endpoint : str or None
+        URL of the S3 server, where that is not the usual one.
     """
 
     retry: RetryPolicy
     stall_timeout_s: float
     scratch_bytes: float = math.inf
     max_frame_bytes: int = MAX_FRAME_BYTES
+    endpoint: str | None = None
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
@@ -72,6 +75,25 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         could not be fetched or written.
     """
     outcome, _ = fetch_frame(observation, images, options, lambda frame: None)
+    return outcome
+
+
+def probe(observation: Observation, options: FetchOptions) -> Outcome:
+    """Fetch one frame and keep nothing of it, to see whether the archive serves it.
+
+    Parameters
+    ----------
+    observation : Observation
+        The frame.
+    options : FetchOptions
+        Patience and limits.
+
+    Returns
+    -------
+    Outcome
+        As of `download`.
+    """
+    outcome, _ = fetch_frame(observation, None, options, lambda frame: None)
     return outcome
 
 
@@ -116,7 +138,7 @@ def fetch_frame(
     started = time.monotonic()
     size = observation.size_bytes or options.max_frame_bytes
     limit = frame_memory_limit(options.scratch_bytes, worker_memory_limit())
-    reason = frame = measured = written = checksum = None
+    reason = blame = frame = measured = written = checksum = None
     with (
         buffers.lease(min(size, options.max_frame_bytes), limit) as memory,
         ThreadPoolExecutor(1, thread_name_prefix="write-image") as writer,
@@ -132,9 +154,11 @@ def fetch_frame(
                 functools.partial(_open_verified, observation),
                 retry=options.retry,
                 stall_timeout_s=options.stall_timeout_s,
+                endpoint=options.endpoint,
             )
         except (ArchiveError, OSError) as error:
             reason = _format_reason(error)
+            blame = getattr(error, "blame", None)
         seconds = time.monotonic() - started
         if frame is not None:
             if images is not None:
@@ -155,6 +179,7 @@ def fetch_frame(
             bytes=0 if reason else received.size,
             attempts=received.attempts,
             checksum=None if reason else checksum,
+            blame=blame if blame in ("archive", "access") else None,
         )
     return outcome, measured
 

@@ -288,6 +288,7 @@ def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
         retry=RetryPolicy(max_retries=config.max_retries),
         stall_timeout_s=config.stall_timeout,
         scratch_bytes=config.scratch_gb * 1e9,
+        endpoint=config.archive_endpoint,
     )
 
 
