@@ -23,6 +23,7 @@ __all__ = [
     "SpxdaskError",
     "StoreError",
     "TruncatedAnswerError",
+    "UnreachableError",
 ]
 
 Location = str | os.PathLike[str] | None
@@ -189,6 +190,10 @@ class ArchiveError(SpxdaskError):
         if self.attempts is None:
             return super().__str__()
         return f"{super().__str__()} (after {self.attempts} attempt{'s' * (self.attempts != 1)})"
+
+
+class UnreachableError(ArchiveError):
+    """There was no connection to the archive."""
 
 
 class TruncatedAnswerError(ArchiveError):

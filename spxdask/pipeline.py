@@ -9,16 +9,18 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import dask.bag as db
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.cluster.tasks import run_one
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError
+from spxdask.errors import ConfigError, UnreachableError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import RunSummary, StageReport
@@ -93,6 +95,8 @@ class BatchPipeline:
             on_connect=self._progress.connect,
         )
         self._held = ExitStack()
+        self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
+        self._is_waiting = False
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
@@ -162,15 +166,34 @@ class BatchPipeline:
         catalogue, config = self.catalogue, self.config
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
-            if self._session.has_cluster:
-                key = ("query", uuid.uuid4().hex)
-                found = run_one(self._session.connect(), query.find_observations, config, key=key)
-            else:
-                # A run with nothing left to do needs no cluster.
-                found = query.find_observations(config)
+            found = wait_out(self._find_observations, self._outage_policy, self._report_waiting)
             query.record_query(self.folder, config, catalogue, found, report)
             self._progress.advance()
         return found
+
+    def _find_observations(self, is_first: bool) -> list[Observation]:
+        """Query the archive; without retries where it did not answer before."""
+        config = self.config if is_first else replace(self.config, max_retries=0)
+        try:
+            if not self._session.has_cluster:
+                # A run with nothing left to do needs no cluster.
+                return query.find_observations(config)
+            key = ("query", uuid.uuid4().hex)
+            return run_one(self._session.connect(), query.find_observations, config, key=key)
+        except UnreachableError as error:
+            # Where nothing was found before, nobody at an address is more likely a mistake in it.
+            if is_first and not self.folder.has_query():
+                error.blame = "access"
+            raise
+
+    def _report_waiting(self, reason: str | None) -> None:
+        """Tell the user that the query waits for the archive, or that it goes on."""
+        if reason is None:
+            logger.warning("the archive answers again")
+        elif not self._is_waiting:
+            logger.warning(reason)
+        self._is_waiting = reason is not None
+        self._progress.wait(reason)
 
     def run_download(self) -> StageReport:
         """Fetch the frames of the query that are not yet in images/.
@@ -270,6 +293,7 @@ class BatchPipeline:
                 observations=self.folder.require_observations(self.config),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
+                outage_policy=self._outage_policy,
             )
             self.folder.save_config(self.config)
             states = run.plan(skip_existing=skip_existing, only_failed=only_failed)

@@ -24,7 +24,7 @@ from spxdask.archive.network import explain_certificate_error, find_proxy, get_s
 from spxdask.archive.redirects import MAX_REDIRECTS, REDIRECT_STATUS, resolve_redirect
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.urls import strip_credentials
-from spxdask.errors import ArchiveError, TruncatedAnswerError
+from spxdask.errors import ArchiveError, TruncatedAnswerError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,6 @@ class _RefusedError(ArchiveError):
     """The service's final answer: neither another attempt nor a job would help."""
 
 
-class _UnreachableError(ArchiveError):
-    """There was no connection to the service, and a job would not have one either."""
-
-
 # Errors of requests that no other attempt mends, whoever is to mend them.
 _LASTING_ERRORS = (
     requests.exceptions.InvalidURL,
@@ -126,7 +122,7 @@ class _Query:
             if not _is_truncated(results):
                 return results.to_table()
             logger.info("synchronous answer truncated at %d rows; running a job", len(results))
-        except (_RefusedError, _UnreachableError):
+        except (_RefusedError, UnreachableError):
             raise
         except ArchiveError as error:
             logger.info("synchronous query failed (%s); running a job", error)
@@ -243,7 +239,7 @@ class _Query:
                 time.sleep(pause)
         obstacle = self._explain_no_connection(failure)
         if obstacle is not None:
-            raise _UnreachableError(
+            raise UnreachableError(
                 f"cannot be reached: {obstacle}",
                 path=shown_url,
                 attempts=attempt,
