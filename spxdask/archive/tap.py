@@ -24,7 +24,7 @@ from spxdask.archive.network import explain_certificate_error, find_proxy, get_s
 from spxdask.archive.redirects import MAX_REDIRECTS, REDIRECT_STATUS, resolve_redirect
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.urls import strip_credentials
-from spxdask.errors import ArchiveError, TruncatedAnswerError, UnreachableError
+from spxdask.errors import ArchiveError, ConfigError, TruncatedAnswerError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +229,8 @@ class _Query:
                             path=shown_url,
                         ) from error
                     retry_after = response.headers.get("Retry-After")
+            except ConfigError:
+                raise
             except (HTTPError, ValueError) as error:
                 # pyvo lets these through when the description of a job is cut or not XML.
                 failure = error
@@ -255,6 +257,9 @@ class _Query:
 
     def _raise_if_lasting(self, error: BaseException, shown_url: str) -> None:
         """Raise an error that no other attempt mends."""
+        # pyvo takes whatever is raised for a sign of a bad answer.
+        if isinstance(error, _RefusedError | ConfigError):
+            raise error
         url = self._session.redirected_to or self._url
         reason = explain_certificate_error(url, error)
         if reason is None and isinstance(error, _LASTING_ERRORS):
@@ -364,6 +369,9 @@ class _Session(requests.Session):
         if answer.status_code in TRANSIENT_STATUS - {500}:
             answer.raise_for_status()
         return answer
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Have requests follow none by itself, nor fail at one that it does not understand."""
 
     def _ask(self, method: str, url: str, options: Mapping[str, Any]) -> requests.Response:
         """Send one request, through the proxy that the environment names for its host."""
