@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 from fsspec.asyn import get_loop, sync
@@ -19,10 +21,13 @@ from spxdask.archive.network import explain_certificate_error, find_proxy
 from spxdask.archive.received import ReceivedFile
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.s3 import receive_from_bucket
+from spxdask.archive.throttle import Throttle
 from spxdask.archive.urls import strip_credentials
 from spxdask.errors import ArchiveError, FrameError, StoreError
 
 logger = logging.getLogger(__name__)
+# A thousand frames meet the same obstacle.
+logger.addFilter(Throttle())
 
 Content = TypeVar("Content")
 Blame = Literal["frame", "archive", "access"]
@@ -143,7 +148,7 @@ async def _fetch_file(
         logger.info(
             "%s: %s; trying again in %.1f s",
             *(shown_url, reason, delay_s),
-            extra={"kind": re.sub(r"\d{4,}", "N", reason)},
+            extra={"kind": f"{urlsplit(shown_url).netloc} {re.sub(r'[0-9]{4,}', '', reason)}"},
         )
         await asyncio.sleep(delay_s)
 
@@ -189,8 +194,14 @@ def classify_failure(
         return Failure(reason=f"the transfer broke off after {received_bytes} bytes")
     if isinstance(error, aiohttp.InvalidURL):
         return Failure(reason=f"not a URL: {error}", is_transient=False, blame="access")
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return Failure(reason=f"the proxy cannot be reached: {error}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # Its text has the address of an object in memory.
+        number = error.os_error.errno or 0
+        cause = os.strerror(number) if number > 0 else error.os_error.strerror or error.os_error
+        if isinstance(error, aiohttp.ClientProxyConnectionError):
+            proxy = strip_credentials(find_proxy(url) or "")
+            return Failure(reason=f"the proxy {proxy} cannot be reached: {cause}")
+        return Failure(reason=f"Cannot connect to host {error.host}:{error.port}: {cause}")
     if isinstance(error, aiohttp.ClientError | ConnectionError):
         return Failure(reason=f"{type(error).__name__}: {error}")
     if isinstance(error, FileNotFoundError | PermissionError):

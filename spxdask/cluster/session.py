@@ -12,6 +12,7 @@ from distributed import Client
 from spxdask.cluster.connect import check_versions, connect
 from spxdask.cluster.embedded import embedded_client, require_main_guard
 from spxdask.cluster.jobqueue import jobqueue_client
+from spxdask.cluster.logs import forward_logs
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
 from spxdask.cluster.workers import keep_local_workers
@@ -145,5 +146,6 @@ class ClusterSession:
                 address = client.scheduler.address
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
+        forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)
