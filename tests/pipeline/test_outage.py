@@ -11,7 +11,7 @@ import pytest
 from outputs import output_of, read_files
 
 from spxdask import BatchPipeline
-from spxdask.errors import ArchiveError
+from spxdask.errors import ArchiveError, ConfigError
 from spxdask.run.status import read_status
 from spxdask.simulate.archive import Fault, SimulatedArchive
 
@@ -177,3 +177,25 @@ def test_the_query_waits_too(serve, client, caplog):
     assert "the TAP service's job gave no valid answer" in progress.waits[0]
     said = [r.getMessage() for r in caplog.records if r.name == "spxdask.pipeline"]
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("frames cannot be fetched through the proxy socks5://p"),
+        ArchiveError("the certificate of host is not accepted", blame="access"),
+    ],
+    ids=["proxy", "certificate"],
+)
+def test_what_concerns_all_frames_ends_the_run_in_a_sentence(
+    make_config, client, fail_in_workers, error
+):
+    config = make_config()
+    pipeline, _ = make_pipeline(config, client)
+    pipeline.run_query()
+    fail_in_workers("spxdask.stages.download", "fetch_file", lambda *_: True, error)
+    with pytest.raises(type(error)) as caught:
+        pipeline.run_download()
+    assert caught.value.reason == error.reason
+    status = read_status(config.output_dir)
+    assert (status.failed, status.pending) == ({}, 6)
