@@ -48,6 +48,8 @@ STAGES = {
         "max_retries",
         "stall_timeout",
         "archive_url",
+        "archive_endpoint",
+        "outage_patience",
     ),
     "extract": (
         "output_dir",

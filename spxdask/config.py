@@ -160,6 +160,10 @@ def _check_tap_url(value: Any) -> str:
     return _normalise(value)
 
 
+def _check_endpoint(value: Any) -> str | None:
+    return None if value is None else _check_tap_url(value)
+
+
 def _check_archive_url(value: Any) -> str:
     is_mirror = isinstance(value, str) and value[:5].lower() == "file:"
     if is_mirror and not isinstance(value, LiteralPath):
@@ -556,6 +560,28 @@ class BatchConfig(CheckedOptions):
         ),
         PlainValidator(_check_archive_url),
     ] = field(default_factory=lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL)
+    archive_endpoint: Annotated[
+        str | None,
+        option(
+            "S3 server of the bucket in archive_url; null is AWS for the public bucket, and for "
+            "another what s3fs finds, such as AWS_ENDPOINT_URL",
+            group=ARCHIVE,
+            rule="an http or https URL, or null",
+            metavar="URL",
+        ),
+        PlainValidator(_check_endpoint),
+    ] = None
+    outage_patience: Annotated[
+        float,
+        option(
+            "longest wait for an archive that does not answer, after which the run ends and can "
+            "be resumed",
+            unit="s",
+            group=ARCHIVE,
+            ge=0,
+            le=30 * 86400,
+        ),
+    ] = 12 * 3600.0
     photometry: Annotated[
         PhotometryConfig,
         option(

@@ -15,17 +15,19 @@ from typing import Any
 import dask.bag as db
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.archive.received import FileVersion
 from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.cluster.tasks import run_one
 from spxdask.config import BatchConfig, LiteralPath
-from spxdask.errors import ConfigError
+from spxdask.errors import ConfigError, UnreachableError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
+from spxdask.science.footprint import Circle
 from spxdask.stages import aggregate, query
 from spxdask.stages.frames import FrameRun, make_bag, make_fetch_options, needs_tasks
 from spxdask.tables.catalogue import (
@@ -122,6 +124,8 @@ class BatchPipeline:
             on_connect=self._progress.connect,
         )
         self._held = ExitStack()
+        self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
+        self._is_waiting = False
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
@@ -196,16 +200,39 @@ class BatchPipeline:
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
             field = query.make_field(config, catalogue)
-            find = functools.partial(query.find_observations, config, field.circles)
-            if self._session.has_cluster:
-                key = ("query", uuid.uuid4().hex)
-                found = run_one(self._session.connect(), find, key=key)
-            else:
-                # A run with nothing left to do needs no cluster.
-                found = find()
+            found = wait_out(
+                functools.partial(self._find_observations, field.circles),
+                self._outage_policy,
+                self._report_waiting,
+            )
             query.record_query(self.folder, config, catalogue, field, found, report)
             self._progress.advance()
         return found
+
+    def _find_observations(self, circles: Sequence[Circle], is_first: bool) -> list[Observation]:
+        """Query the archive; without retries where it did not answer before."""
+        config = self.config if is_first else dataclasses.replace(self.config, max_retries=0)
+        try:
+            find = functools.partial(query.find_observations, config, circles)
+            if not self._session.has_cluster:
+                # A run with nothing left to do needs no cluster.
+                return find()
+            key = ("query", uuid.uuid4().hex)
+            return run_one(self._session.connect(), find, key=key)
+        except UnreachableError as error:
+            # Where nothing was found before, nobody at an address is more likely a mistake in it.
+            if is_first and not self.folder.has_query():
+                error.blame = "access"
+            raise
+
+    def _report_waiting(self, reason: str | None) -> None:
+        """Tell the user that the query waits for the archive, or that it goes on."""
+        if reason is None:
+            logger.warning("the archive answers again")
+        elif not self._is_waiting:
+            logger.warning(reason)
+        self._is_waiting = reason is not None
+        self._progress.wait(reason)
 
     def run_download(self, *, recheck: bool = False) -> StageReport:
         """Fetch the frames of the query that are not yet in images/.
@@ -326,6 +353,7 @@ class BatchPipeline:
                 observations=self.folder.require_observations(self.config, catalogue),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
+                outage_policy=self._outage_policy,
             )
             self.folder.save_config(self.config)
             if self.config.lightcurve_format == "csv" and "extract" in stages:
@@ -346,6 +374,7 @@ class BatchPipeline:
             ask_versions,
             retry=options.retry,
             stall_timeout_s=options.stall_timeout_s,
+            endpoint=options.endpoint,
             max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
         )
         if not self._session.has_cluster:

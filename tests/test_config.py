@@ -87,6 +87,8 @@ BATCH_DEFAULTS = {
     "stall_timeout": 30.0,
     "tap_url": IRSA_TAP_URL,
     "archive_url": IRSA_ARCHIVE_URL,
+    "archive_endpoint": None,
+    "outage_patience": 12 * 3600,
     "photometry": PHOTOMETRY_DEFAULTS,
 }
 
@@ -837,7 +839,8 @@ def test_template_names_every_option():
     assert list(parsed) == [option.name for option in fields(BatchConfig)]
     assert list(parsed["photometry"]) == [option.name for option in fields(PhotometryConfig)]
     assert {name for name, value in parsed.items() if value is None} == {
-        *REQUIRED, "target", "id_column", "ra_column", "dec_column", "bands", "mjd_range",
+        *REQUIRED, "target", "id_column", "ra_column", "dec_column", "archive_endpoint", "bands",
+        "mjd_range",
     }  # fmt: skip
 
 

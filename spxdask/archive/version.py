@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import aiohttp
@@ -32,6 +33,7 @@ def ask_versions(
     retry: RetryPolicy,
     stall_timeout_s: float,
     max_concurrent_requests: int = MAX_CONCURRENT_REQUESTS,
+    endpoint: str | None = None,
 ) -> list[FileVersion | str]:
     """Ask the archive which version of each of some files it has.
 
@@ -45,35 +47,38 @@ def ask_versions(
         Longest time without a byte, in seconds.
     max_concurrent_requests : int
         Requests at once, at most.
+    endpoint : str, optional
+        URL of the server of a bucket; see `spxdask.archive.s3.open_bucket`.
 
     Returns
     -------
     list of FileVersion or str
         For each file its version, or the reason why it is not known.
     """
-    return sync(get_loop(), _ask_all, urls, retry, stall_timeout_s, max_concurrent_requests)
-
-
-async def _ask_all(
-    urls: Sequence[str], retry: RetryPolicy, stall_timeout_s: float, limit: int
-) -> list[FileVersion | str]:
-    free = asyncio.Semaphore(limit)
+    questions = _QUESTIONS | {"s3": functools.partial(ask_bucket_version, endpoint=endpoint)}
+    free = asyncio.Semaphore(max_concurrent_requests)
 
     async def ask(url: str) -> FileVersion | str:
+        question = questions[url.partition(":")[0]]
         async with free:
-            return await _ask(url, retry, stall_timeout_s)
+            asked = functools.partial(question, url, stall_timeout_s)
+            return await _ask(asked, retry, stall_timeout_s)
 
-    return await asyncio.gather(*map(ask, urls))
+    async def ask_all() -> list[FileVersion | str]:
+        return await asyncio.gather(*map(ask, urls))
+
+    return sync(get_loop(), ask_all)
 
 
-async def _ask(url: str, retry: RetryPolicy, stall_timeout_s: float) -> FileVersion | str:
+async def _ask(
+    question: Callable[[], Awaitable[FileVersion]], retry: RetryPolicy, stall_timeout_s: float
+) -> FileVersion | str:
     """Return the version of one file, or the reason why it is not known."""
-    question = _QUESTIONS[url.partition(":")[0]]
     attempts = 0
     while True:
         attempts += 1
         try:
-            return await question(url, stall_timeout_s)
+            return await question()
         except (ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError) as error:
             failure = classify_failure(error, 0, stall_timeout_s)
         if not failure.is_transient or attempts > retry.max_retries:

@@ -13,6 +13,7 @@ from spxdask.cluster.connect import check_versions, connect
 from spxdask.cluster.embedded import embedded_client, require_main_guard
 from spxdask.cluster.jobqueue import jobqueue_client
 from spxdask.cluster.limits import warn_of_small_workers
+from spxdask.cluster.logs import forward_logs
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
 from spxdask.cluster.workers import keep_local_workers
@@ -147,5 +148,6 @@ class ClusterSession:
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
             warn_of_small_workers(client)
+        forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

@@ -26,6 +26,7 @@ from spxdask.storage import NEVER_IN_NAMES, Store, locate_file, open_store
 
 logger = logging.getLogger(__name__)
 
+WAITING_NAME = "waiting.txt"
 CONFIG_NAME = "config.yaml"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
@@ -200,6 +201,32 @@ class RunFolder:
         """
         return self.lock.find_holder()
 
+    def set_waiting(self, reason: str | None) -> None:
+        """Record that the run waits, for `spxdask status`.
+
+        Parameters
+        ----------
+        reason : str or None
+            What it waits for, in words; None when it goes on.
+        """
+        if reason is None:
+            self.state.delete_many([WAITING_NAME])
+        else:
+            self.state.put(WAITING_NAME, reason.encode(), durable=False)
+
+    def find_waiting(self) -> str | None:
+        """Return what the run that is at work waits for, in words.
+
+        Returns
+        -------
+        str or None
+            None if it does not wait.
+        """
+        try:
+            return self.state.get(WAITING_NAME).decode()
+        except FileNotFoundError:
+            return None
+
     def delete_partial_files(self) -> None:
         """Delete the partial files of killed writers; only to be called while none writes."""
         for folder in (self.root, *self._subfolders):
@@ -363,6 +390,15 @@ class RunFolder:
         options = _query_options(config) | {"catalogue": fingerprint}
         save_observations(self.state, OBSERVATIONS_NAME, observations, options)
         save_query_summary(self.root, observations, config, field, is_empty)
+
+    def has_query(self) -> bool:
+        """Return whether a query was made in the folder.
+
+        Returns
+        -------
+        bool
+        """
+        return self.state.exists(OBSERVATIONS_NAME)
 
     def load_observations(
         self, config: BatchConfig, catalogue: Catalogue | None = None

@@ -73,6 +73,9 @@ class Outcome:
         Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
     catalogue : str or None
         Fingerprint of the whole catalogue.
+    blame : str or None
+        ``archive`` or ``access`` if it failed for a reason that lies not in the frame, but in the
+        archive or in the way to it.
     """
 
     stage: str
@@ -95,6 +98,7 @@ class Outcome:
     etag: str | None = None
     modified: str | None = None
     frame_checksum: str | None = None
+    blame: str | None = None
     time: str | None = field(default=None, compare=False)
 
     @property

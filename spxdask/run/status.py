@@ -61,6 +61,8 @@ class RunStatus:
         Frames by warning.
     last : str or None
         When the last frame ended, ISO 8601.
+    waiting : str or None
+        What the process waits for, if it does.
     per_second : float or None
         Frames that ended a second, when the folder was read more than once.
     """
@@ -82,6 +84,7 @@ class RunStatus:
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
     last: str | None = None
+    waiting: str | None = None
     per_second: float | None = None
 
     @property
@@ -128,6 +131,8 @@ class RunStatus:
             lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
         lines.append(("last", self.last or "no frame has ended yet"))
         lines.append(("running", self.running or "no"))
+        if self.waiting is not None:
+            lines.append(("waiting", self.waiting))
         lines.append(("output", self.output))
         return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
@@ -244,6 +249,9 @@ def _read(folder: RunFolder) -> RunStatus:
             outcome = next(o for o in outcomes if o is not None and o.status == "failed")
             found.failed[observation.filename] = f"{outcome.stage}: {outcome.reason}"
     found.last = folder.ledger.last_time
+    if found.running is not None:
+        # A run that was killed may have left it behind.
+        found.waiting = folder.find_waiting()
     return found
 
 

@@ -46,12 +46,15 @@ class FetchOptions:
         Most bytes of frames that a worker holds at the same time.
     max_frame_bytes : int
         Length of the longest file that is accepted as a frame.
+    endpoint : str or None
+        URL of the S3 server, where that is not the usual one.
     """
 
     retry: RetryPolicy
     stall_timeout_s: float
     scratch_bytes: float = math.inf
     max_frame_bytes: int = MAX_FRAME_BYTES
+    endpoint: str | None = None
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
@@ -73,6 +76,25 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         could not be fetched or written.
     """
     outcome, _ = fetch_frame(observation, images, options, lambda frame: None)
+    return outcome
+
+
+def probe(observation: Observation, options: FetchOptions) -> Outcome:
+    """Fetch one frame and keep nothing of it, to see whether the archive serves it.
+
+    Parameters
+    ----------
+    observation : Observation
+        The frame.
+    options : FetchOptions
+        Patience and limits.
+
+    Returns
+    -------
+    Outcome
+        As of `download`.
+    """
+    outcome, _ = fetch_frame(observation, None, options, lambda frame: None)
     return outcome
 
 
@@ -117,7 +139,7 @@ def fetch_frame(
     started = time.monotonic()
     size = observation.size_bytes or options.max_frame_bytes
     limit = frame_memory_limit(options.scratch_bytes, worker_memory_limit())
-    reason = frame = measured = written = None
+    reason = blame = frame = measured = written = None
     warnings: tuple[str, ...] = ()
     with (
         buffers.lease(min(size, options.max_frame_bytes), limit) as memory,
@@ -134,9 +156,11 @@ def fetch_frame(
                 _FrameCheck(observation, options.retry.max_retries),
                 retry=options.retry,
                 stall_timeout_s=options.stall_timeout_s,
+                endpoint=options.endpoint,
             )
         except (ArchiveError, OSError) as error:
             reason = _format_reason(error)
+            blame = getattr(error, "blame", None)
         seconds = time.monotonic() - started
         if frame is not None:
             if images is not None:
@@ -160,6 +184,7 @@ def fetch_frame(
             checksum=None if reason or frame is None else frame.checksum,
             etag=None if reason else received.version.etag,
             modified=None if reason else received.version.modified,
+            blame=blame if blame in ("archive", "access") else None,
         )
     return outcome, measured
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dask
 import dask.bag as db
 from dask.delayed import Delayed
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import ArchiveQueue, OutagePolicy, Request
 from spxdask.archive.retry import RetryPolicy
+from spxdask.archive.urls import strip_credentials
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.tasks import as_task, is_killed_worker, make_thread_window, run_window
 from spxdask.config import BatchConfig
-from spxdask.errors import ClusterError, DiskFullError
+from spxdask.errors import ClusterError, DiskFullError, InputError
 from spxdask.run.aggregation import discard_aggregation
 from spxdask.run.folder import RunFolder
 from spxdask.run.ledger import Outcome
@@ -33,6 +36,8 @@ from spxdask.stages.recheck import AskVersions, recheck_frames
 
 if TYPE_CHECKING:
     from spxdask.cluster.session import Client
+
+logger = logging.getLogger(__name__)
 
 FETCHING = (FrameState.FETCH, FrameState.FETCH_AND_MEASURE)
 MEASURING = (FrameState.MEASURE, FrameState.FETCH_AND_MEASURE)
@@ -60,6 +65,8 @@ class FrameRun:
         The reports to fill in, by stage: download, extract or both.
     progress : ProgressPublisher
         Receives each frame that has ended.
+    outage_policy : OutagePolicy
+        Patience with an archive that does not answer.
     """
 
     folder: RunFolder
@@ -68,6 +75,7 @@ class FrameRun:
     observations: Observations
     reports: dict[str, StageReport]
     progress: ProgressPublisher
+    outage_policy: OutagePolicy
 
     @cached_property
     def inputs(self) -> MeasurementInputs:
@@ -223,13 +231,13 @@ class FrameRun:
             # The frames are read again, as a million of them would fill the memory.
             pairs = zip(iterate(self._bag), map(FrameState, states), strict=True)
             jobs = (pair for pair in pairs if pair[1] in wanted)
-            self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
+            self._collect(client, jobs, make_task, window, suspects)
         if self._other_frames:
             self._announce_measurements()
-            again = ((job, make_task(*job)) for job in self._other_frames)
-            self._collect(client, again, make_thread_window(client), suspects)
+            again = list(self._other_frames)
+            self._collect(client, again, make_task, make_thread_window(client), suspects)
         # Run one at a time, frames that kill workers are distinguished from their neighbours.
-        self._collect(client, ((job, make_task(*job)) for job in suspects), lambda: 1, None)
+        self._collect(client, suspects, make_task, lambda: 1, None)
 
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""
@@ -239,32 +247,89 @@ class FrameRun:
     def _collect(
         self,
         client: Client,
-        tasks: Iterable[tuple[Job, Delayed]],
+        jobs: Iterable[Job],
+        make_task: _TaskFactory,
         window: Callable[[], int],
         suspects: list[Job] | None,
     ) -> None:
-        """Run tasks and record their outcomes.
+        """Run the tasks of jobs and record their outcomes.
 
         Frames whose workers died again and again are appended to `suspects` if it is given.
         """
         full: DiskFullError | None = None
-        tasks = takewhile(lambda _: full is None, tasks)
-        for (observation, state), result in run_window(client, tasks, window):
-            self.folder.raise_if_lock_lost()
-            if isinstance(result, DiskFullError):
-                # What is in flight may still find room; nothing more is started.
-                full = result
-            elif isinstance(result, ClusterError):
-                raise result
-            elif is_killed_worker(result) and suspects is not None:
-                suspects.append((observation, state))
-            elif isinstance(result, BaseException):
-                self._record(observation, state, [self._make_failure(observation, state, result)])
-            else:
-                outcomes = result if isinstance(result, list) else [result]
-                self._record(observation, state, outcomes)
+        queue = ArchiveQueue(
+            jobs,
+            self.outage_policy,
+            get_key=lambda job: job[0].filename,
+            find_reference=self._find_fetched,
+        )
+
+        def feed() -> Iterator[tuple[Request[Job], Delayed] | None]:
+            while full is None and not queue.is_finished:
+                request = queue.take()
+                yield None if request is None else (request, make_task(request))
+
+        def settle(request: Request[Job], result: Any) -> None:
+            queue.settle(request, result, *_judge(request, result))
+
+        def record() -> None:
+            for (observation, state), result in queue.ended:
+                if is_killed_worker(result) and suspects is not None:
+                    suspects.append((observation, state))
+                elif isinstance(result, DiskFullError | ClusterError | InputError):
+                    # These concern all frames.
+                    continue
+                elif isinstance(result, BaseException):
+                    failure = self._make_failure(observation, state, result)
+                    self._record(observation, state, [failure])
+                else:
+                    self._record(observation, state, _list_outcomes(result))
+            queue.ended.clear()
+
+        waiting = False
+        try:
+            for _, result in run_window(
+                client, feed(), window, settle=settle, pause=lambda: queue.pause_s
+            ):
+                self.folder.raise_if_lock_lost()
+                record()
+                if isinstance(result, DiskFullError):
+                    # What is in flight may still find room; nothing more is started.
+                    full = result
+                elif isinstance(result, ClusterError | InputError):
+                    raise result
+                waiting = self._report_outage(queue, waiting)
+        finally:
+            self._report_outage(None, waiting)
+        record()
         if full is not None:
             raise full
+
+    def _report_outage(self, queue: ArchiveQueue[Job] | None, waiting: bool) -> bool:
+        """Tell the user when an outage begins and ends; return whether there is one."""
+        outage = queue.outage if queue is not None and queue.is_announced else None
+        if outage is not None:
+            reason = str(outage)
+            self.folder.set_waiting(reason)
+            self.progress.wait(reason)
+            if not waiting:
+                logger.warning(reason)
+                # It may last, and what is done is safe.
+                self.folder.ledger.flush()
+        elif waiting:
+            self.folder.set_waiting(None)
+            self.progress.wait(None)
+            if queue is not None:
+                logger.warning("the archive answers again")
+        return outage is not None
+
+    def _find_fetched(self) -> Job | None:
+        """Return a frame that the archive served in this run or an earlier one."""
+        ledger = self.folder.ledger
+        for observation in iterate(self._bag):
+            if ledger.get_done("download", observation.filename) is not None:
+                return observation, FrameState.FETCH
+        return None
 
     def _record(self, observation: Observation, state: FrameState, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -386,7 +451,30 @@ def make_fetch_options(config: BatchConfig) -> download.FetchOptions:
         retry=RetryPolicy(max_retries=config.max_retries),
         stall_timeout_s=config.stall_timeout,
         scratch_bytes=config.scratch_gb * 1e9,
+        endpoint=config.archive_endpoint,
     )
+
+
+def _list_outcomes(result: Any) -> list[Outcome]:
+    """Return the outcomes that a task returned."""
+    return result if isinstance(result, list) else [result]
+
+
+def _judge(
+    request: Request[Job], result: Any
+) -> tuple[Literal["served", "answered", "archive", "access", "unknown"], str, int]:
+    """Return what a result tells of the archive, what was wrong, and how often it was asked."""
+    observation, state = request.job
+    if isinstance(result, BaseException) or state == FrameState.MEASURE:
+        return "unknown", "", 0
+    fetched = _list_outcomes(result)[0]
+    if fetched.status == "done":
+        return "served", "", 1
+    reason = (fetched.reason or "").removeprefix(f"{strip_credentials(observation.download_url)}: ")
+    reason = re.sub(r" \(after \d+ attempts?\)$", "", reason)
+    if fetched.blame == "archive":
+        return "archive", reason, fetched.attempts
+    return ("access" if fetched.blame == "access" else "answered"), reason, fetched.attempts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +488,14 @@ class _TaskFactory:
     measure: extract.ExtractOptions | None
     find_fetched: Callable[[str], Outcome | None]
 
-    def __call__(self, observation: Observation, state: FrameState) -> Delayed:
+    def __call__(self, request: Request[Job]) -> Delayed:
+        observation, state = request.job
+        fetch = self.fetch
+        if request.purpose != "job":
+            # One request at a time.
+            fetch = replace(fetch, retry=replace(fetch.retry, max_retries=0))
+        if request.purpose == "reference":
+            return _as_frame_task("probe", observation, download.probe, observation, fetch)
         if state == FrameState.MEASURE:
             image = f"{self.images}/{observation.filename}"
             fetched = self.find_fetched(observation.filename)
@@ -415,7 +510,7 @@ class _TaskFactory:
             )
         if state == FrameState.FETCH:
             return _as_frame_task(
-                "download", observation, download.download, observation, self.images, self.fetch
+                "download", observation, download.download, observation, self.images, fetch
             )
         return _as_frame_task(
             "download-extract",
@@ -424,7 +519,7 @@ class _TaskFactory:
             observation,
             self.images if self.keep_images else None,
             self.per_image,
-            self.fetch,
+            fetch,
             self.measure,
         )
 
