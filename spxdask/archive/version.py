@@ -61,8 +61,7 @@ def ask_versions(
     async def ask(url: str) -> FileVersion | str:
         question = questions[url.partition(":")[0]]
         async with free:
-            asked = functools.partial(question, url, stall_timeout_s)
-            return await _ask(asked, retry, stall_timeout_s)
+            return await _ask(question, url, retry, stall_timeout_s)
 
     async def ask_all() -> list[FileVersion | str]:
         return await asyncio.gather(*map(ask, urls))
@@ -71,16 +70,19 @@ def ask_versions(
 
 
 async def _ask(
-    question: Callable[[], Awaitable[FileVersion]], retry: RetryPolicy, stall_timeout_s: float
+    question: Callable[[str, float], Awaitable[FileVersion]],
+    url: str,
+    retry: RetryPolicy,
+    stall_timeout_s: float,
 ) -> FileVersion | str:
     """Return the version of one file, or the reason why it is not known."""
     attempts = 0
     while True:
         attempts += 1
         try:
-            return await question()
+            return await question(url, stall_timeout_s)
         except (ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError) as error:
-            failure = classify_failure(error, 0, stall_timeout_s)
+            failure = classify_failure(error, 0, stall_timeout_s, url)
         if not failure.is_transient or attempts > retry.max_retries:
             return failure.reason
         await asyncio.sleep(retry.delay(attempts, failure.retry_after))
