@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from distributed import Client, Future, Status
+from distributed import Client, Future, LocalCluster, Status
 from distributed.deploy.local import nprocesses_nthreads
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
@@ -126,10 +126,9 @@ async def replace_closed_workers(cluster: Any) -> None:
     Parameters
     ----------
     cluster : Cluster
-        The cluster. One that adapts, or is of another kind than those of processes or jobs that
-        this process starts, is not changed.
+        The cluster. One that adapts, or is not of this machine, is not changed.
     """
-    if get_adapt_limits(cluster) is not None or not hasattr(cluster, "worker_spec"):
+    if get_adapt_limits(cluster) is not None or not isinstance(cluster, LocalCluster):
         return
     for name, worker in list(cluster.workers.items()):
         if worker.status in (Status.closed, Status.failed):

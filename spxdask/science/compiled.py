@@ -92,10 +92,11 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
+@functools.cache
 def prepare_cache() -> dict[str, str]:
-    """Find a place for the cache, and warn if it is not where it should be.
+    """Find a place for the cache, and warn, once, if it is not where it should be.
 
-    To be called once in a run, before its worker processes start: they do not warn.
+    To be called before the worker processes of a run start: they do not warn.
 
     Returns
     -------

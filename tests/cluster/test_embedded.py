@@ -156,3 +156,10 @@ def test_output_that_is_held_back_is_dropped_after_an_error(capfd):
         next(failing)
     assert held.text == "in time later "
     assert capfd.readouterr().err == ""
+
+
+def test_output_of_this_process_alone_is_passed_on(capfd):
+    with hold_stderr_back():
+        os.write(2, b"here ")
+    os.write(2, b"there")
+    assert capfd.readouterr().err == "here there"
