@@ -58,7 +58,7 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
 
     Parameters
     ----------
-    coordinates : SkyCoord
+    coordinates : SkyCoord or frame with data
         In any frame, of any shape. Proper motions, distances and the time of observation are
         taken over where they are there.
 
@@ -72,7 +72,8 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
         If they cannot be transformed to ICRS.
     """
     try:
-        icrs = coordinates.ravel().icrs if coordinates.shape else coordinates.reshape(1).icrs
+        icrs = SkyCoord(coordinates).reshape(-1).transform_to("icrs")
+        icrs.representation_type = "spherical"
     # What cannot be transformed raises errors of several kinds.
     except Exception as error:
         raise CatalogueError(f"the coordinates cannot be transformed to ICRS: {error}") from error
