@@ -73,7 +73,7 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
     """
     try:
         icrs = SkyCoord(coordinates).reshape(-1).transform_to("icrs")
-        icrs.representation_type = "spherical"
+        icrs.frame.set_representation_cls("spherical", s="sphericalcoslat")
     # What cannot be transformed raises errors of several kinds.
     except Exception as error:
         raise CatalogueError(f"the coordinates cannot be transformed to ICRS: {error}") from error
@@ -87,8 +87,9 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
         columns["pmdec"] = icrs.pm_dec.to_value("mas/yr")
     if icrs.distance.unit.is_equivalent("pc"):
         columns["parallax"] = icrs.distance.to_value("mas", units.parallax())
-    if coordinates.obstime is not None and "pmra" in columns:
-        epoch = np.ravel(coordinates.obstime.jyear)
+    obstime = getattr(coordinates, "obstime", None)
+    if obstime is not None and "pmra" in columns:
+        epoch = np.ravel(obstime.jyear)
         columns["ref_epoch"] = np.broadcast_to(epoch, len(icrs)).copy()
     return ArrowTable(pa.table({name: pa.array(values) for name, values in columns.items()}))
 
