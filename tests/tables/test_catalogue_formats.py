@@ -233,7 +233,7 @@ def test_only_needed_columns_of_parquet_are_read(tmp_path):
     )
     pq.write_table(table, tmp_path / "x.parquet")
     assert sources(read_catalogue(tmp_path / "x.parquet")) == EXPECTED
-    with pytest.raises(CatalogueError, match="numbers or texts is needed"):
+    with pytest.raises(CatalogueError, match="targetid: numbers or texts are needed, got list"):
         read_catalogue(tmp_path / "x.parquet", CatalogueColumns(target_id="cube"))
 
 
@@ -293,6 +293,18 @@ def test_coordinates_of_any_frame(frame):
         assert there.separation(coordinates[i].icrs).arcsec < 1e-6
     assert len(give(coordinates.reshape(3, 1))) == 3
     assert list(give(coordinates[1])) == ["0"]
+    assert len(give(coordinates.frame)) == 3
+
+
+def test_coordinates_of_other_representations():
+    cartesian = SkyCoord(x=[1.0], y=[1.0], z=[0.0], unit="pc", representation_type="cartesian")
+    assert give(cartesian)["0"] == pytest.approx((45.0, 0.0))
+    assert cartesian.representation_type.__name__ == "CartesianRepresentation"
+    nowhere = SkyCoord([1] * u.deg, [2] * u.deg, frame="altaz")
+    with pytest.raises(CatalogueError, match="<SkyCoord>: the coordinates cannot be transformed"):
+        give(nowhere)
+    with pytest.raises(CatalogueError, match=r"ra is missing in data row 2 \('1'\)"):
+        give(SkyCoord([1, np.nan], [2, 3], unit="deg"))
 
 
 def test_motions_of_objects():

@@ -191,11 +191,11 @@ def as_text(column: pa.Array) -> pa.Array:
         )
     )
     if not is_text:
-        raise CatalogueError(f"a column of numbers or texts is needed, got one of {kind}")
+        raise CatalogueError(f"numbers or texts are needed, got {kind}")
     try:
         return pc.cast(column, pa.large_string())
     except pa.ArrowInvalid as error:
-        raise CatalogueError("a column that is needed holds bytes that are not UTF-8") from error
+        raise CatalogueError("some of its bytes are not UTF-8") from error
 
 
 def to_mask(condition: pa.Array) -> np.ndarray:

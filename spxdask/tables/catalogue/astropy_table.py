@@ -58,7 +58,7 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
 
     Parameters
     ----------
-    coordinates : SkyCoord
+    coordinates : SkyCoord or frame with data
         In any frame, of any shape. Proper motions, distances and the time of observation are
         taken over where they are there.
 
@@ -72,7 +72,8 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
         If they cannot be transformed to ICRS.
     """
     try:
-        icrs = coordinates.ravel().icrs if coordinates.shape else coordinates.reshape(1).icrs
+        icrs = SkyCoord(coordinates).reshape(-1).transform_to("icrs")
+        icrs.frame.set_representation_cls("spherical", s="sphericalcoslat")
     # What cannot be transformed raises errors of several kinds.
     except Exception as error:
         raise CatalogueError(f"the coordinates cannot be transformed to ICRS: {error}") from error
@@ -86,8 +87,9 @@ def open_coordinates(coordinates: SkyCoord) -> RawTable:
         columns["pmdec"] = icrs.pm_dec.to_value("mas/yr")
     if icrs.distance.unit.is_equivalent("pc"):
         columns["parallax"] = icrs.distance.to_value("mas", units.parallax())
-    if coordinates.obstime is not None and "pmra" in columns:
-        epoch = np.ravel(coordinates.obstime.jyear)
+    obstime = getattr(coordinates, "obstime", None)
+    if obstime is not None and "pmra" in columns:
+        epoch = np.ravel(obstime.jyear)
         columns["ref_epoch"] = np.broadcast_to(epoch, len(icrs)).copy()
     return ArrowTable(pa.table({name: pa.array(values) for name, values in columns.items()}))
 

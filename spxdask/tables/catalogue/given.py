@@ -127,9 +127,8 @@ def _library(value: Any) -> set[str]:
 
 
 def _is_coordinates(value: Any) -> bool:
-    return (
-        "astropy" in _library(value) and hasattr(value, "transform_to") and hasattr(value, "icrs")
-    )
+    names = {base.__name__ for base in type(value).__mro__}
+    return "astropy" in _library(value) and bool(names & {"SkyCoord", "BaseCoordinateFrame"})
 
 
 def _is_astropy(value: Any) -> bool:

@@ -179,6 +179,15 @@ def _name(path: Path) -> Iterator[None]:
         raise CatalogueError("the memory is not enough to read it", path=path) from error
 
 
+@contextmanager
+def _name_column(name: str) -> Iterator[None]:
+    """Name the column in an error about what it holds."""
+    try:
+        yield
+    except CatalogueError as error:
+        raise CatalogueError(f"{name}: {error.reason}") from error
+
+
 def _is_stream(path: Path) -> bool:
     """Return whether a path is a pipe, or stands for one, which can be read once."""
     on_disk = local_path(path)
@@ -265,8 +274,13 @@ def _check(table: RawTable, choice: CatalogueColumns, *, skip: bool) -> _Content
     given = {name: columns[i] for name, i in where.items()}
     if not len(given["target_id"]) and not table.malformed:
         raise CatalogueError("no rows below the header")
-    ids, is_float = ids_as_text(given["target_id"])
-    ra, dec = (parse_numbers(given[name], angle_units[name]) for name in ("ra", "dec"))
+    with _name_column("targetid"):
+        ids, is_float = ids_as_text(given["target_id"])
+    coordinates = {}
+    for name in ("ra", "dec"):
+        with _name_column(name):
+            coordinates[name] = parse_numbers(given[name], angle_units[name])
+    ra, dec = coordinates["ra"], coordinates["dec"]
     rows = Rows(ids, given, table.find_lines, skip=skip)
     rows.check(ra, dec)
     rows.check_unique(is_float)
