@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import dask.bag as db
 
 from spxdask.archive.observation import Observation
-from spxdask.archive.outage import OutagePolicy, wait_out
-from spxdask.archive.received import FileVersion
-from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
+from spxdask.archive.outage import OutagePolicy
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
-from spxdask.cluster.tasks import run_one
-from spxdask.config import BatchConfig, LiteralPath
-from spxdask.errors import ConfigError, UnreachableError
+from spxdask.config import BatchConfig
+from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
+from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.footprint import Circle
 from spxdask.stages import aggregate, query
-from spxdask.stages.frames import FrameRun, make_bag, make_fetch_options, needs_tasks
-from spxdask.tables.catalogue import (
-    CatalogueColumns,
-    CatalogueReader,
-    encode_catalogue,
-    encode_skipped_rows,
-)
-from spxdask.tables.target import make_target_catalogue
+from spxdask.stages.context import open_stages
+from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -88,31 +76,11 @@ class BatchPipeline:
     ) -> None:
         if not isinstance(config, BatchConfig):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
-        self.config = config
         self.folder = RunFolder(config.output_dir)
+        self._sources = RunSources(config, self.folder)
+        self.config = self._sources.config
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        self._target: Catalogue | None = None
-        self._reader: CatalogueReader | None = None
-        if config.catalog_path is not None:
-            self._reader = CatalogueReader(
-                config.catalog_path,
-                CatalogueColumns(
-                    target_id=config.id_column, ra=config.ra_column, dec=config.dec_column
-                ),
-                config.on_bad_row,
-            )
-        elif config.target is not None:
-            self._target = make_target_catalogue(config.target)
-        if self._reader is not None and not self._reader.can_be_read_again:
-            # From here on, it is the file that will be kept of it, with columns of usual names.
-            self.config = dataclasses.replace(
-                config,
-                catalog_path=LiteralPath(self.folder.given_catalogue_path),
-                id_column=None,
-                ra_column=None,
-                dec_column=None,
-            )
         bars: Progress = Bars() if progress is True else progress or Silent()
         self._progress = ProgressPublisher(bars, self.folder.path)
         self._session = ClusterSession(
@@ -125,7 +93,6 @@ class BatchPipeline:
         )
         self._held = ExitStack()
         self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
-        self._is_waiting = False
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
@@ -154,12 +121,7 @@ class BatchPipeline:
     @property
     def catalogue(self) -> Catalogue:
         """The catalogue, read and checked, and read again when its file has changed."""
-        if self._target is not None:
-            return self._target
-        assert self._reader is not None
-        assert self.config.catalog_path is not None
-        self.folder.refuse_within(self.config.catalog_path)
-        return self._reader.read()
+        return self._sources.read()
 
     @property
     def observations(self) -> db.Bag:
@@ -200,39 +162,17 @@ class BatchPipeline:
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
             field = query.make_field(config, catalogue)
-            found = wait_out(
-                functools.partial(self._find_observations, field.circles),
-                self._outage_policy,
-                self._report_waiting,
+            found = query.find_patiently(
+                config,
+                field.circles,
+                policy=self._outage_policy,
+                run_once=functools.partial(self._session.run_once, "query"),
+                on_wait=self._progress.wait,
+                may_be_mistaken=not self.folder.has_query(),
             )
             query.record_query(self.folder, config, catalogue, field, found, report)
             self._progress.advance()
         return found
-
-    def _find_observations(self, circles: Sequence[Circle], is_first: bool) -> list[Observation]:
-        """Query the archive; without retries where it did not answer before."""
-        config = self.config if is_first else dataclasses.replace(self.config, max_retries=0)
-        try:
-            find = functools.partial(query.find_observations, config, circles)
-            if not self._session.has_cluster:
-                # A run with nothing left to do needs no cluster.
-                return find()
-            key = ("query", uuid.uuid4().hex)
-            return run_one(self._session.connect(), find, key=key)
-        except UnreachableError as error:
-            # Where nothing was found before, nobody at an address is more likely a mistake in it.
-            if is_first and not self.folder.has_query():
-                error.blame = "access"
-            raise
-
-    def _report_waiting(self, reason: str | None) -> None:
-        """Tell the user that the query waits for the archive, or that it goes on."""
-        if reason is None:
-            logger.warning("the archive answers again")
-        elif not self._is_waiting:
-            logger.warning(reason)
-        self._is_waiting = reason is not None
-        self._progress.wait(reason)
 
     def run_download(self, *, recheck: bool = False) -> StageReport:
         """Fetch the frames of the query that are not yet in images/.
@@ -340,12 +280,7 @@ class BatchPipeline:
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
-            catalogue = None
-            if "extract" in stages:
-                catalogue = self.catalogue
-            elif not self.config.fetches_empty_frames:
-                # A download needs none but that of the query; the user's may be elsewhere.
-                catalogue = self.folder.saved_catalogue()
+            catalogue = self._sources.choose(stages)
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,
@@ -359,7 +294,8 @@ class BatchPipeline:
             if self.config.lightcurve_format == "csv" and "extract" in stages:
                 # Long before the first light curve is written.
                 self.folder.find_refused_characters(self.catalogue)
-            replaced = run.recheck(self._ask_versions) if recheck else set()
+            ask = functools.partial(self._session.run_once, "recheck")
+            replaced = run.recheck(ask) if recheck else set()
             states = run.plan(
                 skip_existing=skip_existing, only_failed=only_failed, replaced=replaced
             )
@@ -367,57 +303,13 @@ class BatchPipeline:
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
         return run.reports
 
-    def _ask_versions(self, urls: Sequence[str]) -> list[FileVersion | str]:
-        """Ask the archive for versions of files from where the frames are fetched."""
-        options = make_fetch_options(self.config)
-        question = functools.partial(
-            ask_versions,
-            retry=options.retry,
-            stall_timeout_s=options.stall_timeout_s,
-            endpoint=options.endpoint,
-            max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
-        )
-        if not self._session.has_cluster:
-            return question(urls)
-        key = ("recheck", uuid.uuid4().hex)
-        found: list[FileVersion | str] = run_one(self._session.connect(), question, urls, key=key)
-        return found
-
-    def _keep_catalogue(self, reader: CatalogueReader, report: StageReport) -> None:
-        """Keep in the folder what is not in the user's file, or was left out of it."""
-        catalogue = self.catalogue
-        if not reader.can_be_read_again:
-            self.folder.keep_given_catalogue(encode_catalogue(catalogue))
-        elif self.config.catalog_path == self.folder.given_catalogue_path:
-            # What was left out of it is known to the run that was given it.
-            return
-        skipped = reader.skipped
-        self.folder.save_skipped_rows(encode_skipped_rows(skipped) if skipped else b"")
-        if report.stage in ("query", "extract"):
-            report.skipped_sources = len(skipped)
-
     @contextmanager
     def _stage_context(self, *stages: str) -> Iterator[list[StageReport]]:
-        """Lock the folder for a stage, and time it; yield a report for each of `stages`."""
-        reports = [StageReport(stage=stage) for stage in stages]
-        started = time.monotonic()
+        """Hold cluster and folder for stages; yield a report for each of them."""
         self._session.require_main_guard()
-        with self._session.hold(), self.folder.locked():
-            self.folder.ledger.refresh()
-            # A download by itself needs no catalogue, but names it in the saved configuration.
-            if self._reader is not None and (
-                not self._reader.can_be_read_again or {"query", "extract"} & {*stages}
-            ):
-                self._keep_catalogue(self._reader, reports[0])
-            try:
-                yield reports
-            finally:
-                # The ledger of a folder that another run has taken over is not ours to write.
-                if not self.folder.is_lock_lost:
-                    self.folder.ledger.flush()
-                self._progress.finish()
-            # Workers that died leave partial files behind.
-            self.folder.delete_partial_files()
-        for report in reports:
-            report.seconds = time.monotonic() - started
-            self.reports[report.stage] = report
+        with (
+            self._session.hold(),
+            open_stages(stages, self.folder, self._sources, self._progress) as reports,
+        ):
+            yield reports
+        self.reports |= {report.stage: report for report in reports}

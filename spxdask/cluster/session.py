@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from distributed import Client
 
@@ -16,6 +18,7 @@ from spxdask.cluster.limits import warn_of_small_workers
 from spxdask.cluster.logs import forward_logs
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
+from spxdask.cluster.tasks import run_one
 from spxdask.cluster.workers import keep_local_workers
 from spxdask.errors import ConfigError
 
@@ -132,6 +135,28 @@ class ClusterSession:
             self._client = self._open.enter_context(made)
         self._prepare(self._client)
         return self._client
+
+    def run_once(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a call on the cluster; in this process if there is no cluster yet.
+
+        Parameters
+        ----------
+        name : str
+            Name of the task on the dashboard.
+        function : callable
+            What is called.
+        *arguments
+            With these arguments.
+
+        Returns
+        -------
+        object
+            What the call returned.
+        """
+        if not self.has_cluster:
+            # A run with nothing left to do needs no cluster.
+            return function(*arguments)
+        return run_one(self.connect(), function, *arguments, key=(name, uuid.uuid4().hex))
 
     def require_main_guard(self) -> None:
         """Raise InputError where an embedded cluster could not be started."""

@@ -18,8 +18,10 @@ from dask.delayed import Delayed
 
 from spxdask.archive.observation import Observation
 from spxdask.archive.outage import ArchiveQueue, OutagePolicy, Request
+from spxdask.archive.received import FileVersion
 from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.urls import strip_credentials
+from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.tasks import as_task, is_killed_worker, make_thread_window, run_window
 from spxdask.config import BatchConfig
@@ -32,7 +34,7 @@ from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_faile
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
-from spxdask.stages.recheck import AskVersions, recheck_frames
+from spxdask.stages.recheck import recheck_frames
 
 if TYPE_CHECKING:
     from spxdask.cluster.session import Client
@@ -90,23 +92,30 @@ class FrameRun:
     def _bag(self) -> db.Bag:
         return make_bag(self.observations)
 
-    def recheck(self, ask_versions: AskVersions) -> set[str]:
+    def recheck(self, run_once: Callable[..., list[FileVersion | str]]) -> set[str]:
         """Ask the archive which frames it has replaced since they were fetched.
 
         Parameters
         ----------
-        ask_versions : callable
-            See `spxdask.stages.recheck.recheck_frames`.
+        run_once : callable
+            Calls a function with arguments from where the frames are fetched.
 
         Returns
         -------
         set of str
             Their names, for `plan`.
         """
-        self.progress.start("recheck", len(self.observations), "frames")
-        found = recheck_frames(
-            iterate(self._bag), self.folder.ledger, ask_versions, self.progress.advance
+        options = _make_fetch_options(self.config)
+        question = functools.partial(
+            ask_versions,
+            retry=options.retry,
+            stall_timeout_s=options.stall_timeout_s,
+            endpoint=options.endpoint,
+            max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
         )
+        ask = functools.partial(run_once, question)
+        self.progress.start("recheck", len(self.observations), "frames")
+        found = recheck_frames(iterate(self._bag), self.folder.ledger, ask, self.progress.advance)
         report = self.reports["download"]
         report.rechecked, report.replaced = found.n_asked, len(found.replaced)
         report.not_rechecked = found.unknown
@@ -218,7 +227,7 @@ class FrameRun:
             images=str(folder.images),
             per_image=str(folder.per_image),
             keep_images=config.keep_images,
-            fetch=make_fetch_options(config),
+            fetch=_make_fetch_options(config),
             measure=self._make_extract_options(serial) if "extract" in self.reports else None,
             find_fetched=functools.partial(folder.ledger.get_done, "download"),
         )
@@ -435,7 +444,7 @@ class FrameRun:
         )
 
 
-def make_fetch_options(config: BatchConfig) -> download.FetchOptions:
+def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
     """Return how patient the downloads of a run are.
 
     Parameters

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -20,10 +21,11 @@ from spxdask.archive.observation import (
     parse_filename,
     parse_release,
 )
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import QueryRejectedError, TapOptions, run_adql
 from spxdask.config import RELEASES, BatchConfig
-from spxdask.errors import InputError, TruncatedAnswerError
+from spxdask.errors import InputError, TruncatedAnswerError, UnreachableError
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import NO_SOURCE
 from spxdask.run.query_summary import Field
@@ -50,6 +52,61 @@ QUERIES_AT_ONCE = 4
 FRAME_REACH_DEG = 6.0
 # Length of a QR2 frame, taken where the archive does not state one.
 TYPICAL_FRAME_BYTES = 71_600_000
+
+
+def find_patiently(
+    config: BatchConfig,
+    circles: Sequence[Circle],
+    *,
+    policy: OutagePolicy,
+    run_once: Callable[..., list[Observation]],
+    on_wait: Callable[[str | None], None],
+    may_be_mistaken: bool,
+) -> list[Observation]:
+    """Query the archive, and wait out an outage.
+
+    Parameters
+    ----------
+    config : BatchConfig
+        The run.
+    circles : sequence of Circle
+        The field.
+    policy : OutagePolicy
+        How long to wait for the archive.
+    run_once : callable
+        Calls a function with arguments, somewhere.
+    on_wait : callable
+        Called with the reason when the query waits for the archive, with None when it goes on.
+    may_be_mistaken : bool
+        Whether nobody at the archive's address is more likely a mistake in it than an outage.
+
+    Returns
+    -------
+    list of Observation
+        As `find_observations` returns them.
+    """
+    is_waiting = False
+
+    def ask(is_first: bool) -> list[Observation]:
+        # Without retries where the archive did not answer before.
+        asked = config if is_first else dataclasses.replace(config, max_retries=0)
+        try:
+            return run_once(find_observations, asked, circles)
+        except UnreachableError as error:
+            if is_first and may_be_mistaken:
+                error.blame = "access"
+            raise
+
+    def report(reason: str | None) -> None:
+        nonlocal is_waiting
+        if reason is None:
+            logger.warning("the archive answers again")
+        elif not is_waiting:
+            logger.warning(reason)
+        is_waiting = reason is not None
+        on_wait(reason)
+
+    return wait_out(ask, policy, report)
 
 
 def find_observations(
