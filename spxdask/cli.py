@@ -79,7 +79,7 @@ class _Command(NamedTuple):
     usage: str
 
 
-_FIELD_USAGE = "(--catalog FILE | --target POSITION) [--ra DEG --dec DEG --radius DEG] [options]"
+_FIELD_USAGE = "--catalog FILE [--ra DEG --dec DEG --radius DEG] [options]"
 # In the order in which they are shown.
 COMMANDS = {
     "run": _Command("every day", "all four stages", _FIELD_USAGE),
