@@ -135,13 +135,18 @@ class _Cache(FunctionCache):
         except Exception as error:
             # Files that are damaged raise whatever error unpickling them does.
             logger.info("compiled code in %s cannot be read: %s", self.cache_path, error)
-            with suppress(OSError):
-                self.flush()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
-            super().save_overload(sig, data)
+            try:
+                super().save_overload(sig, data)
+            except OSError:
+                raise
+            except Exception:
+                # The index is damaged.
+                self.flush()
+                super().save_overload(sig, data)
         except Exception as error:
             logger.info("compiled code cannot be cached in %s: %s", self.cache_path, error)
             self.disable()

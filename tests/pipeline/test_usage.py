@@ -76,9 +76,11 @@ def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_p
     # The interpreter of a worker ends at once.
     dask_options = {"distributed": {"nanny": {"pre-spawn-environ": {"PYTHONHASHSEED": "none"}}}}
     (tmp_path / "dask.yaml").write_text(yaml.safe_dump(dask_options))
+    # With this variable, which clusters of this process set, Dask would not read the file.
+    environment = {k: v for k, v in os.environ.items() if k != "DASK_INTERNAL_INHERIT_CONFIG"}
     ended = subprocess.run(
         [sys.executable, "-m", "spxdask", "run", "--config", tmp_path / "run.yaml"],
-        env=os.environ | {"DASK_CONFIG": str(tmp_path / "dask.yaml")},
+        env=environment | {"DASK_CONFIG": str(tmp_path / "dask.yaml")},
         capture_output=True,
         text=True,
         check=False,
