@@ -55,6 +55,8 @@ STRAY_QUOTES = {
     "last row": ('targetid,ra,dec,note\na,10,20,x\nb,11,21,"Star\n', 3),
     "end of file": ('targetid,ra,dec,note\na,10,20,"Star', 2),
     "header": ('targetid,ra,dec,"note\na,10,20,x\nb,11,21,y\n', 1),
+    "header, closed below": ('ra,dec,targetid,"mag\n1,2,a,2"0\n3,4,b,20\n', 1),
+    "header and a quoted row": ('targetid;ra;dec;"n\na;1;2;"x ""y"""\nb;3;4;z\n', 1),
     "two stray": ('targetid,ra,dec,note\na,10,20,"Star\nb,11,21,x\nc,12,22,"Foo\n', 2),
     "closed by a third": ('targetid,ra,dec,note\na,10,20,"Star\nb,11,21,x\nc,12,22,"\nd,1,2,\n', 2),
     "closed in next row": ('note,targetid,ra,dec\n"Star,a,10,20\nBar",b,11,21\n', 2),

@@ -65,6 +65,7 @@ def open_delimited(content: bytes, choice: CatalogueColumns) -> DelimitedTable |
     start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
     first, comments = _skip_comments(content, start)
     header, after = _read_header(content, first)
+    _refuse_rows_in_header(header, _line_of(content, first))
     candidates = [(header, after)]
     if comments:
         # As numpy.savetxt writes it, below remarks if there are any.
@@ -301,9 +302,12 @@ class DelimitedTable(RawTable):
     def _looks_like_row(self, line: str) -> bool:
         """Return whether a line has all columns, and numbers for the position."""
         cells = [cell.strip() for cell in line.replace('"', "").split(self._delimiter)]
-        if len(cells) < len(self.names) or not self._positions:
+        n_columns = len(self.names)
+        if len(cells) < n_columns or not self._positions:
             return False
-        return all(COORDINATE.match(cells[i]) for i in self._positions)
+        # A separator within quotes moves the columns on one of its sides.
+        aligned = (cells[:n_columns], cells[-n_columns:])
+        return any(all(COORDINATE.match(row[i]) for i in self._positions) for row in aligned)
 
     def _unclosed(self, start: int) -> CatalogueError:
         line = _line_of(self._content, start)
@@ -435,6 +439,17 @@ def _read_header(content: bytes, start: int) -> tuple[str, int]:
             "close it, or remove it"
         )
     return _decode(content[start:end]).rstrip("\r\n"), end
+
+
+def _refuse_rows_in_header(header: str, line: int) -> None:
+    """Raise an error for a quote of the header that swallows rows, and is closed in one of them."""
+    top, *others = header.replace('"', "").splitlines() or [""]
+    for delimiter in DELIMITERS:
+        n_columns = top.count(delimiter)
+        if n_columns > 1 and any(text.count(delimiter) >= n_columns for text in others):
+            raise CatalogueError(
+                f"a quote opens in line {line} and is not closed in its row: close it, or remove it"
+            )
 
 
 def _split(text: str, delimiter: str) -> list[str]:
