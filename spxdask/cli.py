@@ -142,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
-    _configure_logging(options.verbose)
     try:
-        with _stop_at_second_interrupt():
+        with _log_to_stderr(options.verbose), _stop_at_second_interrupt():
             return options.run(options)
     except InputError as error:
         print(f"spxdask: {error}", file=sys.stderr)
@@ -208,13 +207,18 @@ def _attach_negative_values(arguments: Sequence[str]) -> list[str]:
     return attached
 
 
-def _configure_logging(verbose: int) -> None:
+@contextmanager
+def _log_to_stderr(verbose: int) -> Iterator[None]:
     """Print the messages of spxdask; those of Dask keep the form that Dask gives them."""
     logger = logging.getLogger("spxdask")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Parser(argparse.ArgumentParser):

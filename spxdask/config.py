@@ -637,7 +637,7 @@ class BatchConfig(CheckedOptions):
         ConfigError
             If the catalogue is an object.
         """
-        if not isinstance(self.catalog_path, str):
+        if not isinstance(self.catalog_path, str | None):
             raise ConfigError(
                 f"catalog_path is {self.catalog_path!r}, which YAML cannot hold: make a file of it",
                 option="catalog_path",

@@ -120,8 +120,6 @@ def test_the_first_argument_may_be_a_file_or_a_table(finished, table, output, no
     path.write_text("radius: -1\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: radius must be"):
         run_batch(path)
-    with pytest.raises(ConfigError, match="missing option: center_ra"):
-        run_batch(csv)
 
 
 def test_a_folder_of_a_version_without_these_options_resumes(finished, output, no_cluster):

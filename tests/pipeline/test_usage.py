@@ -76,8 +76,9 @@ def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_p
     # The interpreter of a worker ends at once.
     dask_options = {"distributed": {"nanny": {"pre-spawn-environ": {"PYTHONHASHSEED": "none"}}}}
     (tmp_path / "dask.yaml").write_text(yaml.safe_dump(dask_options))
-    # With this variable, which clusters of this process set, Dask would not read the file.
-    environment = {k: v for k, v in os.environ.items() if k != "DASK_INTERNAL_INHERIT_CONFIG"}
+    # Clusters of this process leave variables behind that go before the file.
+    ours = {"DASK_INTERNAL_INHERIT_CONFIG", "PYTHONHASHSEED"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     ended = subprocess.run(
         [sys.executable, "-m", "spxdask", "run", "--config", tmp_path / "run.yaml"],
         env=environment | {"DASK_CONFIG": str(tmp_path / "dask.yaml")},
