@@ -36,8 +36,11 @@ def make_tables() -> dict[str, str]:
             ),
         ),
         "flags": _table(
-            ("bit", "name", "in `bad_flags` by default", "meaning"),
-            ((str(f.bit), f.name, "yes" if f.bad else "", f.meaning) for f in FLAGS),
+            ("bit", "name", "in `bad_flags` by default", "rejects a row", "meaning"),
+            (
+                (str(f.bit), f.name, "yes" if f.bad else "", "yes" if f.rejects else "", f.meaning)
+                for f in FLAGS
+            ),
         ),
     }
 

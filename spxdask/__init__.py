@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from spxdask.pipeline import BatchPipeline
     from spxdask.run.query_summary import load_query_summary
     from spxdask.science.options import PhotometryConfig
+    from spxdask.tables.selection import select_good_rows
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "PhotometryConfig",
     "load_query_summary",
     "run_batch",
+    "select_good_rows",
 ]
 
 UNSUPPORTED_PLATFORM = (
@@ -34,6 +36,7 @@ _MODULES = {
     "load_query_summary": "spxdask.run.query_summary",
     "PhotometryConfig": "spxdask.science.options",
     "run_batch": "spxdask.batch",
+    "select_good_rows": "spxdask.tables.selection",
 }
 
 

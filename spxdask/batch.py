@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from spxdask.config import BatchConfig
+from spxdask.config import BatchConfig, check_options, expand_path, name_file, read_options
 from spxdask.errors import ConfigError
 from spxdask.pipeline import BatchPipeline
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run_batch(
-    config: BatchConfig | None = None,
+    config: Any = None,
     *,
-    catalog: str | os.PathLike | None = None,
+    catalog: Any = None,
     client: Client | None = None,
     scheduler: str | None = None,
     jobqueue: str | os.PathLike | None = None,
@@ -28,9 +28,11 @@ def run_batch(
 
     Parameters
     ----------
-    config : BatchConfig, optional
-        The options of the run. Without it, they are passed by name.
-    catalog : path, optional
+    config : BatchConfig, path or table, optional
+        The options of the run; or the path of a YAML file (``.yaml``, ``.yml``) of options, over
+        which those passed by name take precedence; or what ``catalog`` may be. Without it, or
+        with a catalogue, options are passed by name.
+    catalog : path, Table, DataFrame or SkyCoord, optional
         Another name of the option ``catalog_path``.
     client : distributed.Client, optional
         Cluster to use; `BatchPipeline` describes this and the next three parameters.
@@ -61,9 +63,11 @@ def run_batch(
     ... )  # doctest: +SKIP
     """
     if catalog is not None:
+        if "catalog_path" in options:
+            raise ConfigError("catalog and catalog_path are the same option: pass one of them")
         options["catalog_path"] = catalog
-    if config is None:
-        config = BatchConfig.from_dict(options)
+    if not isinstance(config, BatchConfig):
+        config = BatchConfig.from_dict(_find_options(config, options))
     elif options:
         raise ConfigError(f"pass a config or options, not both: {', '.join(options)}")
     pipeline = BatchPipeline(
@@ -71,3 +75,20 @@ def run_batch(
     )
     pipeline.run_all()
     return pipeline
+
+
+def _find_options(given: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options, where the first argument is a YAML file or a catalogue."""
+    if given is None:
+        return options
+    if isinstance(given, str | os.PathLike):
+        path = expand_path(given, "config")
+        if path.lower().endswith((".yaml", ".yml")):
+            values = read_options(path)
+            with name_file(path):
+                check_options(BatchConfig, {k: v for k, v in values.items() if k not in options})
+            # Options that a template leaves open are null.
+            return {k: v for k, v in values.items() if v is not None or k not in options} | options
+    if "catalog_path" in options:
+        raise ConfigError("the catalogue is given twice: drop the first argument or catalog")
+    return {"catalog_path": given} | options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from spxdask.config import (
     BatchConfig,
     check_options,
     expand_path,
+    list_missing,
     name_file,
     read_options,
     template,
@@ -37,7 +39,6 @@ EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 BATCH_OPTIONS = {info.name: info for info in list_options(BatchConfig)}
 PHOTOMETRY_OPTIONS = {info.name: info for info in list_options(PhotometryConfig)}
-REQUIRED = tuple(name for name, info in BATCH_OPTIONS.items() if info.required)
 # Each stage takes the options that it reads.
 STAGES = {
     "query": tuple(BATCH_OPTIONS),
@@ -47,10 +48,16 @@ STAGES = {
         "max_retries",
         "stall_timeout",
         "archive_url",
+        "archive_endpoint",
+        "outage_patience",
     ),
     "extract": (
         "output_dir",
         "catalog_path",
+        "id_column",
+        "ra_column",
+        "dec_column",
+        "on_bad_row",
         "max_extract_workers",
         "per_image_format",
         "photometry",
@@ -72,7 +79,7 @@ class _Command(NamedTuple):
     usage: str
 
 
-_FIELD_USAGE = "--catalog FILE --ra DEG --dec DEG --radius DEG [options]"
+_FIELD_USAGE = "--catalog FILE [--ra DEG --dec DEG --radius DEG] [options]"
 # In the order in which they are shown.
 COMMANDS = {
     "run": _Command("every day", "all four stages", _FIELD_USAGE),
@@ -121,6 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform == "win32":
         print(f"spxdask: {UNSUPPORTED_PLATFORM}", file=sys.stderr)
         return EXIT_USAGE
+    for stream in (sys.stdout, sys.stderr):
+        # Ids and paths may hold characters that the locale's encoding does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options, unknown = parser.parse_known_args(_attach_negative_values(arguments))
@@ -131,9 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
-    _configure_logging(options.verbose)
     try:
-        with _stop_at_second_interrupt():
+        with _log_to_stderr(options.verbose), _stop_at_second_interrupt():
             return options.run(options)
     except InputError as error:
         print(f"spxdask: {error}", file=sys.stderr)
@@ -197,13 +207,18 @@ def _attach_negative_values(arguments: Sequence[str]) -> list[str]:
     return attached
 
 
-def _configure_logging(verbose: int) -> None:
+@contextmanager
+def _log_to_stderr(verbose: int) -> Iterator[None]:
     """Print the messages of spxdask; those of Dask keep the form that Dask gives them."""
     logger = logging.getLogger("spxdask")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,8 +283,11 @@ def _add_command(commands: Any, name: str) -> None:
             action="store_true",
             help="process only the frames of the folder's last query that failed",
         )
+        _add_recheck(groups[FRAMES])
     elif name in STAGES:
         groups = _add_options(command, STAGES[name])
+        if name == "download":
+            _add_recheck(groups[FRAMES])
         if name == "extract":
             groups[FRAMES].add_argument(
                 "--all", action="store_true", help="measure again what is already measured"
@@ -292,6 +310,14 @@ def _add_command(commands: Any, name: str) -> None:
         "-v", "--verbose", action="count", default=0, help="log more; twice for every frame"
     )
     _add_help(general)
+
+
+def _add_recheck(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recheck",
+        action="store_true",
+        help="ask the archive which frames it has replaced, and fetch those again",
+    )
 
 
 def _add_options(
@@ -337,7 +363,7 @@ def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
     group.add_argument(
         info.flag,
         nargs=info.nargs,
-        type=str if info.annotation is str else _value,
+        type=str if info.annotation in (str, str | None) else _value,
         metavar=info.metavar,
         **how,
     )
@@ -348,7 +374,7 @@ def _help_text(info: OptionInfo) -> str:
     if info.required:
         return text
     if default is None:
-        return text.replace("; null for all", "; default: all")
+        return text.replace("; null for ", "; default: ")
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
@@ -381,9 +407,12 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
         values = _not_overruled(read_options(path), flags)
     with name_file(path):
         check_options(BatchConfig, values)
-    missing = [
-        BATCH_OPTIONS[name].flag for name in REQUIRED if name not in values and name not in flags
-    ]
+    for name, other in (("target", "catalog_path"), ("catalog_path", "target")):
+        if name in flags and other not in flags:
+            values.pop(other, None)
+    missing = [BATCH_OPTIONS[name].flag for name in list_missing(values | flags)]
+    if not any((values | flags).get(name) is not None for name in ("catalog_path", "target")):
+        missing.append("--catalog or --target")
     if missing:
         raise ConfigError(f"missing {', '.join(missing)} (or a --config FILE that has them)")
     check_options(BatchConfig, flags)
@@ -408,7 +437,7 @@ def _collect_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a file that no flag overrules, and that were filled in."""
+    """Return the options of a file that no flag overrules."""
     left = {}
     for name, value in values.items():
         if name == "photometry" and isinstance(value, Mapping):
@@ -416,7 +445,7 @@ def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[
             left[name] = {key: v for key, v in value.items() if key not in overruled}
         elif name not in flags or name == "photometry":
             left[name] = value
-    return {name: v for name, v in left.items() if v is not None or name not in REQUIRED}
+    return left
 
 
 def _pipeline(options: argparse.Namespace, *, saved: bool) -> BatchPipeline:
@@ -440,7 +469,7 @@ def _run(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.retry_failed)
     # Read now, so that a mistake in it is reported before a cluster is started.
     _ = pipeline.catalogue
-    summary = pipeline.run_all(retry_failed=options.retry_failed)
+    summary = pipeline.run_all(retry_failed=options.retry_failed, recheck=options.recheck)
     print(summary)
     return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
 
@@ -451,6 +480,8 @@ def _stage(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options, saved=options.command != "query")
     if options.command == "extract":
         pipeline.run_extract(skip_existing=not options.all)
+    elif options.command == "download":
+        pipeline.run_download(recheck=options.recheck)
     else:
         getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]
@@ -492,7 +523,7 @@ def _config(options: argparse.Namespace) -> int:
             file.write(text)
     except OSError as error:
         raise InputError(error.strerror or str(error), path=path) from error
-    print(f"wrote {path}; fill in the four options at its top, then")
+    print(f"wrote {path}; fill in catalog_path, and what else is to be other than it is, then")
     print(f"spxdask run --config {path}")
     return EXIT_DONE
 

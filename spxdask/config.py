@@ -10,9 +10,10 @@ import difflib
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import field
+from datetime import UTC, date, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -40,6 +41,7 @@ __all__ = [
     "LiteralPath",
     "check_options",
     "expand_path",
+    "list_missing",
     "load_yaml",
     "name_file",
     "option_rows",
@@ -112,6 +114,37 @@ def _check_path(value: Any) -> str:
     return _keep(f"{scheme}://{host}{slash}{_expand(path)}")
 
 
+def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check that lets None pass."""
+    return lambda value: None if value is None else check(value)
+
+
+def _check_target(value: Any) -> str:
+    # It is imported here because few runs have one.
+    from spxdask.tables.target import parse_target
+
+    if not isinstance(value, str):
+        raise ValueError("{rule}")
+    try:
+        parse_target(value)
+    except ValueError as error:
+        raise ValueError(f"{{rule}}{error}") from None
+    return value
+
+
+def _check_catalogue(value: Any) -> Any:
+    """Return the path of a catalogue, or a table of whatever library as a GivenCatalogue."""
+    if isinstance(value, str | os.PathLike):
+        # As programs of the shell call their standard input.
+        return _check_path("/dev/stdin" if value == "-" else value)
+    # It is imported here because it brings pyarrow.
+    from spxdask.tables.catalogue import GivenCatalogue, is_catalogue
+
+    if not is_catalogue(value):
+        raise ValueError("{rule}")
+    return value if isinstance(value, GivenCatalogue) else GivenCatalogue(value)
+
+
 def _scheme(value: Any) -> str:
     """Return the scheme of a URL that names something, "" for anything else."""
     try:
@@ -126,6 +159,10 @@ def _check_tap_url(value: Any) -> str:
     if _scheme(value) not in ("http", "https"):
         raise ValueError("{rule}")
     return _normalise(value)
+
+
+def _check_endpoint(value: Any) -> str | None:
+    return None if value is None else _check_tap_url(value)
 
 
 def _check_archive_url(value: Any) -> str:
@@ -219,12 +256,46 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _sort_bands(value: Any) -> Any:
-    """Return the names of bands in upper case, sorted, without duplicates."""
+    """Return bands, by name or number, as names in upper case, sorted, without duplicates."""
+    if isinstance(value, str):
+        value = tuple(re.split(r"[,;\s]+", value.strip()))
+    elif type(value) is int:
+        value = (value,)
     if not isinstance(value, tuple | set | frozenset):
         return value
-    if not all(isinstance(band, str) for band in value):
+    if not all(type(band) in (str, int) for band in value):
         raise ValueError("{rule}")
-    return tuple(sorted({band.upper() for band in value}))
+    names = (str(band).strip().upper() for band in value)
+    return tuple(sorted({f"D{name}" if name in "123456" else name for name in names}))
+
+
+# The day 0 of the Modified Julian Date.
+_MJD_ZERO = datetime(1858, 11, 17, tzinfo=UTC)
+
+
+def _to_mjd(value: Any) -> Any:
+    """Return a date or time in UTC as MJD; other values are returned unchanged."""
+    # An astropy Time, without importing astropy.
+    if hasattr(value, "mjd") and hasattr(value, "utc"):
+        return value.utc.mjd.tolist() if hasattr(value.mjd, "tolist") else float(value.utc.mjd)
+    if isinstance(value, str) and "-" in value.strip()[1:]:
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value.strip())
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if not isinstance(value, datetime):
+        return value
+    # A time without a zone is UTC.
+    time = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+    return (time - _MJD_ZERO) / timedelta(days=1)
+
+
+def _to_mjds(value: Any) -> Any:
+    """Return two dates or times as MJDs."""
+    mjds = _to_mjd(value)
+    if isinstance(mjds, list | tuple):
+        return tuple(_to_mjd(mjd) for mjd in mjds)
+    return mjds
 
 
 def _check_release(value: Any) -> Any:
@@ -263,8 +334,9 @@ _Format = Literal["csv", "parquet"]
 class BatchConfig(CheckedOptions):
     """A run: where on the sky, which catalogue, which frames, how.
 
-    Angles may be numbers of degrees or astropy's Angle, Longitude, Latitude or Quantity;
-    sequences may be lists, tuples or arrays. In paths, ``~`` and ``$VAR`` are expanded.
+    Angles may be numbers of degrees or astropy's Angle, Longitude, Latitude or Quantity; times
+    may be MJDs, ISO dates, datetime or Time; sequences may be lists, tuples or arrays. In paths,
+    ``~`` and ``$VAR`` are expanded.
 
     Raises
     ------
@@ -273,9 +345,9 @@ class BatchConfig(CheckedOptions):
     """
 
     center_ra: Annotated[
-        float,
+        float | None,
         option(
-            "centre of the field, ICRS",
+            "centre of the field, ICRS; null for the sky about the sources",
             unit="deg",
             group=FIELD,
             flag="ra",
@@ -284,11 +356,11 @@ class BatchConfig(CheckedOptions):
             le=360,
         ),
         _coordinate("00:42:44"),
-    ]
+    ] = None
     center_dec: Annotated[
-        float,
+        float | None,
         option(
-            "centre of the field, ICRS",
+            "centre of the field, ICRS; null for the sky about the sources",
             unit="deg",
             group=FIELD,
             flag="dec",
@@ -297,24 +369,80 @@ class BatchConfig(CheckedOptions):
             le=90,
         ),
         _coordinate("-66:30:00"),
-    ]
+    ] = None
     radius: Annotated[
-        float,
-        option("radius of the field", unit="deg", group=FIELD, metavar="DEG", gt=0, le=90),
-        BeforeValidator(_to_degrees),
-    ]
-    catalog_path: Annotated[
-        str,
+        float | None,
         option(
-            "CSV file with the columns targetid (or target_id), ra, dec; a path or a URL "
-            "(s3://...)",
+            "radius of the field; null for the sky about the sources",
+            unit="deg",
             group=FIELD,
-            rule=_PATH_RULE,
+            metavar="DEG",
+            gt=0,
+            le=90,
+        ),
+        BeforeValidator(_to_degrees),
+    ] = None
+    catalog_path: Annotated[
+        str | None,
+        option(
+            "table of sources with columns of id, ra and dec: CSV, Parquet, FITS, VOTable, ECSV, "
+            "IPAC, MRT and others, compressed or not, or a folder of Parquet files; a path or a "
+            "URL (s3://...); in Python also a table, a DataFrame or a SkyCoord",
+            group=FIELD,
+            rule=f"{_PATH_RULE}, a table, a DataFrame or a SkyCoord",
             flag="catalog",
             metavar="FILE",
         ),
-        PlainValidator(_check_path),
-    ]
+        PlainValidator(_optional(_check_catalogue)),
+    ] = None
+    target: Annotated[
+        str | None,
+        option(
+            "one source instead of a catalogue: a position, or a name that has it, such as "
+            "'10.684 41.269', '00h42m44s +41d16m09s' or J004244.3+411609; null for the sources of "
+            "catalog_path",
+            group=FIELD,
+            rule="a position such as '10.684 41.269' (degrees) or '00h42m44s +41d16m09s', or a "
+            "name that has it to the second, such as J004244.3+411609",
+            metavar="POSITION",
+        ),
+        PlainValidator(_optional(_check_target)),
+    ] = None
+    id_column: Annotated[
+        str | None,
+        option(
+            "column of the ids in the catalogue; null for targetid or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    ra_column: Annotated[
+        str | None,
+        option(
+            "column of the right ascension; null for ra or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    dec_column: Annotated[
+        str | None,
+        option(
+            "column of the declination; null for dec or another usual name",
+            group=FIELD,
+            rule="the name of a column, or null",
+            metavar="NAME",
+        ),
+    ] = None
+    on_bad_row: Annotated[
+        Literal["error", "skip"],
+        option(
+            "what becomes of rows of the catalogue without id or position: 'error' ends the run, "
+            "'skip' leaves them out, counts them, and lists them in skipped_rows.csv",
+            group=FIELD,
+        ),
+    ] = "error"
     output_dir: Annotated[
         str,
         option(
@@ -361,7 +489,7 @@ class BatchConfig(CheckedOptions):
         Annotated[tuple[Literal["D1", "D2", "D3", "D4", "D5", "D6"], ...], Field(min_length=1)]
         | None,
         option(
-            "detectors to use, of D1 to D6, such as [D3, D4]; null for all",
+            "detectors to use, of D1 to D6, such as D3, [D3, D4] or [3, 4]; null for all",
             group=FRAMES,
             rule="a list of some of D1 to D6, or null for all",
             metavar="BAND",
@@ -372,13 +500,15 @@ class BatchConfig(CheckedOptions):
     mjd_range: Annotated[
         tuple[_Mjd, _Mjd] | None,
         option(
-            "first and last mid-exposure time, both included; null for all",
+            "first and last mid-exposure time, both included, as MJD or ISO 8601 in UTC, where a "
+            "date is its 0h; null for all",
             unit="MJD",
             group=FRAMES,
-            rule="two MJDs, the earlier first, or null for all",
+            rule="two MJDs, the earlier first, or ISO dates, or null for all",
             metavar=("FIRST", "LAST"),
             nargs=2,
         ),
+        BeforeValidator(_to_mjds),
         AfterValidator(_check_order),
     ] = None
     release: Annotated[
@@ -471,6 +601,28 @@ class BatchConfig(CheckedOptions):
         ),
         PlainValidator(_check_archive_url),
     ] = field(default_factory=lambda: os.environ.get("SPXDASK_ARCHIVE_URL") or IRSA_ARCHIVE_URL)
+    archive_endpoint: Annotated[
+        str | None,
+        option(
+            "S3 server of the bucket in archive_url; null is AWS for the public bucket, and for "
+            "another what s3fs finds, such as AWS_ENDPOINT_URL",
+            group=ARCHIVE,
+            rule="an http or https URL, or null",
+            metavar="URL",
+        ),
+        PlainValidator(_check_endpoint),
+    ] = None
+    outage_patience: Annotated[
+        float,
+        option(
+            "longest wait for an archive that does not answer, after which the run ends and can "
+            "be resumed",
+            unit="s",
+            group=ARCHIVE,
+            ge=0,
+            le=30 * 86400,
+        ),
+    ] = 12 * 3600.0
     calibration: Annotated[
         str,
         option(
@@ -515,6 +667,38 @@ class BatchConfig(CheckedOptions):
         BeforeValidator(_as_photometry),
     ] = PhotometryConfig()
 
+    def __post_init__(self) -> None:
+        if self.catalog_path is None and self.target is None:
+            raise ConfigError("missing option: catalog_path (or target)", option="catalog_path")
+        if self.catalog_path is not None and self.target is not None:
+            raise ConfigError(
+                "catalog_path and target exclude each other: leave one of them out", option="target"
+            )
+        if missing := list_missing(vars(self)):
+            raise ConfigError(
+                f"missing option: {', '.join(missing)} (center_ra, center_dec and radius are given "
+                "together, or none of them for the sky about the sources)",
+                option=missing[0],
+            )
+        if self.region != "circle" and self.coverage_mode == "full":
+            raise ConfigError(
+                option="coverage_mode",
+                value=self.coverage_mode,
+                rule="any where center_ra, center_dec and radius give no circle",
+            )
+
+    @property
+    def region(self) -> Literal["circle", "target", "catalogue"]:
+        """What the field is: the circle that is given, or what the source or sources cover."""
+        if self.radius is not None:
+            return "circle"
+        return "catalogue" if self.target is None else "target"
+
+    @property
+    def fetches_empty_frames(self) -> bool:
+        """Whether frames of the field on which no source can lie are fetched and measured, too."""
+        return self.region == "circle" and self.keep_images
+
     def to_dict(self) -> dict[str, Any]:
         """Return the options as YAML holds them, such that `from_dict` makes the same of them.
 
@@ -522,7 +706,17 @@ class BatchConfig(CheckedOptions):
         -------
         dict
             Of plain numbers, texts, lists and mappings; a dollar sign in a path is ``$$``.
+
+        Raises
+        ------
+        ConfigError
+            If the catalogue is an object.
         """
+        if not isinstance(self.catalog_path, str | None):
+            raise ConfigError(
+                f"catalog_path is {self.catalog_path!r}, which YAML cannot hold: make a file of it",
+                option="catalog_path",
+            )
         found = {
             name: value.replace("$", "$$") if isinstance(value, LiteralPath) else value
             for name, value in super().to_dict().items()
@@ -590,6 +784,24 @@ def expand_path(path: str | os.PathLike[str], option: str = "output_dir") -> str
     except ValueError as error:
         rule = str(error).replace("{rule}", _PATH_RULE)
         raise ConfigError(option=option, value=path, rule=rule) from None
+
+
+def list_missing(values: Mapping[str, Any]) -> list[str]:
+    """Return which options of a circle are missing where others are given.
+
+    Parameters
+    ----------
+    values : mapping
+        Options by name.
+
+    Returns
+    -------
+    list of str
+        Empty for a whole circle, and for none.
+    """
+    circle = ("center_ra", "center_dec", "radius")
+    missing = [name for name in circle if values.get(name) is None]
+    return missing if len(missing) < len(circle) else []
 
 
 # Names of options that differ on the command line, and their names everywhere else.
@@ -745,9 +957,12 @@ def template() -> str:
     Returns
     -------
     str
-        The options without a default have no value.
+        Each with its default; catalog_path has none.
     """
-    head = "A spxdask run. The four options without a value have to be given."
+    head = (
+        "A spxdask run. It needs catalog_path (or target); center_ra, center_dec and radius\n"
+        "# restrict it to a circle on the sky."
+    )
     return "\n".join([f"# {head}", *_template_lines(BatchConfig, ""), ""])
 
 
@@ -764,7 +979,7 @@ def _template_lines(model: type[CheckedOptions], indent: str) -> Iterator[str]:
             initial_indent=f"{indent}# ",
             subsequent_indent=f"{indent}# ",
         )
-        if info.required:
+        if info.nested is None and info.default is None:
             yield f"{indent}{info.name}:"
         elif info.nested is not None:
             yield f"{indent}{info.name}:"

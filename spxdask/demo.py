@@ -30,6 +30,7 @@ from spxdask.simulate.frames import (
     pixel_integrated_psf,
     write_frame,
 )
+from spxdask.tables.selection import select_good_rows
 
 CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
 N_SOURCES = 300
@@ -285,7 +286,7 @@ def _plot_spectra(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
         axes = figure.add_subplot(2, 2, number + 1)
         one = sky.take(np.array([source]))
         axes.plot(wavelength, [one.flux(w)[0] for w in wavelength], color="0.7", label="injected")
-        rows = measured[measured["target_id"] == _make_target_id(source)]
+        rows = select_good_rows(measured[measured["target_id"] == _make_target_id(source)])
         # The spectrum is total flux, so the aperture flux is corrected to that.
         correction = rows["injected"] / rows["expected"]
         axes.errorbar(

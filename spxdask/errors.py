@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "ArchiveError",
@@ -23,6 +23,7 @@ __all__ = [
     "SpxdaskError",
     "StoreError",
     "TruncatedAnswerError",
+    "UnreachableError",
 ]
 
 Location = str | os.PathLike[str] | None
@@ -162,23 +163,37 @@ class ArchiveError(SpxdaskError):
         The URL, without a user's name and password.
     attempts : int, optional
         How often it was tried.
+    blame : {"frame", "archive", "access"}
+        What the reason lies in: the file or query itself, so that others may succeed; the
+        archive, which may answer later; or the way to it, such as a certificate that is not
+        trusted, which stays as it is until somebody changes it.
 
     Attributes
     ----------
-    path, attempts
+    path, attempts, blame
         As given.
     """
 
     def __init__(
-        self, reason: str = "", *, path: Location = None, attempts: int | None = None
+        self,
+        reason: str = "",
+        *,
+        path: Location = None,
+        attempts: int | None = None,
+        blame: Literal["frame", "archive", "access"] = "frame",
     ) -> None:
         super().__init__(reason, path=path)
         self.attempts = attempts
+        self.blame = blame
 
     def __str__(self) -> str:
         if self.attempts is None:
             return super().__str__()
         return f"{super().__str__()} (after {self.attempts} attempt{'s' * (self.attempts != 1)})"
+
+
+class UnreachableError(ArchiveError):
+    """There was no connection to the archive."""
 
 
 class TruncatedAnswerError(ArchiveError):

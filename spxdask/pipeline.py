@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,18 +12,19 @@ from typing import Any
 import dask.bag as db
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import OutagePolicy
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
-from spxdask.cluster.tasks import run_one
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
+from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
+from spxdask.stages.context import open_stages
 from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
-from spxdask.tables.catalogue import CatalogueFile
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +76,11 @@ class BatchPipeline:
     ) -> None:
         if not isinstance(config, BatchConfig):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
-        self.config = config
         self.folder = RunFolder(config.output_dir)
+        self._sources = RunSources(config, self.folder)
+        self.config = self._sources.config
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        self._catalogue_file = CatalogueFile(config.catalog_path)
         bars: Progress = Bars() if progress is True else progress or Silent()
         self._progress = ProgressPublisher(bars, self.folder.path)
         self._session = ClusterSession(
@@ -93,6 +92,7 @@ class BatchPipeline:
             on_connect=self._progress.connect,
         )
         self._held = ExitStack()
+        self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
@@ -121,8 +121,7 @@ class BatchPipeline:
     @property
     def catalogue(self) -> Catalogue:
         """The catalogue, read and checked, and read again when its file has changed."""
-        self.folder.refuse_within(self.config.catalog_path)
-        return self._catalogue_file.read()
+        return self._sources.read()
 
     @property
     def observations(self) -> db.Bag:
@@ -162,18 +161,26 @@ class BatchPipeline:
         catalogue, config = self.catalogue, self.config
         with self._stage_context("query") as (report,):
             self._progress.start("query", 1, "query")
-            if self._session.has_cluster:
-                key = ("query", uuid.uuid4().hex)
-                found = run_one(self._session.connect(), query.find_observations, config, key=key)
-            else:
-                # A run with nothing left to do needs no cluster.
-                found = query.find_observations(config)
-            query.record_query(self.folder, config, catalogue, found, report)
+            field = query.make_field(config, catalogue)
+            found = query.find_patiently(
+                config,
+                field.circles,
+                policy=self._outage_policy,
+                run_once=functools.partial(self._session.run_once, "query"),
+                on_wait=self._progress.wait,
+                may_be_mistaken=not self.folder.has_query(),
+            )
+            query.record_query(self.folder, config, catalogue, field, found, report)
             self._progress.advance()
         return found
 
-    def run_download(self) -> StageReport:
+    def run_download(self, *, recheck: bool = False) -> StageReport:
         """Fetch the frames of the query that are not yet in images/.
+
+        Parameters
+        ----------
+        recheck : bool
+            Ask the archive which frames it has replaced, and fetch those again.
 
         Returns
         -------
@@ -187,7 +194,7 @@ class BatchPipeline:
         """
         if not self.config.keep_images:
             raise ConfigError("keep_images is false: only a whole run can do without images/")
-        return self._run_frames("download")["download"]
+        return self._run_frames("download", recheck=recheck)["download"]
 
     def run_extract(self, skip_existing: bool = True) -> StageReport:
         """Measure the catalogue in every frame that is in images/.
@@ -224,13 +231,17 @@ class BatchPipeline:
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
             observations = self.folder.load_observations(self.config)
-            run.choose_tables(observations, None if observations is None else self.catalogue)
+            catalogue = None
+            if observations is not None:
+                catalogue = self.catalogue
+                self.folder.require_observations(self.config, catalogue)
+            run.choose_tables(observations, catalogue)
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
         return report
 
-    def run_all(self, retry_failed: bool = False) -> RunSummary:
+    def run_all(self, retry_failed: bool = False, *, recheck: bool = False) -> RunSummary:
         """Run the four stages.
 
         Parameters
@@ -238,6 +249,9 @@ class BatchPipeline:
         retry_failed : bool
             Take the frames of the last query that failed, and no others, and bring the
             light curves up to date.
+        recheck : bool
+            Ask the archive which frames it has replaced since they were fetched, fetch those
+            again and measure those whose content is another.
 
         Returns
         -------
@@ -249,7 +263,7 @@ class BatchPipeline:
         with self._session.hold():
             # Nothing found or measured is more often a mistake than a reason to remove curves.
             if self.folder.require_observations(self.config) if retry_failed else self.run_query():
-                self._run_frames("download", "extract", only_failed=retry_failed)
+                self._run_frames("download", "extract", only_failed=retry_failed, recheck=recheck)
                 try:
                     self.run_aggregate()
                 except aggregate.NothingMeasuredError as error:
@@ -258,42 +272,44 @@ class BatchPipeline:
         return self.summary
 
     def _run_frames(
-        self, *stages: str, skip_existing: bool = True, only_failed: bool = False
+        self,
+        *stages: str,
+        skip_existing: bool = True,
+        only_failed: bool = False,
+        recheck: bool = False,
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
+            catalogue = self._sources.choose(stages)
             run = FrameRun(
                 folder=self.folder,
                 config=self.config,
-                # A download needs no catalogue, which may be elsewhere.
-                catalogue=self.catalogue if "extract" in stages else None,
-                observations=self.folder.require_observations(self.config),
+                catalogue=catalogue,
+                observations=self.folder.require_observations(self.config, catalogue),
                 reports={report.stage: report for report in reports},
                 progress=self._progress,
+                outage_policy=self._outage_policy,
             )
             self.folder.save_config(self.config)
-            states = run.plan(skip_existing=skip_existing, only_failed=only_failed)
+            if self.config.lightcurve_format == "csv" and "extract" in stages:
+                # Long before the first light curve is written.
+                self.folder.find_refused_characters(self.catalogue)
+            ask = functools.partial(self._session.run_once, "recheck")
+            replaced = run.recheck(ask) if recheck else set()
+            states = run.plan(
+                skip_existing=skip_existing, only_failed=only_failed, replaced=replaced
+            )
             if needs_tasks(states):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
         return run.reports
 
     @contextmanager
     def _stage_context(self, *stages: str) -> Iterator[list[StageReport]]:
-        """Lock the folder for a stage, and time it; yield a report for each of `stages`."""
-        reports = [StageReport(stage=stage) for stage in stages]
-        started = time.monotonic()
+        """Hold cluster and folder for stages; yield a report for each of them."""
         self._session.require_main_guard()
-        with self._session.hold(), self.folder.locked():
-            self.folder.ledger.refresh()
-            try:
-                yield reports
-            finally:
-                # The ledger of a folder that another run has taken over is not ours to write.
-                if not self.folder.is_lock_lost:
-                    self.folder.ledger.flush()
-                self._progress.finish()
-            # Workers that died leave partial files behind.
-            self.folder.delete_partial_files()
-        for report in reports:
-            report.seconds = time.monotonic() - started
-            self.reports[report.stage] = report
+        with (
+            self._session.hold(),
+            open_stages(stages, self.folder, self._sources, self._progress) as reports,
+        ):
+            yield reports
+        self.reports |= {report.stage: report for report in reports}

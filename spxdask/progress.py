@@ -15,7 +15,9 @@ class Progress(Protocol):
     """What a pipeline reports while it works.
 
     An object may also have a method ``connect(links: str)``. It is called when there is a
-    cluster, with lines for people that name the pages of the cluster.
+    cluster, with lines for people that name the pages of the cluster. With a method
+    ``wait(reason: str | None)`` it is told that the stage waits, and for what, and with None that
+    it goes on.
     """
 
     def start(self, stage: str, total: int, unit: str) -> None:
@@ -133,6 +135,18 @@ class Bars:
             self._failed += 1
             self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
         self._bar.update()
+
+    def wait(self, reason: str | None) -> None:
+        """Show on the bar that the stage waits.
+
+        Parameters
+        ----------
+        reason : str or None
+            None when it goes on.
+        """
+        if self._bar is not None:
+            failed = f"{self._failed} failed" if self._failed else ""
+            self._bar.set_postfix_str("waiting for the archive" if reason else failed)
 
     def finish(self) -> None:
         """Close the bar; it stays on the terminal."""

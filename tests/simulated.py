@@ -37,7 +37,7 @@ AWKWARD_IDS = [
     "é" * 150,
     "007",
     "7",
-    "7.0",
+    "7.5",
     "NA",
 ]
 # A cut-out about the reference pixel keeps files small and has the field's sources on it.

@@ -160,7 +160,10 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run"], "missing --ra, --dec, --radius, --catalog"),
+        (["run"], "missing --catalog or --target (or a --config FILE"),
+        (["run", *FIELD, "--target", "M31"], "target must be a position such as '10.684 41.269'"),
+        (["run", *FIELD, "--target", "1 2"], "catalog_path and target exclude each other"),
+        (["run", *FIELD[:2], "--coverage", "full"], "coverage_mode must be any where"),
         (["run", *FIELD[:-1], "-1"], "radius must be > 0 and <= 90, got -1"),
         (["run", *FIELD[:-1], "wide"], "radius must be a number > 0 and <= 90, got 'wide'"),
         (["run", *FIELD, "--ra", "00:42:44"], "decimal degrees (not as 00:42:44), got '00:42:44'"),
@@ -181,7 +184,7 @@ def test_retry_failed_takes_the_options_of_the_run_it_ends(run, frames, tmp_path
         (["download", "--output", "$NOT_SET/o"], "output_dir must be a path of variables that"),
         (["status", "$NOT_SET/o"], "output_dir must be a path of variables that are set"),
         (["run", *FIELD, "--bad-flags", "HOTT"], "did you mean HOT?), got ['HOTT']"),
-        (["run", *FIELD, "--bands", "3"], "D1 to D6, or null for all, got ['3']"),
+        (["run", *FIELD, "--bands", "7"], "D1 to D6, or null for all, got ['7']"),
         (
             ["run", *FIELD, "--window-size", "2"],
             "photometry.window_size must be an integer",
@@ -231,6 +234,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(run, arguments, says):
         ("max_images: 3\n", [*FIELD, "--bands", "D7"], "spxdask: bands must be a list of some of"),
         ("max_images: 3\n", FIELD[:-2], "spxdask: missing --radius (or a --config FILE"),
         ("center_ra:\nradius: 1\n", FIELD[:2], "spxdask: missing --ra, --dec (or"),
+        ("catalog_path:\n", [], "spxdask: missing --catalog or --target (or"),
         (
             "photometry: {window_size: 20}\n",
             [*FIELD, "--fwhm-multiplier", "-1"],

@@ -7,14 +7,18 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import astropy.units as u
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
-from astropy.coordinates import Angle, Latitude, Longitude
+from astropy.coordinates import Angle, Latitude, Longitude, SkyCoord
+from astropy.table import Table
+from astropy.time import Time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +64,12 @@ PHOTOMETRY_DEFAULTS = {
     "bad_flags": (0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19),
 }
 BATCH_DEFAULTS = {
+    "target": None,
     "coverage_mode": "any",
+    "id_column": None,
+    "ra_column": None,
+    "dec_column": None,
+    "on_bad_row": "error",
     "bands": None,
     "mjd_range": None,
     "release": "latest",
@@ -78,6 +87,8 @@ BATCH_DEFAULTS = {
     "stall_timeout": 30.0,
     "tap_url": IRSA_TAP_URL,
     "archive_url": IRSA_ARCHIVE_URL,
+    "archive_endpoint": None,
+    "outage_patience": 12 * 3600,
     "photometry": PHOTOMETRY_DEFAULTS,
 }
 
@@ -108,8 +119,9 @@ def test_defaults():
 def test_default_types():
     for config in (batch(), PhotometryConfig()):
         for option in list_options(type(config)):
-            if option.annotation in (float, int, bool, str):
-                assert type(getattr(config, option.name)) is option.annotation, option.name
+            value = getattr(config, option.name)
+            if option.annotation in (float, int, bool, str) and value is not None:
+                assert type(value) is option.annotation, option.name
 
 
 def test_irsa_addresses():
@@ -134,10 +146,41 @@ def test_the_default_flags_are_those_of_the_registry():
 @pytest.mark.parametrize("name", REQUIRED)
 def test_required_options(name):
     rest = {k: v for k, v in REQUIRED.items() if k != name}
-    with pytest.raises(TypeError, match=name):
-        BatchConfig(**rest)
-    with pytest.raises(ConfigError, match=f"missing option: {name}$"):
-        BatchConfig.from_dict(rest)
+    for make in (lambda: BatchConfig(**rest), lambda: BatchConfig.from_dict(rest)):
+        with pytest.raises(ConfigError, match=rf"^missing option: {name} \(") as caught:
+            make()
+        assert caught.value.option == name
+
+
+def test_the_field():
+    assert batch().region == "circle"
+    assert batch().fetches_empty_frames
+    assert not batch(keep_images=False).fetches_empty_frames
+    anywhere = BatchConfig(catalog_path="x.csv")
+    assert (anywhere.region, anywhere.fetches_empty_frames) == ("catalogue", False)
+    target = BatchConfig(target="10.684 41.269")
+    assert (target.region, target.fetches_empty_frames) == ("target", False)
+    assert batch(catalog_path=None, target="10.684 41.269").region == "circle"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"radius": None}, "missing option: radius (center_ra, center_dec and radius are given"),
+        ({"center_ra": None, "radius": None}, "missing option: center_ra, radius ("),
+        ({"target": "10 20"}, "catalog_path and target exclude each other"),
+        ({"catalog_path": None, "target": "M31"}, "target must be a position such as '10.684"),
+        ({"catalog_path": None, "target": "10 95"}, "(its declination is 95 deg), got '10 95'"),
+        ({"catalog_path": None, "target": 10.0}, "such as J004244.3+411609, got 10.0"),
+        (
+            {"center_ra": None, "center_dec": None, "radius": None, "coverage_mode": "full"},
+            "coverage_mode must be any where center_ra, center_dec and radius give no circle",
+        ),
+    ],
+)
+def test_options_of_the_field_together(options, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        batch(**options)
 
 
 def refuses(error: ConfigError, name: str, value, rule: str) -> None:
@@ -150,9 +193,9 @@ def refuses(error: ConfigError, name: str, value, rule: str) -> None:
     assert "\n" not in str(error)
 
 
-NOT_NUMBERS = ["3", True, None, float("nan"), float("inf"), -float("inf"), 10**400, [1.0], 1j]
+NOT_NUMBERS = ["3", True, float("nan"), float("inf"), -float("inf"), 10**400, [1.0], 1j]
 NOT_INTEGERS = ["3", True, None, 3.0, float("nan"), [1]]
-POSITIVE = [0, 0.0, -0.1, *NOT_NUMBERS]
+POSITIVE = [0, 0.0, -0.1, None, *NOT_NUMBERS]
 AT_LEAST_ONE = [0, -1, *NOT_INTEGERS]
 PIXELS = "an integer from 3 to 500 (pixels), or a pair of them"
 NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3:///x", "s3://["]
@@ -163,11 +206,29 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
     [
         ("center_ra", [-0.1, 360.1, *NOT_NUMBERS], "a number >= 0 and <= 360"),
         ("center_dec", [-90.1, 90.1, *NOT_NUMBERS], "a number >= -90 and <= 90"),
-        ("radius", [90.1, *POSITIVE], "a number > 0 and <= 90"),
-        ("catalog_path", ["", b"x", None, 3, "a\0b"], "a path"),
+        ("radius", [90.1, 0, -0.1, *NOT_NUMBERS], "a number > 0 and <= 90"),
+        ("catalog_path", ["", b"x", 3, "a\0b"], "a path"),
         ("catalog_path", NO_STORES, "a path, or the URL of a store, such as s3://"),
         ("coverage_mode", ["all", "ANY", None, 3, ["any"]], "any or full"),
-        ("bands", [[], "D1", ["D7"], [1], [["D1"]], [None], 3, {"D1": 1}, ["all"]], "D1 to D6"),
+        (
+            "bands",
+            [
+                [],
+                "D7",
+                ["D7"],
+                [0],
+                [7],
+                [True],
+                [3.0],
+                [["D1"]],
+                [None],
+                12,
+                "",
+                {"D1": 1},
+                ["all"],
+            ],
+            "D1 to D6",
+        ),
         (
             "mjd_range",
             [[], [61000], [61001, 61000], [1, 2, 3], ["a", "b"], 61000, {61000, 61001}, [[1], 2]],
@@ -218,8 +279,8 @@ def test_batch_options_have_rules(name, values, allowed):
         ("window_size", [2, 501, 50.0, "50", True, None, [], [50], [50, 2], [5, 5, 5]], PIXELS),
         ("window_size", [{50, 40}, (50.0, 40), (True, 40)], PIXELS),
         ("subtract_zodi", [0, 1, "yes", None], "true or false"),
-        ("zodi_scale_min", NOT_NUMBERS, "a number >= -1000000 and <= 1000000"),
-        ("zodi_scale_max", NOT_NUMBERS, "a number >= -1000000 and <= 1000000"),
+        ("zodi_scale_min", [None, *NOT_NUMBERS], "a number >= -1000000 and <= 1000000"),
+        ("zodi_scale_max", [None, *NOT_NUMBERS], "a number >= -1000000 and <= 1000000"),
         ("zodi_scale_max", [0, -1], "> zodi_scale_min, which is 0.0"),
         ("min_usable_pixels", AT_LEAST_ONE, "an integer >= 1"),
         ("bg_sigma_clip_sigma", POSITIVE, "a number > 0 and <= 1000"),
@@ -253,7 +314,7 @@ def test_text_that_is_no_number_of_degrees(name):
         with pytest.raises(ConfigError) as caught:
             batch(**{name: value})
         assert re.search(r"\d, in decimal degrees \(not as [-:\d]+\)$", caught.value.rule)
-    for value in ("3", 400, None):
+    for value in ("3", 400):
         with pytest.raises(ConfigError) as caught:
             batch(**{name: value})
         assert "decimal degrees" not in caught.value.rule
@@ -352,6 +413,20 @@ def test_from_dict_needs_a_mapping():
         ("lightcurve_format", np.str_("parquet"), "parquet"),
         ("coverage_mode", np.str_("full"), "full"),
         ("bands", ("D4", "D3", "D4"), ("D3", "D4")),
+        ("bands", "D3", ("D3",)),
+        ("bands", "d4, D3", ("D3", "D4")),
+        ("bands", 3, ("D3",)),
+        ("bands", [4, 3], ("D3", "D4")),
+        ("bands", ["4", "D3"], ("D3", "D4")),
+        ("bands", np.array([3, 4]), ("D3", "D4")),
+        ("mjd_range", ("2025-05-01", "2025-06-01T12:00:00"), (60796.0, 60827.5)),
+        ("mjd_range", ("2025-05-01T02:00:00+02:00", "2025-06-01T12:00:00Z"), (60796.0, 60827.5)),
+        ("mjd_range", (60000, date(2025, 5, 1)), (60000.0, 60796.0)),
+        ("mjd_range", [datetime(2025, 5, 1, 6), pd.Timestamp("2025-06-01")], (60796.25, 60827.0)),
+        ("mjd_range", np.array(["2025-05-01", "2025-06-01"], "M8[D]"), (60796.0, 60827.0)),
+        ("mjd_range", Time(["2025-05-01", "2025-06-01"]), (60796.0, 60827.0)),
+        ("mjd_range", [Time(60796, format="mjd"), Time("2025-06-01")], (60796.0, 60827.0)),
+        ("id_column", "my id", "my id"),
         ("bands", {"D6"}, ("D6",)),
         ("bands", ["d4", "D3", "D4"], ("D3", "D4")),
         ("bands", np.array(["D2", "D1"]), ("D1", "D2")),
@@ -635,7 +710,7 @@ def test_the_signature_has_every_option(options):
     assert list(parameters) == [option.name for option in fields(options)]
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     required = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
-    assert required == (set(REQUIRED) if options is BatchConfig else set())
+    assert required == set()
     assert "FieldInfo" not in str(parameters.values())
 
 
@@ -643,7 +718,10 @@ def test_rows_of_a_table_of_options(monkeypatch):
     monkeypatch.setenv("SPXDASK_TAP_URL", "http://127.0.0.1:9/TAP")
     rows = {name: rest for name, *rest in option_rows(BatchConfig)}
     assert [*rows, "photometry"] == [option.name for option in fields(BatchConfig)]
-    assert rows["radius"] == ["required", "radius of the field [deg]"]
+    assert rows["radius"] == [
+        "null",
+        "radius of the field; null for the sky about the sources [deg]",
+    ]
     assert [rows[name][0] for name in ("bands", "keep_images")] == ["null", "true"]
     assert rows["tap_url"][0] == IRSA_TAP_URL
     rows = {name: rest for name, *rest in option_rows(PhotometryConfig)}
@@ -666,7 +744,7 @@ def test_nothing_heavy_is_imported_for_options():
     [
         (b"center_ra: [", "line 1: expected the node content, but found"),
         (b"- 1\n- 2\n", "a mapping of options is needed"),
-        (b"", "missing option: center_ra, center_dec, radius, catalog_path"),
+        (b"", "missing option: catalog_path (or target)"),
         (b"\xff\xfe\xfa", "decode"),
         (b"output_dir: 2026-02-31\n", "day"),
         (b"max_image: 3\n", "did you mean max_images?"),
@@ -721,6 +799,33 @@ def test_errors_survive_the_way_between_processes():
     assert isinstance(back, ValueError)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        Table({"ra": [1.0]}),
+        pd.DataFrame({"ra": [1.0]}),
+        SkyCoord(1, 2, unit="deg"),
+        np.zeros(2, [("ra", float)]),
+    ],
+    ids=["Table", "DataFrame", "SkyCoord", "array"],
+)
+def test_a_catalogue_may_be_an_object(value):
+    config = batch(catalog_path=value)
+    assert config == batch(catalog_path=value)
+    assert hash(config.catalog_path) == hash(batch(catalog_path=value).catalog_path)
+    assert replace(config, radius=2.0).catalog_path == config.catalog_path
+    assert f"catalog_path=<{type(value).__name__}>" in repr(config)
+    with pytest.raises(ConfigError, match="which YAML cannot hold") as raised:
+        config.to_yaml()
+    assert raised.value.option == "catalog_path"
+
+
+@pytest.mark.parametrize("value", [{"ra": [1.0]}, [1, 2], np.zeros(2), pd.Series([1.0]), 1 * u.deg])
+def test_other_objects_are_no_catalogue(value):
+    with pytest.raises(ConfigError, match="a table, a DataFrame or a SkyCoord"):
+        batch(catalog_path=value)
+
+
 def filled_template() -> str:
     text = template()
     for name, value in REQUIRED.items():
@@ -734,7 +839,8 @@ def test_template_names_every_option():
     assert list(parsed) == [option.name for option in fields(BatchConfig)]
     assert list(parsed["photometry"]) == [option.name for option in fields(PhotometryConfig)]
     assert {name for name, value in parsed.items() if value is None} == {
-        *REQUIRED, "bands", "mjd_range",
+        *REQUIRED, "target", "id_column", "ra_column", "dec_column", "archive_endpoint", "bands",
+        "mjd_range",
     }  # fmt: skip
 
 
@@ -747,7 +853,7 @@ def test_every_option_of_the_template_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("options", "n_choices"), [(BatchConfig, 3), (PhotometryConfig, 2)], ids=["run", "photometry"]
+    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
     found = {
@@ -791,7 +897,7 @@ def test_filled_template_is_the_defaults(tmp_path):
 def test_unfilled_template_asks_for_what_is_missing(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(template(), encoding="utf-8")
-    with pytest.raises(ConfigError, match="center_ra must be a number >= 0 and <= 360, got None"):
+    with pytest.raises(ConfigError, match=r"run.yaml: missing option: catalog_path \(or target\)"):
         BatchConfig.from_yaml(path)
 
 

@@ -45,6 +45,9 @@ class Observation:
         Where the frame is.
     size_bytes : int or None
         Length of the file, None where the archive does not state it.
+    footprint : bytes or None
+        Corners of the frame on the sky, as `spxdask.science.footprint.pack_footprint` has them;
+        None where the archive does not state them.
     """
 
     obs_id: str
@@ -54,6 +57,7 @@ class Observation:
     uri: str
     download_url: str
     size_bytes: int | None
+    footprint: bytes | None = None
 
     @property
     def filename(self) -> str:

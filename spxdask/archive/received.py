@@ -2,9 +2,117 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
 
 from spxdask.errors import ArchiveError, FrameError
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """By what an archive tells one content of a file from another.
+
+    Attributes
+    ----------
+    etag : str or None
+        The ETag, weak or strong, None if there is none.
+    modified : str or None
+        The time of the last change, as the archive writes it.
+    """
+
+    etag: str | None = None
+    modified: str | None = None
+
+    @classmethod
+    def of_headers(cls, headers: Mapping[str, str]) -> FileVersion:
+        """Return the version that the headers of an HTTP response state.
+
+        Parameters
+        ----------
+        headers : mapping of str to str
+            The headers; their names in any case.
+
+        Returns
+        -------
+        FileVersion
+        """
+        return cls(headers.get("ETag"), headers.get("Last-Modified"))
+
+    @classmethod
+    def of_object(cls, response: Mapping[str, Any]) -> FileVersion:
+        """Return the version that a response of S3 states.
+
+        Parameters
+        ----------
+        response : mapping of str to object
+            To a GetObject or HeadObject request, as botocore has it.
+
+        Returns
+        -------
+        FileVersion
+        """
+        modified = response.get("LastModified")
+        return cls(response.get("ETag"), modified.isoformat() if modified is not None else None)
+
+    @classmethod
+    def of_file(cls, status: os.stat_result) -> FileVersion:
+        """Return the version of a file on disk, which another replaces at another time.
+
+        Parameters
+        ----------
+        status : os.stat_result
+            Of the file.
+
+        Returns
+        -------
+        FileVersion
+        """
+        return cls(modified=str(status.st_mtime_ns))
+
+    @property
+    def modified_at(self) -> datetime | None:
+        """The time of the last change, None where none is stated that can be read.
+
+        Returns
+        -------
+        datetime or None
+            In UTC.
+        """
+        text = self.modified or ""
+        # Nanoseconds of a disk, the form of HTTP, ISO 8601.
+        for read in (_read_nanoseconds, parsedate_to_datetime, datetime.fromisoformat):
+            with suppress(ValueError, OverflowError, OSError):
+                when = read(text)
+                return when if when.tzinfo else when.replace(tzinfo=UTC)
+        return None
+
+    def differs(self, other: FileVersion) -> bool | None:
+        """Return whether another version is of another content.
+
+        Parameters
+        ----------
+        other : FileVersion
+            As the same archive stated it at another time.
+
+        Returns
+        -------
+        bool or None
+            None where the two have nothing in common that could be compared.
+        """
+        if self.etag and other.etag:
+            return self.etag.removeprefix("W/") != other.etag.removeprefix("W/")
+        if self.modified and other.modified:
+            return self.modified != other.modified
+        return None
+
+
+def _read_nanoseconds(text: str) -> datetime:
+    return datetime.fromtimestamp(int(text) / 1e9, UTC)
 
 
 @dataclass
@@ -24,6 +132,8 @@ class ReceivedFile:
         gave none. Without it a transfer cannot be resumed.
     attempts : int
         Number of requests made.
+    version : FileVersion
+        What the server said of the file in the last response.
     """
 
     memory: memoryview
@@ -31,6 +141,7 @@ class ReceivedFile:
     size: int = 0
     etag: str | None = None
     attempts: int = 0
+    version: FileVersion = FileVersion()
 
     @property
     def content(self) -> memoryview:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from spxdask.archive.network import find_download_proxy
 from spxdask.errors import ArchiveError
 
 REDIRECT_STATUS = (301, 302, 303, 307, 308)
@@ -23,12 +24,18 @@ _LOCAL_NAT64 = ip_network("64:ff9b:1::/48")
 
 @asynccontextmanager
 async def get_following_redirects(
-    session: aiohttp.ClientSession, url: str, *, max_redirects: int = MAX_REDIRECTS, **options: Any
+    session: aiohttp.ClientSession,
+    url: str,
+    *,
+    method: str = "GET",
+    max_redirects: int = MAX_REDIRECTS,
+    **options: Any,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Send a GET request and follow redirects to where they are allowed to lead.
+    """Send a request and follow redirects to where they are allowed to lead.
 
-    An archive with a public address cannot have a worker send requests to a private one,
-    such as a service of the machine or of the network that the worker is in.
+    Each request goes through the proxy that the environment names for its host. An archive with a
+    public address cannot have a worker send requests to a private one, such as a service of the
+    machine or of the network that the worker is in.
 
     Parameters
     ----------
@@ -36,10 +43,12 @@ async def get_following_redirects(
         Session that sends the requests.
     url : str
         The URL, percent-encoded.
+    method : str
+        GET or HEAD.
     max_redirects : int
         Largest number of redirects.
     **options
-        Arguments of ``session.get``, such as headers.
+        Arguments of ``session.request``, such as headers.
 
     Yields
     ------
@@ -50,20 +59,46 @@ async def get_following_redirects(
     ------
     ArchiveError
         If a redirect is not followed, or there are too many.
+    ConfigError
+        If the proxy cannot be used.
     """
-    archive = current = URL(url, encoded=True)
+    try:
+        archive = current = URL(url, encoded=True)
+    except ValueError as error:
+        raise ArchiveError(f"not a URL: {error}", blame="access") from error
     for _ in range(max_redirects + 1):
-        async with session.get(current, allow_redirects=False, **options) as response:
+        proxy = await asyncio.to_thread(find_download_proxy, str(current))
+        async with session.request(
+            method, current, allow_redirects=False, proxy=proxy, **options
+        ) as response:
             if response.status not in REDIRECT_STATUS:
                 yield response
                 return
             location = response.headers.get("Location", "")
-        current = await _resolve_redirect(archive, current, location)
+        current = await resolve_redirect(archive, current, location)
     raise ArchiveError(f"redirected more than {max_redirects} times")
 
 
-async def _resolve_redirect(archive: URL, current: URL, location: str) -> URL:
-    """Return the target of a redirect; raise ArchiveError if it must not be followed."""
+async def resolve_redirect(archive: URL, current: URL, location: str) -> URL:
+    """Return the target of a redirect.
+
+    Parameters
+    ----------
+    archive, current : URL
+        What the first request asked for, and the one that was redirected.
+    location : str
+        The Location header.
+
+    Returns
+    -------
+    URL
+        Where the next request goes.
+
+    Raises
+    ------
+    ArchiveError
+        If the redirect must not be followed.
+    """
     try:
         reference = URL(location, encoded=True)
         target = current.join(reference)

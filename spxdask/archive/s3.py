@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import os
 from contextlib import closing
 from typing import Any
 
 import aiohttp
 import fsspec
 
-from spxdask.archive.received import ReceivedFile
+from spxdask.archive.network import find_download_proxy, find_trusted_file
+from spxdask.archive.received import FileVersion, ReceivedFile
 from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
 from spxdask.storage import s3_options
 
 # Readable by everybody, so requests carry no credentials.
 PUBLIC_BUCKET = "nasa-irsa-spherex"
+PUBLIC_REGION = "us-east-1"
+PUBLIC_ENDPOINT = f"https://s3.{PUBLIC_REGION}.amazonaws.com"
 # Largest number of bytes taken from a response at a time.
 CHUNK_BYTES = 1 << 20
 
 
-async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s: float) -> None:
+async def receive_from_bucket(
+    url: str, received: ReceivedFile, stall_timeout_s: float, endpoint: str | None = None
+) -> None:
     """Receive a file, or the rest of it where a transfer was interrupted.
 
     Bytes of two versions are never joined: with If-Match, the store sends the rest only if
@@ -35,6 +41,8 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
         What has been received before; the rest is appended.
     stall_timeout_s : float
         Longest time without a byte, in seconds.
+    endpoint : str, optional
+        URL of the server; see `open_bucket`.
 
     Raises
     ------
@@ -42,8 +50,9 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
         If the file is not received; see `spxdask.archive.transfer.classify_failure`.
     """
     is_resumed = received.can_resume
+    server = endpoint or "the S3 server"
     try:
-        filesystem = open_bucket(url.split("/")[2], stall_timeout_s)
+        filesystem = open_bucket(url.split("/")[2], stall_timeout_s, endpoint)
         bucket, key, _ = filesystem.split_path(url)
         request = {"Bucket": bucket, "Key": key}
         if is_resumed:
@@ -51,7 +60,8 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
         else:
             received.discard()
         # Outside of the time limit, as the first time it loads botocore's service models.
-        await filesystem.set_session()
+        client = await filesystem.set_session()
+        server = client.meta.endpoint_url
         response = await asyncio.wait_for(
             filesystem._call_s3("get_object", **request), stall_timeout_s
         )
@@ -63,28 +73,76 @@ async def receive_from_bucket(url: str, received: ReceivedFile, stall_timeout_s:
             ):
                 raise FrameError("the store sent a range that was not requested")
             received.etag = response["ETag"]
+            received.version = received.version.of_object(response)
             received.check_size(received.size + response["ContentLength"])
-            while chunk := await asyncio.wait_for(body.read(CHUNK_BYTES), stall_timeout_s):
-                received.append(chunk)
-    except (FileNotFoundError, PermissionError, TimeoutError, aiohttp.ClientError, SpxdaskError):
+            start = received.size
+            try:
+                while chunk := await asyncio.wait_for(body.read(CHUNK_BYTES), stall_timeout_s):
+                    received.append(chunk)
+            finally:
+                # A store that sends nothing of the range might do so for ever.
+                if received.size == start:
+                    received.discard()
+    except (TimeoutError, aiohttp.ClientError, SpxdaskError):
         raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise ArchiveError(f"{error.strerror or error} (asked: {server})") from error
     except OSError as error:
         # s3fs raises EINVAL when the condition IfMatch is not met.
         if is_resumed and error.errno == errno.EINVAL:
             raise FrameError("the file changed during the transfer") from error
+        raise StoreError(f"{error.strerror or error} (asked: {server})") from error
+    except ImportError as error:
+        # fsspec's text names the package to install.
+        raise ArchiveError(str(error), blame="access") from error
+    except Exception as error:
+        # botocore's errors have no common base class, and botocore may not be installed.
+        if "Credentials" in type(error).__name__:
+            raise ArchiveError(str(error), blame="access") from error
+        raise StoreError(f"{type(error).__name__}: {error} (asked: {server})") from error
+
+
+async def ask_bucket_version(
+    url: str, stall_timeout_s: float, endpoint: str | None = None
+) -> FileVersion:
+    """Ask an object store for the version of an object, by a HEAD request.
+
+    Parameters
+    ----------
+    url : str
+        Where the object is: ``s3://bucket/key``.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+    endpoint : str, optional
+        URL of the server; see `open_bucket`.
+
+    Returns
+    -------
+    FileVersion
+
+    Raises
+    ------
+    ArchiveError, StoreError, OSError
+        If it does not answer; see `spxdask.archive.transfer.classify_failure`.
+    """
+    try:
+        filesystem = open_bucket(url.split("/")[2], stall_timeout_s, endpoint)
+        bucket, key, _ = filesystem.split_path(url)
+        await filesystem.set_session()
+        request = filesystem._call_s3("head_object", Bucket=bucket, Key=key)
+        return FileVersion.of_object(await asyncio.wait_for(request, stall_timeout_s))
+    except (OSError, SpxdaskError):
         raise
     except ImportError as error:
         # fsspec's text names the package to install.
         raise ArchiveError(str(error)) from error
     except Exception as error:
         # botocore's errors have no common base class, and botocore may not be installed.
-        if "Credentials" in type(error).__name__:
-            raise ArchiveError(str(error)) from error
         raise StoreError(f"{type(error).__name__}: {error}") from error
 
 
 @functools.lru_cache
-def open_bucket(name: str, stall_timeout_s: float) -> Any:
+def open_bucket(name: str, stall_timeout_s: float, endpoint: str | None = None) -> Any:
     """Return the file system of a bucket, which leaves retries to the caller.
 
     Parameters
@@ -93,17 +151,56 @@ def open_bucket(name: str, stall_timeout_s: float) -> Any:
         The bucket.
     stall_timeout_s : float
         Longest time to connect, in seconds.
+    endpoint : str, optional
+        URL of the server. By default the public bucket is asked for at AWS, whatever server,
+        profile and credentials the user's environment names for other buckets, and any other
+        bucket where s3fs finds it.
 
     Returns
     -------
     s3fs.S3FileSystem
         The same one for the same arguments, so that connections are used again.
     """
-    # The read timeout is longer than our own, so that ours ends a stalled transfer.
-    times = {"connect_timeout": stall_timeout_s, "read_timeout": 2 * stall_timeout_s}
-    options = s3_options(**times, retries={"max_attempts": 0})
     if name == PUBLIC_BUCKET:
-        options["anon"] = True
+        endpoint = endpoint or PUBLIC_ENDPOINT
+    # The read timeout is longer than our own, so that ours ends a stalled transfer.
+    config: dict[str, Any] = {
+        "connect_timeout": stall_timeout_s,
+        "read_timeout": 2 * stall_timeout_s,
+        "retries": {"max_attempts": 0},
+    }
+    options: dict[str, Any] = {}
+    if endpoint is not None:
+        # Otherwise botocore finds proxies by rules of its own.
+        proxy = find_download_proxy(endpoint)
+        config["proxies"] = {} if proxy is None else {"http": proxy, "https": proxy}
+        options["endpoint_url"] = endpoint
+    if name == PUBLIC_BUCKET:
+        # Some of the user's settings for other buckets do not go with an end point.
+        own = {"use_fips_endpoint": False, "use_dualstack_endpoint": False}
+        options["config_kwargs"] = config | own
+        options |= {"anon": True, "key": None, "secret": None, "token": None}
+        options["client_kwargs"] = {"region_name": PUBLIC_REGION}
+        options["session"] = _make_bare_session()
+    else:
+        options |= s3_options(**config)
+    trusted = find_trusted_file()
+    if trusted is not None:
+        options.setdefault("client_kwargs", {})["verify"] = trusted
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
     filesystem.retries = 1
     return filesystem
+
+
+def _make_bare_session() -> Any:
+    """Return a session of aiobotocore that reads none of the user's files and profiles."""
+    from aiobotocore.session import AioSession
+
+    # Each of them: name in files, names in the environment, default, conversion.
+    return AioSession(
+        session_vars={
+            "profile": (None, None, None, None),
+            "config_file": (None, None, os.devnull, None),
+            "credentials_file": (None, None, os.devnull, None),
+        }
+    )

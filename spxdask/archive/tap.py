@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,13 +13,18 @@ from urllib.parse import urlsplit
 import pyvo
 import requests
 from astropy.table import Table
+from fsspec.asyn import get_loop, sync
 from pyvo.dal import DALFormatError, DALQuery, DALQueryError, DALServiceError
 from pyvo.dal.tap import AsyncTAPJob, TAPResults
+from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError, ReadTimeoutError
+from yarl import URL
 
+from spxdask.archive.network import explain_certificate_error, find_proxy, get_ssl_context
+from spxdask.archive.redirects import MAX_REDIRECTS, REDIRECT_STATUS, resolve_redirect
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.urls import strip_credentials
-from spxdask.errors import ArchiveError, TruncatedAnswerError
+from spxdask.errors import ArchiveError, ConfigError, TruncatedAnswerError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,8 @@ def run_adql(url: str, adql: str, options: TapOptions) -> Table:
     ------
     ArchiveError
         If the service rejects the query, or does not answer after all retries.
+    QueryRejectedError
+        The first of these, if the service finds the query itself wrong.
     TruncatedAnswerError
         If it answers only in part.
     """
@@ -90,15 +97,25 @@ class _RefusedError(ArchiveError):
     """The service's final answer: neither another attempt nor a job would help."""
 
 
-class _UnreachableError(ArchiveError):
-    """There was no connection to the service, and a job would not have one either."""
+class QueryRejectedError(_RefusedError):
+    """The service found the query itself wrong."""
+
+
+# Errors of requests that no other attempt mends, whoever is to mend them.
+_LASTING_ERRORS = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidProxyURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+)
 
 
 class _Query:
     """One query, while it is run."""
 
-    def __init__(self, url: str, adql: str, options: TapOptions, session: requests.Session) -> None:
+    def __init__(self, url: str, adql: str, options: TapOptions, session: _Session) -> None:
         self._service = pyvo.dal.TAPService(url, session=session)
+        self._session = session
         self._url = url
         self._shown_url = strip_credentials(url)
         self._adql = adql
@@ -111,7 +128,7 @@ class _Query:
             if not _is_truncated(results):
                 return results.to_table()
             logger.info("synchronous answer truncated at %d rows; running a job", len(results))
-        except (_RefusedError, _UnreachableError):
+        except (_RefusedError, UnreachableError):
             raise
         except ArchiveError as error:
             logger.info("synchronous query failed (%s); running a job", error)
@@ -147,8 +164,8 @@ class _Query:
             self._wait_for(job, name)
             # `fetch_result` would raise errors of many kinds.
             url = job.result_uri or f"{job.url}/results/result"
-            session = self._service._session
-            return self._repeat(lambda: _fetch(DALQuery(url, session=session)), name, url)
+            query = DALQuery(url, session=self._session)
+            return self._repeat(lambda: _fetch(query), name, url)
         finally:
             try:
                 job.delete()
@@ -200,19 +217,26 @@ class _Query:
             try:
                 return request()
             except DALQueryError as error:
-                raise _RefusedError(
-                    f"{name} rejected the query: {strip_credentials(str(error))}", path=shown_url
+                raise QueryRejectedError(
+                    f"{name}{self._name_redirect()} rejected the query: "
+                    f"{strip_credentials(str(error))}",
+                    path=shown_url,
                 ) from error
             except (DALFormatError, DALServiceError, requests.RequestException) as error:
                 failure = error
-                response = getattr(getattr(error, "cause", None) or error, "response", None)
+                cause = getattr(error, "cause", None) or error
+                self._raise_if_lasting(cause, shown_url)
+                response = getattr(cause, "response", None)
                 if response is not None:
                     if response.status_code not in TRANSIENT_STATUS:
                         raise _RefusedError(
-                            f"{name} refused the query: {strip_credentials(str(error))}",
+                            f"{name}{self._name_redirect()} refused the query: "
+                            f"{strip_credentials(str(error))}",
                             path=shown_url,
                         ) from error
                     retry_after = response.headers.get("Retry-After")
+            except ConfigError:
+                raise
             except (HTTPError, ValueError) as error:
                 # pyvo lets these through when the description of a job is cut or not XML.
                 failure = error
@@ -223,14 +247,39 @@ class _Query:
                 time.sleep(pause)
         obstacle = self._explain_no_connection(failure)
         if obstacle is not None:
-            raise _UnreachableError(
-                f"cannot be reached: {obstacle}", path=shown_url, attempts=attempt
+            raise UnreachableError(
+                f"cannot be reached: {obstacle}",
+                path=shown_url,
+                attempts=attempt,
+                blame="archive",
             ) from failure
         raise ArchiveError(
-            f"{name} gave no valid answer: {strip_credentials(str(failure))}",
+            f"{name}{self._name_redirect()} gave no valid answer: "
+            f"{strip_credentials(str(failure))}",
             path=shown_url,
             attempts=attempt,
+            blame="archive",
         ) from failure
+
+    def _raise_if_lasting(self, error: BaseException, shown_url: str) -> None:
+        """Raise an error that no other attempt mends."""
+        # pyvo takes whatever is raised for a sign of a bad answer.
+        if isinstance(error, _RefusedError | ConfigError):
+            raise error
+        url = self._session.redirected_to or self._url
+        reason = explain_certificate_error(url, error)
+        if reason is None and isinstance(error, _LASTING_ERRORS):
+            reason = strip_credentials(str(error))
+        # A proxy that refuses the connection to a server tells so in this text only.
+        if reason is None and "407 Proxy Authentication Required" in str(error):
+            reason = f"the proxy {strip_credentials(find_proxy(url) or '')} needs a valid login"
+        if reason is not None:
+            raise _RefusedError(reason, path=shown_url, blame="access") from error
+
+    def _name_redirect(self) -> str:
+        """Return where the last request was redirected to, for messages."""
+        target = self._session.redirected_to
+        return "" if target is None else f", redirected to {strip_credentials(target)},"
 
     def _explain_no_connection(self, failure: Exception) -> str | None:
         """Return why there was no connection, None if there was one."""
@@ -268,26 +317,107 @@ def _is_truncated(results: TAPResults) -> bool:
     )
 
 
+class _Adapter(HTTPAdapter):
+    """Connections with the TLS settings of `get_ssl_context`, also through proxies."""
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, ssl_context=get_ssl_context(), **options)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, ssl_context=get_ssl_context(), **options)
+
+
 class _Session(requests.Session):
     """A session with what pyvo lacks: timeouts, closed answers, and errors of a busy server.
 
     Both a busy server and one that rejects a query may answer with a VOTable that states an
-    error; only the status codes differ.
+    error; only the status codes differ. Proxies and trusted certificates are those of downloads,
+    and no login is read from ~/.netrc.
     """
 
     def __init__(self, timeout_s: tuple[float, float]) -> None:
         super().__init__()
+        self.trust_env = False
         self._timeout_s = timeout_s
         self._answers = ExitStack()
+        # Where the last request was redirected to.
+        self.redirected_to: str | None = None
+        for prefix in ("https://", "http://"):
+            self.mount(prefix, _Adapter())
 
     def request(self, method: str, url: str, **options: Any) -> requests.Response:
         options.setdefault("timeout", self._timeout_s)
-        answer = super().request(method, url, **options)
-        self._answers.callback(answer.close)
+        follows = options.pop("allow_redirects", True)
+        method, first, self.redirected_to = method.upper(), url, None
+        for _ in range(MAX_REDIRECTS + 1):
+            answer = self._ask(method, url, options)
+            location = answer.headers.get("Location", "")
+            if not follows or answer.status_code not in REDIRECT_STATUS:
+                break
+            # Its body is not needed, and its connection is.
+            answer.close()
+            target = _resolve_redirect(first, url, location)
+            if not _keeps_method(answer.status_code, method, url, target):
+                method = "GET"
+                options = {name: options[name] for name in ("timeout", "stream") if name in options}
+            elif method == "POST":
+                # The body as it was sent, as files that it was made of have been read.
+                sent = answer.request
+                headers = {"Content-Type": sent.headers.get("Content-Type", "")}
+                options = {**options, "data": sent.body, "files": None, "headers": headers}
+            # Location has the parameters that the target needs.
+            options["params"] = None
+            url = self.redirected_to = target
+        else:
+            raise _RefusedError(
+                f"redirected more than {MAX_REDIRECTS} times", path=strip_credentials(first)
+            )
         if answer.status_code in TRANSIENT_STATUS - {500}:
             answer.raise_for_status()
+        return answer
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Have requests follow none by itself, nor fail at one that it does not understand."""
+
+    def _ask(self, method: str, url: str, options: Mapping[str, Any]) -> requests.Response:
+        """Send one request, through the proxy that the environment names for its host."""
+        proxy = find_proxy(url)
+        proxies = {} if proxy is None else {"http": proxy, "https": proxy}
+        answer = super().request(method, url, proxies=proxies, allow_redirects=False, **options)
+        self._answers.callback(answer.close)
         return answer
 
     def close(self) -> None:
         self._answers.close()
         super().close()
+
+
+def _resolve_redirect(first: str, current: str, location: str) -> str:
+    """Return the target of a redirect, by the rules that downloads follow."""
+    try:
+        target = sync(
+            get_loop(), resolve_redirect, _parse_url(first), _parse_url(current), location
+        )
+    except ArchiveError as error:
+        raise _RefusedError(error.reason, path=strip_credentials(first)) from error
+    return str(target)
+
+
+def _parse_url(url: str) -> URL:
+    return URL(requests.Request("GET", url).prepare().url or url, encoded=True)
+
+
+def _keeps_method(status: int, method: str, url: str, target: str) -> bool:
+    """Return whether a redirected request is made again as it was, and not as a GET.
+
+    Browsers turn a POST into a GET at 301 and 302, too, and services rely on it: the answer to a
+    query or a new job may be elsewhere. But where the whole service has moved, the same resource
+    of it is named, and needs the query.
+    """
+    if status in (307, 308) or method in ("GET", "HEAD"):
+        return True
+    return status in (301, 302) and _last_segment(url) == _last_segment(target)
+
+
+def _last_segment(url: str) -> str:
+    return urlsplit(url).path.rstrip("/").rpartition("/")[2]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from distributed import Client, Future, Status
+from distributed import Client, Future, LocalCluster, Status
 from distributed.deploy.local import nprocesses_nthreads
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
@@ -118,6 +118,23 @@ async def close_job(cluster: Any, name: Any, job: Any) -> None:
     if cluster.workers.get(name) is job:
         del cluster.workers[name]
         await job.close()
+
+
+async def replace_closed_workers(cluster: Any) -> None:
+    """Start workers in place of those that a cluster has given up; only on its event loop.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        The cluster. One that adapts, or is not of this machine, is not changed.
+    """
+    if get_adapt_limits(cluster) is not None or not isinstance(cluster, LocalCluster):
+        return
+    for name, worker in list(cluster.workers.items()):
+        if worker.status in (Status.closed, Status.failed):
+            del cluster.workers[name]
+    if cluster.worker_spec.keys() - cluster.workers.keys():
+        cluster.scale(len(cluster.worker_spec))
 
 
 def abandon_cluster(cluster: Any) -> None:
@@ -391,6 +408,23 @@ def is_shuffle_lost(error: RuntimeError) -> bool:
     return str(error).lstrip().startswith(_SHUFFLE_LOST)
 
 
+def is_shuffle_disk_full(error: OSError) -> bool:
+    """Return whether an error means that a worker's disk has no room for a shuffle.
+
+    Parameters
+    ----------
+    error : OSError
+        An error of a shuffle.
+
+    Returns
+    -------
+    bool
+    """
+    from distributed.shuffle._exceptions import P2POutOfDiskError
+
+    return isinstance(error, P2POutOfDiskError)
+
+
 # dask-jobqueue
 
 
@@ -428,7 +462,7 @@ def get_keywords(cluster_class: Any) -> set[str]:
     return known
 
 
-def detach_commands(job_class: Any) -> Any:
+def detach_commands(job_class: Any, make_environment: Callable[[list[str]], dict[str, str]]) -> Any:
     """Return a class of jobs whose commands do not receive a Ctrl-C from the terminal.
 
     If Ctrl-C ended a command that submits a job, the job would exist, but its number would be
@@ -438,16 +472,27 @@ def detach_commands(job_class: Any) -> Any:
     ----------
     job_class : type
         A class of jobs of dask-jobqueue.
+    make_environment : callable
+        Returns the environment of a command.
 
     Returns
     -------
     type
-        A subclass of it.
+        A subclass of it. Its method `note_answer` is called with what the batch system wrote
+        when it accepted a job.
     """
 
     class DetachedJob(job_class):
         @staticmethod
         async def _call(command: list[str], **options: Any) -> str:
-            return await job_class._call(command, start_new_session=True, **options)
+            options |= {"start_new_session": True, "env": make_environment(command)}
+            return await job_class._call(command, **options)
+
+        def _job_id_from_submit_output(self, out: str) -> str:
+            self.note_answer(out)
+            return super()._job_id_from_submit_output(out)
+
+        def note_answer(self, answer: str) -> None:
+            pass
 
     return DetachedJob

@@ -11,8 +11,10 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +48,7 @@ STATE_NAMES = {
 }
 # The page counts the tasks whose keys begin with these.
 TASK_PREFIXES = (
-    *("query", "download-extract", "download", "extract"),
+    *("query", "download-extract", "download", "extract", "probe"),
     *("read", "shuffle-transfer", "shuffle-barrier", "p2pshuffle", "write-lightcurves"),
 )
 
@@ -123,6 +125,7 @@ class ProgressPublisher:
                 "failed": 0,
                 "failures": [],
                 "state": "running",
+                "waiting": None,
                 "started": time.time(),
             }
         )
@@ -146,11 +149,26 @@ class ProgressPublisher:
         if time.monotonic() - self._published_at > self._interval_s:
             self._publish()
 
+    def wait(self, reason: str | None) -> None:
+        """Report that the stage waits, or that it goes on.
+
+        Parameters
+        ----------
+        reason : str or None
+            What it waits for, in words; None when it goes on.
+        """
+        forward = getattr(self._progress, "wait", None)
+        if forward is not None:
+            forward(reason)
+        if self._stages and self._stages[-1]["waiting"] != reason:
+            self._stages[-1]["waiting"] = reason
+            self._publish()
+
     def finish(self) -> None:
         """Report that the stage has ended."""
         self._progress.finish()
         if self._stages:
-            self._stages[-1]["state"] = "ended"
+            self._stages[-1] |= {"state": "ended", "waiting": None}
         self._publish()
 
     def _publish(self) -> None:
@@ -185,6 +203,19 @@ def choose_dashboard_port(preferred: int = DASHBOARD_PORT) -> int:
         except OSError:
             return 0
     return preferred
+
+
+@contextmanager
+def ignore_taken_port() -> Iterator[None]:
+    """Keep Dask from warning of a port that was taken since it was chosen; it takes another.
+
+    Yields
+    ------
+    None
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+        yield
 
 
 def show_page(client: Client) -> str | None:
@@ -393,8 +424,10 @@ def _format_stage(stage: dict[str, Any]) -> str:
     if stage.get("per_second"):
         left = format_duration(stage["seconds_left"])
         rate = f", {total - ended:,} pending at {stage['per_second']:.2f} {unit}/s, {left} left"
+    waiting = html.escape(stage.get("waiting") or "")
+    waiting = f"<p class=failed>{waiting}</p>" if waiting else ""
     failures = "".join(f"<li><code>{html.escape(str(f))}</code></li>" for f in stage["failures"])
     failures = f"<p class=failed>Last failures:</p><ul>{failures}</ul>" if failures else ""
     return f"""<p><b>{name}</b> ({html.escape(stage["state"])}): {stage["done"]:,} of {total:,}
 {unit} done{failed}{rate}<br><progress value="{ended}" max="{max(total, 1)}"></progress></p>
-{failures}"""
+{waiting}{failures}"""

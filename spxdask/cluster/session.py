@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from distributed import Client
 
 from spxdask.cluster.connect import check_versions, connect
 from spxdask.cluster.embedded import embedded_client, require_main_guard
 from spxdask.cluster.jobqueue import jobqueue_client
+from spxdask.cluster.limits import warn_of_small_workers
+from spxdask.cluster.logs import forward_logs
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
+from spxdask.cluster.tasks import run_one
 from spxdask.cluster.workers import keep_local_workers
 from spxdask.errors import ConfigError
 
@@ -131,6 +136,28 @@ class ClusterSession:
         self._prepare(self._client)
         return self._client
 
+    def run_once(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a call on the cluster; in this process if there is no cluster yet.
+
+        Parameters
+        ----------
+        name : str
+            Name of the task on the dashboard.
+        function : callable
+            What is called.
+        *arguments
+            With these arguments.
+
+        Returns
+        -------
+        object
+            What the call returned.
+        """
+        if not self.has_cluster:
+            # A run with nothing left to do needs no cluster.
+            return function(*arguments)
+        return run_one(self.connect(), function, *arguments, key=(name, uuid.uuid4().hex))
+
     def require_main_guard(self) -> None:
         """Raise InputError where an embedded cluster could not be started."""
         if self.is_embedded:
@@ -145,5 +172,7 @@ class ClusterSession:
                 address = client.scheduler.address
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
+            warn_of_small_workers(client)
+        forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

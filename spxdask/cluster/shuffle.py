@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +23,13 @@ from spxdask.cluster.dask_internals import (
     get_memory_limit,
     get_threads,
     get_worker_plugin_names,
+    is_shuffle_disk_full,
     is_shuffle_lost,
     make_threads,
     set_threads,
 )
-from spxdask.errors import ClusterError, SpxdaskError
+from spxdask.cluster.stalls import StallTimes, watch_stalls
+from spxdask.errors import ClusterError, DiskFullError, SpxdaskError
 
 if TYPE_CHECKING:
     # They are not imported at run time, because a scheduler imports this module without them.
@@ -52,6 +56,7 @@ def compute_shuffle(
     check: Callable[[], object] = lambda: None,
     on_result: Callable[[pd.DataFrame], object] = lambda _: None,
     on_restart: Callable[[], object] = lambda: None,
+    stall_times: StallTimes | None = None,
 ) -> list[pd.DataFrame]:
     """Compute a data frame that contains a shuffle, again if it is lost with a worker.
 
@@ -75,6 +80,8 @@ def compute_shuffle(
         Called with each partition when it has ended.
     on_restart : callable, optional
         Called before each attempt but the first.
+    stall_times : StallTimes, optional
+        After what time without progress something is done.
 
     Returns
     -------
@@ -85,10 +92,13 @@ def compute_shuffle(
     ------
     SpxdaskError
         That a partition is, or that a task raised.
+    DiskFullError
+        If a worker has no room for what it receives.
     OSError
-        That a task raised.
+        Another that a task raised.
     ClusterError
-        If the scheduler is gone, or every worker that took one of the tasks died.
+        If the scheduler is gone, every worker that took one of the tasks died, or workers have
+        too little memory.
     RuntimeError
         If the shuffle is lost at the last attempt.
     """
@@ -97,13 +107,28 @@ def compute_shuffle(
         for attempt in range(1, attempts + 1):
             try:
                 frame = build_frame(uuid.uuid4().hex)
-                return _compute_partitions(client, frame, check, on_result)
+                return _compute_partitions(client, frame, check, on_result, stall_times)
             except RuntimeError as error:
                 if attempt == attempts or not is_shuffle_lost(error):
                     raise
                 logger.warning("the shuffle was lost with a worker (%s); it starts again", error)
                 on_restart()
+            except OSError as error:
+                if not is_shuffle_disk_full(error):
+                    raise
+                raise DiskFullError(
+                    f"{os.strerror(errno.ENOSPC)} in {_list_worker_folders(client)}, where workers "
+                    "keep temporary files: make room or set TMPDIR to another folder, then the "
+                    "same command resumes the run"
+                ) from error
     raise AssertionError
+
+
+def _list_worker_folders(client: Client) -> str:
+    """Name the folders of a cluster's workers for temporary files."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    folders = sorted({os.path.dirname(worker["local_directory"]) for worker in workers})
+    return ", ".join(folders[:3]) or "the folders of the workers"
 
 
 def _compute_partitions(
@@ -111,19 +136,22 @@ def _compute_partitions(
     frame: dd.DataFrame,
     check: Callable[[], object],
     on_result: Callable[[pd.DataFrame], object],
+    stall_times: StallTimes | None,
 ) -> list[pd.DataFrame]:
     """Compute a data frame once and return its partitions in the order in which they ended."""
     futures = client.compute(frame.to_delayed(optimize_graph=True), optimize_graph=False)
     results = []
     try:
-        for _, result in as_completed(futures, with_results=True):
-            check()
-            if isinstance(result, SpxdaskError):
-                raise result
-            if isinstance(result, CancelledError):
-                raise scheduler_lost_error(client)
-            results.append(result)
-            on_result(result)
+        with watch_stalls(client, "partition", lambda: futures, stall_times) as advance:
+            for _, result in as_completed(futures, with_results=True):
+                check()
+                if isinstance(result, SpxdaskError):
+                    raise result
+                if isinstance(result, CancelledError):
+                    raise scheduler_lost_error(client)
+                advance()
+                results.append(result)
+                on_result(result)
     except KilledWorker as error:
         raise ClusterError(
             "every worker that received one of the partitions died, perhaps for lack of memory: "

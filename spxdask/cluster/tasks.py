@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 from dask import delayed
@@ -14,6 +13,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, as_complet
 
 from spxdask import __version__
 from spxdask.cluster.connect import scheduler_lost_error, version_mismatch_error
+from spxdask.cluster.stalls import StallTimes, watch_stalls
 from spxdask.errors import ClusterError, SpxdaskError
 
 # A window is filled up when this part of it is free, as each call costs the scheduler as
@@ -24,6 +24,8 @@ REFILL_PART = 1 / 16
 INTERRUPT_GRACE_S = 2.5
 # The scheduler is asked for its number of threads once in this many seconds at most.
 THREAD_COUNT_INTERVAL_S = 1.0
+# While nothing is in flight, the source of tasks is asked after pauses of this length, in seconds.
+LEAST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 1.0
 
 
 def as_task(key: Any, function: Callable, *arguments: Any) -> Delayed:
@@ -131,10 +133,13 @@ def is_killed_worker(result: object) -> bool:
 
 def run_window(
     client: Client,
-    tasks: Iterator[tuple[Any, Delayed]],
+    tasks: Iterator[tuple[Any, Delayed] | None],
     window: Callable[[], int],
     *,
+    settle: Callable[[Any, Any], None] = lambda item, result: None,
+    pause: Callable[[], float | None] = lambda: None,
     interrupt_grace_s: float = INTERRUPT_GRACE_S,
+    stall_times: StallTimes | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run delayed tasks, at most as many at the same time as `window` returns.
 
@@ -145,12 +150,19 @@ def run_window(
     ----------
     client : Client
         Of the cluster.
-    tasks : iterator of (item, Delayed)
-        It is read only as fast as tasks end.
+    tasks : iterator of (item, Delayed) or None
+        It is read only as fast as tasks end. None means that there is nothing to start now, but
+        there may be later.
     window : callable
         Returns the bound; called whenever tasks have ended, as a cluster may grow.
+    settle : callable
+        Called with each item and its result before further tasks are read.
+    pause : callable
+        Returns for how many seconds there is nothing to start, None if nothing is held back.
     interrupt_grace_s : float
         After an interrupt, results are accepted for this many seconds.
+    stall_times : StallTimes, optional
+        After what time without progress something is done.
 
     Yields
     ------
@@ -161,7 +173,7 @@ def run_window(
     Raises
     ------
     ClusterError
-        If the scheduler is gone.
+        If the scheduler is gone, or workers have too little memory.
     KeyboardInterrupt
         After an interrupt: no further task is submitted, and those that end within
         `interrupt_grace_s` are still yielded.
@@ -169,13 +181,29 @@ def run_window(
     items: dict[Any, Any] = {}
     in_flight: dict[Any, Future] = {}
     running = as_completed(loop=client.loop)
+    is_exhausted = False
+
+    def read(number: int) -> Iterator[tuple[Any, Delayed]]:
+        nonlocal is_exhausted
+        for _ in range(number):
+            try:
+                task = next(tasks)
+            except StopIteration:
+                is_exhausted = True
+                return
+            if task is None:
+                return
+            yield task
+
+    def list_in_flight() -> list[Future]:
+        return list(in_flight.copy().values())
 
     def fill() -> None:
         size = window()
         free = size - len(in_flight)
         if in_flight and free < max(1, int(size * REFILL_PART)):
             return
-        submitted = list(islice(tasks, max(free, 0)))
+        submitted = list(read(max(free, 0)))
         futures = client.compute([task for _, task in submitted], optimize_graph=False)
         for (item, _), future in zip(submitted, futures, strict=True):
             items[future.key] = item
@@ -197,23 +225,39 @@ def run_window(
             result = future.exception() if future.status == "error" else results[number]
             del in_flight[future.key]
             pairs.append((items.pop(future.key), result))
+            settle(*pairs[-1])
             future.release()
         return pairs
 
     try:
-        fill()
-        try:
-            for futures in running.batches():
-                pairs = collect(futures)
-                fill()
-                yield from pairs
-        except KeyboardInterrupt:
-            rest = list(in_flight.values())
-            last = as_completed(rest, loop=client.loop, timeout=interrupt_grace_s)
-            with suppress(TimeoutError):
-                for futures in last.batches():
-                    yield from collect(futures)
-            raise
+        with watch_stalls(
+            client, "frame", lambda: in_flight.copy().values(), stall_times
+        ) as advance:
+            fill()
+            try:
+                while in_flight or not is_exhausted:
+                    if not in_flight:
+                        time.sleep(min(pause() or LEAST_PAUSE_S, LONGEST_PAUSE_S))
+                        fill()
+                        continue
+                    futures = next(running.batches(), None)
+                    if futures is None:
+                        return
+                    advance()
+                    pairs = collect(futures)
+                    # Workers are kept busy while results are processed, unless what they are to
+                    # do depends on these.
+                    if pause() is None:
+                        fill()
+                    yield from pairs
+                    fill()
+            except KeyboardInterrupt:
+                rest = list(in_flight.values())
+                last = as_completed(rest, loop=client.loop, timeout=interrupt_grace_s)
+                with suppress(TimeoutError):
+                    for futures in last.batches():
+                        yield from collect(futures)
+                raise
     finally:
         for future in in_flight.values():
             if future.status != "cancelled":

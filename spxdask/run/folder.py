@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
+import logging
 import os
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -15,14 +20,23 @@ from spxdask.errors import RunFolderError, StoreError
 from spxdask.run.ledger import Ledger, open_ledger
 from spxdask.run.lock import RunLock, open_lock
 from spxdask.run.observations import Observations, save_observations
-from spxdask.run.query_summary import QUERY_SUMMARY_NAME, save_query_summary
+from spxdask.run.query_summary import QUERY_SUMMARY_NAME, Field, save_query_summary
 from spxdask.science.catalogue import Catalogue
-from spxdask.storage import Store, locate_file, open_store
+from spxdask.storage import NEVER_IN_NAMES, Store, locate_file, open_store
 
+logger = logging.getLogger(__name__)
+
+WAITING_NAME = "waiting.txt"
 CONFIG_NAME = "config.yaml"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
 CATALOGUE_PREFIX = "catalogue-"
+FILE_NAMES_NAME = "file_names.json"
+# Characters that every file system takes.
+PLAIN_CHARACTERS = f"{string.ascii_letters}{string.digits}._-"
+# A catalogue that was given as an object or by a pipe.
+GIVEN_CATALOGUE_NAME = "given_catalogue.parquet"
+SKIPPED_ROWS_NAME = "skipped_rows.csv"
 
 
 class RunFolder:
@@ -72,7 +86,10 @@ class RunFolder:
         RunFolderError
             If it lies in one of the folders that the run writes.
         """
-        for written in (*self._subfolders, self.root / QUERY_SUMMARY_NAME):
+        if os.fspath(path) == self.given_catalogue_path:
+            return
+        files = (self.root / name for name in (QUERY_SUMMARY_NAME, SKIPPED_ROWS_NAME))
+        for written in (*self._subfolders, *files):
             if written.contains(os.fspath(path)):
                 raise RunFolderError(f"lies where the run writes ({written}): move it", path=path)
 
@@ -96,6 +113,63 @@ class RunFolder:
                 raise RunFolderError(f"output_dir {self.path}: {error.strerror}") from error
             self.delete_partial_files()
             yield
+
+    def require_writable(self, *folders: Store) -> None:
+        """Raise an error if folders of the run cannot be written to.
+
+        Parameters
+        ----------
+        *folders : Store
+            Some of the folders, which have been made.
+
+        Raises
+        ------
+        RunFolderError
+            With the reason.
+        DiskFullError
+            If there is no room even for a file without content.
+        """
+        for folder in folders:
+            try:
+                folder.require_writable()
+            except OSError as error:
+                raise RunFolderError(
+                    f"cannot be written to ({error.strerror}): change its permissions, or choose "
+                    "another output_dir",
+                    path=str(folder),
+                ) from error
+
+    def find_refused_characters(self, catalogue: Catalogue | None) -> str:
+        """Find and record which characters of ids the names of light curves cannot have.
+
+        CIFS and exFAT, for example, refuse quotation marks and colons.
+
+        Parameters
+        ----------
+        catalogue : Catalogue or None
+            The sources; None tries all punctuation.
+
+        Returns
+        -------
+        str
+            Those found now or recorded before, so that a file keeps its name.
+        """
+        recorded = ""
+        if self.state.exists(FILE_NAMES_NAME):
+            recorded = json.loads(self.state.get(FILE_NAMES_NAME))["refused_characters"]
+        characters = set(string.punctuation + " ") if catalogue is None else catalogue.id_characters
+        untried = sorted(characters - set(PLAIN_CHARACTERS + recorded) - set(NEVER_IN_NAMES))
+        found = self.lightcurves.find_refused_characters("".join(untried))
+        if found:
+            logger.warning(
+                "names of files in %s cannot have %s: ids with them are percent-encoded in the "
+                "names of light curves",
+                self.lightcurves,
+                " ".join(found),
+            )
+            record = {"refused_characters": recorded + found}
+            self.state.put(FILE_NAMES_NAME, json.dumps(record).encode())
+        return recorded + found
 
     @property
     def is_lock_lost(self) -> bool:
@@ -127,6 +201,32 @@ class RunFolder:
         """
         return self.lock.find_holder()
 
+    def set_waiting(self, reason: str | None) -> None:
+        """Record that the run waits, for `spxdask status`.
+
+        Parameters
+        ----------
+        reason : str or None
+            What it waits for, in words; None when it goes on.
+        """
+        if reason is None:
+            self.state.delete_many([WAITING_NAME])
+        else:
+            self.state.put(WAITING_NAME, reason.encode(), durable=False)
+
+    def find_waiting(self) -> str | None:
+        """Return what the run that is at work waits for, in words.
+
+        Returns
+        -------
+        str or None
+            None if it does not wait.
+        """
+        try:
+            return self.state.get(WAITING_NAME).decode()
+        except FileNotFoundError:
+            return None
+
     def delete_partial_files(self) -> None:
         """Delete the partial files of killed writers; only to be called while none writes."""
         for folder in (self.root, *self._subfolders):
@@ -141,12 +241,11 @@ class RunFolder:
             The configuration. It is saved with absolute paths, so that later stages may be
             started in another working directory.
         """
-        catalogue_folder, catalogue_name = locate_file(config.catalog_path)
-        config = dataclasses.replace(
-            config,
-            output_dir=LiteralPath(self.path),
-            catalog_path=LiteralPath(catalogue_folder.path_to(catalogue_name)),
-        )
+        config = dataclasses.replace(config, output_dir=LiteralPath(self.path))
+        if config.catalog_path is not None:
+            catalogue_folder, catalogue_name = locate_file(config.catalog_path)
+            catalog_path = LiteralPath(catalogue_folder.path_to(catalogue_name))
+            config = dataclasses.replace(config, catalog_path=catalog_path)
         with self.state.atomic_path(CONFIG_NAME) as part:
             config.to_yaml(part)
 
@@ -173,7 +272,55 @@ class RunFolder:
                 "`spxdask query`, or name the folder with --output"
             )
         saved = BatchConfig.from_yaml(LiteralPath(self.state.path_to(CONFIG_NAME)))
-        return dataclasses.replace(saved, output_dir=LiteralPath(self.path))
+        was = RunFolder(LiteralPath(saved.output_dir))
+        is_given = saved.catalog_path == was.given_catalogue_path
+        return dataclasses.replace(
+            saved,
+            output_dir=LiteralPath(self.path),
+            catalog_path=LiteralPath(self.given_catalogue_path) if is_given else saved.catalog_path,
+        )
+
+    @property
+    def given_catalogue_path(self) -> str:
+        """Where a catalogue is kept that was given as an object or by a pipe."""
+        return self.state.path_to(GIVEN_CATALOGUE_NAME)
+
+    def keep_given_catalogue(self, content: bytes) -> None:
+        """Keep a catalogue that cannot be read again for later stages.
+
+        Parameters
+        ----------
+        content : bytes
+            The file; the one that is there is replaced if it differs.
+        """
+        name = GIVEN_CATALOGUE_NAME
+        if not self.state.exists(name) or self.state.get(name) != content:
+            self.state.put(name, content)
+
+    def save_skipped_rows(self, content: bytes) -> None:
+        """Write which rows of the catalogue are not used, for the user.
+
+        Parameters
+        ----------
+        content : bytes
+            The file; if it is empty, that of an earlier catalogue is deleted.
+        """
+        if content:
+            self.root.put(SKIPPED_ROWS_NAME, content)
+        elif self.root.exists(SKIPPED_ROWS_NAME):
+            self.root.delete_many([SKIPPED_ROWS_NAME])
+
+    def count_skipped_rows(self) -> int:
+        """Count the rows of the catalogue that are not used.
+
+        Returns
+        -------
+        int
+        """
+        with suppress(FileNotFoundError):
+            text = self.root.get(SKIPPED_ROWS_NAME).decode()
+            return len(list(csv.reader(io.StringIO(text, newline="")))) - 1
+        return 0
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -193,7 +340,8 @@ class RunFolder:
         str
             Path or URL of the file. Its name contains the fingerprint of the catalogue.
         """
-        name = f"{CATALOGUE_PREFIX}{catalogue.fingerprint}.arrow"
+        prints = filter(None, (catalogue.fingerprint, catalogue.motion_fingerprint))
+        name = f"{CATALOGUE_PREFIX}{'-'.join(prints)}.arrow"
         found = {n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)}
         if name not in found:
             with self.state.atomic_path(name) as part:
@@ -216,7 +364,14 @@ class RunFolder:
                 return Catalogue.open(self.state.local_copy(name))
         return None
 
-    def save_query(self, observations: Sequence[Observation], config: BatchConfig) -> None:
+    def save_query(
+        self,
+        observations: Sequence[Observation],
+        config: BatchConfig,
+        field: Field,
+        fingerprint: str,
+        is_empty: Sequence[bool],
+    ) -> None:
         """Save the result of the query, for the later stages and for the user.
 
         Parameters
@@ -225,18 +380,37 @@ class RunFolder:
             The frames found, in order of time.
         config : BatchConfig
             The configuration with the options of the query.
+        field : Field
+            Where the frames were looked for.
+        fingerprint : str
+            That of the catalogue.
+        is_empty : sequence of bool
+            Which of the frames are not fetched, as no source can lie on them.
         """
-        options = _query_options(config)
+        options = _query_options(config) | {"catalogue": fingerprint}
         save_observations(self.state, OBSERVATIONS_NAME, observations, options)
-        save_query_summary(self.root, observations, config)
+        save_query_summary(self.root, observations, config, field, is_empty)
 
-    def load_observations(self, config: BatchConfig) -> Observations | None:
+    def has_query(self) -> bool:
+        """Return whether a query was made in the folder.
+
+        Returns
+        -------
+        bool
+        """
+        return self.state.exists(OBSERVATIONS_NAME)
+
+    def load_observations(
+        self, config: BatchConfig, catalogue: Catalogue | None = None
+    ) -> Observations | None:
         """Return the result of the last query.
 
         Parameters
         ----------
         config : BatchConfig
             The current configuration.
+        catalogue : Catalogue, optional
+            The current sources. They decide which frames are found where no circle does.
 
         Returns
         -------
@@ -246,7 +420,8 @@ class RunFolder:
         Raises
         ------
         RunFolderError
-            If the options of the last query differ from those of the configuration.
+            If the options of the last query differ from those of the configuration, or its
+            sources do where they matter.
         """
         if not self.state.exists(OBSERVATIONS_NAME):
             return None
@@ -258,15 +433,29 @@ class RunFolder:
                     f"the frames in {self.path} were found with {name} {was!r}, the configuration "
                     f"has {value!r}: run query first"
                 )
+        is_other = (
+            catalogue is not None
+            and config.region != "circle"
+            and found.query_options.get("catalogue") != catalogue.fingerprint
+        )
+        if is_other:
+            raise RunFolderError(
+                f"the frames in {self.path} were found for other sources than those of the "
+                "catalogue now: run query first"
+            )
         return found
 
-    def require_observations(self, config: BatchConfig) -> Observations:
+    def require_observations(
+        self, config: BatchConfig, catalogue: Catalogue | None = None
+    ) -> Observations:
         """Return the result of the last query, as `load_observations`.
 
         Parameters
         ----------
         config : BatchConfig
             What is requested now.
+        catalogue : Catalogue, optional
+            The sources that are to be measured, as for `load_observations`.
 
         Returns
         -------
@@ -278,7 +467,7 @@ class RunFolder:
         RunFolderError
             If there was no query, or another one than the configuration asks for.
         """
-        observations = self.load_observations(config)
+        observations = self.load_observations(config, catalogue)
         if observations is None:
             raise RunFolderError(f"no query was made in {self.path}: run query first")
         return observations

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from spxdask.storage import LocalStore, Store, raise_disk_full
+from spxdask.storage import LocalStore, Store, describe_temporary_folder, raise_disk_full
 
 # Longer than most lines, in bytes; a longer line is read in some pieces.
 LINE_BYTES = 1024
@@ -58,14 +58,24 @@ class Outcome:
     bounding_circle : tuple of float or None
         Circle on the sky that holds the frame: ra, dec and radius, deg.
     checksum : str or None
-        Of a fetched file, the ones' complement sum of its 32-bit words, as FITS has them; of a
-        table, the hash of its content that `hash_table` gives.
+        Of a fetched file, the XXH64 of its content; of a table, the hash of its content that
+        `hash_table` gives. Earlier versions have sums of eight digits for fetched files, which
+        do not tell one from another; see `content_hash`.
+    etag, modified : str or None
+        What the archive sent with a file that was fetched, to tell it from a later version.
+    frame_checksum : str or None
+        The XXH64 of the frame that was measured, None where that is not known.
+    time : str or None
+        When it was recorded, ISO 8601; the ledger sets it.
     frame_bytes : int
         Length of the frame that was measured, 0 where that is not known.
     recipe : str or None
         Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
     catalogue : str or None
         Fingerprint of the whole catalogue.
+    blame : str or None
+        ``archive`` or ``access`` if it failed for a reason that lies not in the frame, but in the
+        archive or in the way to it.
     """
 
     stage: str
@@ -85,6 +95,23 @@ class Outcome:
     frame_bytes: int = 0
     recipe: str | None = None
     catalogue: str | None = None
+    etag: str | None = None
+    modified: str | None = None
+    frame_checksum: str | None = None
+    blame: str | None = None
+    time: str | None = field(default=None, compare=False)
+
+    @property
+    def content_hash(self) -> str | None:
+        """The hash of a file that was fetched, None where it is not known.
+
+        Returns
+        -------
+        str or None
+            As `hash_content` returns it.
+        """
+        is_hash = self.checksum is not None and ":" in self.checksum
+        return self.checksum if is_hash else None
 
 
 _FIELDS = frozenset(option.name for option in dataclasses.fields(Outcome))
@@ -208,7 +235,7 @@ class Ledger(ABC):
         record: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         for option in dataclasses.fields(outcome):
             value = getattr(outcome, option.name)
-            if value not in (None, 0, (), {}):
+            if option.name != "time" and value not in (None, 0, (), {}):
                 record[option.name] = round(value, 4) if option.name == "seconds" else value
         self._append(json.dumps(record).encode() + b"\n")
 
@@ -364,7 +391,8 @@ class StoreLedger(Ledger):
         self._known: dict[str, int] = {}
         self._segment, self._segment_name, self._sent = bytearray(), "", -math.inf
         # A copy of all lines on the local disk, in a file without a name.
-        self._copy, name = tempfile.mkstemp(prefix="spxdask-ledger-")
+        with raise_disk_full(describe_temporary_folder()):
+            self._copy, name = tempfile.mkstemp(prefix="spxdask-ledger-")
         self._file = self._copy
         os.unlink(name)
         weakref.finalize(self, os.close, self._copy)
@@ -415,7 +443,8 @@ class StoreLedger(Ledger):
         """Append to the local copy."""
         offset = os.lseek(self._copy, 0, os.SEEK_END)
         while text:
-            written = os.pwrite(self._copy, text, offset)
+            with raise_disk_full(describe_temporary_folder()):
+                written = os.pwrite(self._copy, text, offset)
             offset += written
             text = text[written:]
 

@@ -37,6 +37,7 @@ _SCHEMA = pa.schema(
         "uri": pa.string(),
         "download_url": pa.string(),
         "size_bytes": pa.int64(),
+        "footprint": pa.binary(),
     }
 )
 
@@ -137,5 +138,5 @@ def save_observations(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     schema = _SCHEMA.with_metadata({"query": json.dumps(query_options), "query_time": now})
     rows = max(part_size, math.ceil(len(observations) / max_parts))
-    with store.atomic_path(name) as part:
-        pq.write_table(pa.table(columns, schema=schema), part, row_group_size=rows)
+    with store.atomic_path(name) as part, open(part, "wb") as file:
+        pq.write_table(pa.table(columns, schema=schema), file, row_group_size=rows)

@@ -8,9 +8,10 @@ sends a request or depends on Dask; the code that executes a plan records the ou
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from spxdask.run.recipe import Recipe, legacy_fingerprint, make_recipe
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spxdask.science.options import PhotometryConfig
 
 __all__ = [
+    "NO_SOURCE",
     "FrameState",
     "MeasurementInputs",
     "PlannedFrame",
@@ -31,6 +33,12 @@ __all__ = [
     "plan_frames",
     "table_name",
 ]
+
+
+# Why a frame that was found is neither fetched nor measured.
+NO_SOURCE = "no source on the frame"
+# Frames whose footprints are compared with the sources at once.
+BATCH_SIZE = 1000
 
 
 class FrameState(enum.IntEnum):
@@ -50,6 +58,8 @@ class FrameState(enum.IntEnum):
     """To be measured, but not on disk, and fetching is not part of this run."""
     FAILED = 6
     """Tried with the present inputs, in vain, and not to be tried again by itself."""
+    EMPTY = 7
+    """Neither to be fetched nor measured, as no source can lie on it."""
 
 
 class Outcomes(Protocol):
@@ -235,6 +245,8 @@ def plan_frames(
     skip_existing: bool = True,
     only_failed: bool = False,
     retry_failed: bool = True,
+    replaced: Container[str] = (),
+    fetch_empty: bool = True,
 ) -> Iterator[PlannedFrame]:
     """Decide what is left to do for each frame of a query.
 
@@ -260,24 +272,34 @@ def plan_frames(
         Whether frames that have not failed are excluded.
     retry_failed : bool
         Whether what failed with the present inputs is to be tried again.
+    replaced : container of str
+        Names of files that the archive has replaced since they were fetched.
+    fetch_empty : bool
+        Whether frames on which no source can lie are fetched and measured, too. If not, the
+        frames are read in batches of `BATCH_SIZE`.
 
     Yields
     ------
     PlannedFrame
         One a frame, in their order.
     """
-    for observation in observations:
+    sources = None if fetch_empty else inputs.catalogue
+    for observation, is_empty in _find_empty(observations, sources):
         filename = observation.filename
         extracted = measured = None
         if "extract" in stages:
             extracted = outcomes.get("extract", filename)
             table = table_sizes.get(table_name(filename, table_format)) if skip_existing else None
             # A failure with other inputs does not make a table wrong that is still there.
-            measured = outcomes.get_done("extract", filename) if table is not None else None
+            measured = extracted if table is not None else None
+            if measured is not None and measured.status != "done":
+                measured = outcomes.get_done("extract", filename)
             if measured is not None and not (
                 measured.bytes == table
                 and inputs.match(measured)
                 and not _was_replaced(observation, measured, outcomes)
+                # Where the frame is kept, its content decides, once it is fetched.
+                and (keep_images or filename not in replaced)
             ):
                 measured = None
         state = _decide(
@@ -286,13 +308,27 @@ def plan_frames(
             inputs,
             extracted=extracted,
             is_measured=measured is not None,
-            is_on_disk=observation.is_complete(image_sizes),
+            is_on_disk=observation.is_complete(image_sizes) and filename not in replaced,
+            is_empty=is_empty,
             stages=stages,
             keep_images=keep_images,
             only_failed=only_failed,
             retry_failed=retry_failed,
         )
         yield PlannedFrame(observation, state, measured)
+
+
+def _find_empty(
+    observations: Iterable[Observation], sources: Catalogue | None
+) -> Iterator[tuple[Observation, bool]]:
+    """Yield each frame, and whether none of the sources can lie on it."""
+    if sources is None:
+        yield from ((observation, False) for observation in observations)
+        return
+    left = iter(observations)
+    while batch := list(islice(left, BATCH_SIZE)):
+        is_empty = sources.sky.find_empty([observation.footprint for observation in batch])
+        yield from zip(batch, is_empty.tolist(), strict=True)
 
 
 def _decide(
@@ -303,6 +339,7 @@ def _decide(
     extracted: Outcome | None,
     is_measured: bool,
     is_on_disk: bool,
+    is_empty: bool,
     stages: Collection[str],
     keep_images: bool,
     only_failed: bool,
@@ -314,6 +351,8 @@ def _decide(
     to_fetch = "download" in stages and not is_on_disk and (keep_images or to_measure)
     if not to_measure and not to_fetch:
         return FrameState.DONE
+    if is_empty:
+        return FrameState.EMPTY
     if not retry_failed:
         failed_here = (
             to_measure
@@ -331,6 +370,10 @@ def _decide(
 
 def _was_replaced(observation: Observation, measured: Outcome, outcomes: Outcomes) -> bool:
     """Return whether the archive has another file under the name than was measured."""
+    latest = outcomes.get_done("download", observation.filename)
+    # What a version without hashes measured may be another file, too.
+    if latest is not None and latest.content_hash not in (None, measured.frame_checksum):
+        return True
     if measured.frame_bytes:
         return observation.size_bytes not in (None, measured.frame_bytes)
     # Earlier versions did not record the length of what was measured.
@@ -398,6 +441,8 @@ def choose_tables(
         name = table_name(observation.filename, table_format)
         if measured is not None:
             choice.tables.append((name, measured.bytes, measured.rows, measured.checksum))
+            continue
+        if state == FrameState.EMPTY:
             continue
         choice.left_out += 1
         if state == FrameState.FAILED:

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,8 @@ from spxdask.archive.observation import Observation
 from spxdask.archive.urls import strip_credentials
 from spxdask.config import BatchConfig
 from spxdask.errors import RunFolderError, SpxdaskError
+from spxdask.run.plan import NO_SOURCE
+from spxdask.science.footprint import Circle
 from spxdask.storage import Store, locate_file
 
 QUERY_SUMMARY_NAME = "query_summary.yaml"
@@ -34,14 +37,40 @@ _ENTRY = re.compile(
     rf"  band: ({_PLAIN}|{_QUOTED})\n"
     rf"  mjd: ({_NUMBER})\n"
     rf"  wavelength_um: ({_NUMBER})\n"
-    rf"  download_url: ({_PLAIN}|{_QUOTED})\n",
+    rf"  download_url: ({_PLAIN}|{_QUOTED})\n"
+    rf"(  not_fetched: {NO_SOURCE}\n)?",
     re.ASCII,
 )
-_PLAIN_TEXT = re.compile(rf"{_PLAIN}|[a-z]+_[a-z]+|any|center|full|all|qr\d+", re.ASCII)
+_WORDS = "any|center|full|all|circle|target|catalogue"
+_PLAIN_TEXT = re.compile(rf"{_PLAIN}|[a-z]+_[a-z]+|{_WORDS}|qr\d+", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """The part of the sky that a run is about.
+
+    Attributes
+    ----------
+    mode : str
+        ``circle`` where the configuration names one, ``target`` or ``catalogue`` where the field
+        is what the sources cover.
+    circles : sequence of Circle
+        The archive is asked for the frames of each.
+    n_sources : int
+        Sources in the catalogue.
+    """
+
+    mode: str
+    circles: Sequence[Circle]
+    n_sources: int
 
 
 def save_query_summary(
-    store: Store, observations: Sequence[Observation], config: BatchConfig
+    store: Store,
+    observations: Sequence[Observation],
+    config: BatchConfig,
+    field: Field,
+    is_empty: Sequence[bool],
 ) -> None:
     """Write the summary of a query.
 
@@ -53,8 +82,12 @@ def save_query_summary(
         What was found, in order of time.
     config : BatchConfig
         What was asked for.
+    field : Field
+        Where it was asked for.
+    is_empty : sequence of bool
+        Which of the observations are not fetched, as no source can lie on them.
     """
-    summary = summarise_query(observations, config)
+    summary = summarise_query(observations, config, field, is_empty)
     summary["band_counts"] = {_format_text(b): n for b, n in summary["band_counts"].items()}
     with (
         store.atomic_path(QUERY_SUMMARY_NAME) as part,
@@ -62,10 +95,15 @@ def save_query_summary(
     ):
         file.writelines(_format_mapping(summary))
         file.write("observations:\n" if observations else "observations: []\n")
-        file.writelines(map(_format_entry, observations))
+        file.writelines(map(_format_entry, observations, is_empty))
 
 
-def summarise_query(observations: Sequence[Observation], config: BatchConfig) -> dict[str, Any]:
+def summarise_query(
+    observations: Sequence[Observation],
+    config: BatchConfig,
+    field: Field,
+    is_empty: Sequence[bool],
+) -> dict[str, Any]:
     """Return the summary of a query without its observations.
 
     Parameters
@@ -74,6 +112,10 @@ def summarise_query(observations: Sequence[Observation], config: BatchConfig) ->
         What was found.
     config : BatchConfig
         What was asked for.
+    field : Field
+        Where it was asked for.
+    is_empty : sequence of bool
+        Which of the observations are not fetched, as no source can lie on them.
 
     Returns
     -------
@@ -81,14 +123,23 @@ def summarise_query(observations: Sequence[Observation], config: BatchConfig) ->
         As from `load_query_summary`.
     """
     times = [o.mjd for o in observations]
+    # Many circles have no centre in common.
+    ra, dec, radius = field.circles[0] if len(field.circles) == 1 else (None, None, None)
+    region = {
+        "mode": field.mode,
+        "center_ra": ra,
+        "center_dec": dec,
+        "radius_deg": radius,
+        "coverage_mode": config.coverage_mode,
+    }
+    if field.mode != "circle":
+        region |= {"n_sources": field.n_sources, "n_queries": len(field.circles)}
+    if field.mode == "target":
+        region["target"] = config.target
+    n_empty = sum(is_empty)
     return {
         "query_time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "region": {
-            "center_ra": config.center_ra,
-            "center_dec": config.center_dec,
-            "radius_deg": config.radius,
-            "coverage_mode": config.coverage_mode,
-        },
+        "region": region,
         "filters": {
             "bands": list(config.bands) if config.bands is not None else None,
             "mjd_range": list(config.mjd_range) if config.mjd_range else None,
@@ -98,6 +149,7 @@ def summarise_query(observations: Sequence[Observation], config: BatchConfig) ->
         "band_counts": dict(sorted(Counter(o.band for o in observations).items())),
         "time_span_days": round(max(times) - min(times), 6) if times else 0.0,
         "total_bytes": sum(o.size_bytes or 0 for o in observations),
+        "not_fetched": {NO_SOURCE: n_empty} if n_empty else {},
     }
 
 
@@ -134,7 +186,7 @@ def _parse(text: str) -> dict[str, Any]:
     head, _, entries = text.partition("\nobservations:\n")
     observations, end = [], 0
     while entry := _ENTRY.match(entries, end):
-        obs_id, band, mjd, wavelength_um, download_url = entry.groups()
+        obs_id, band, mjd, wavelength_um, download_url, not_fetched = entry.groups()
         observations.append(
             {
                 "obs_id": _unquote(obs_id),
@@ -143,6 +195,7 @@ def _parse(text: str) -> dict[str, Any]:
                 "wavelength_um": float(wavelength_um),
                 "download_url": _unquote(download_url),
             }
+            | ({"not_fetched": NO_SOURCE} if not_fetched else {})
         )
         end = entry.end()
     if end == len(entries):
@@ -164,14 +217,16 @@ def _unquote(text: str) -> str:
     return text[1:-1].replace("''", "'") if text.startswith("'") else text
 
 
-def _format_entry(observation: Observation) -> str:
+def _format_entry(observation: Observation, is_empty: bool) -> str:
     """Return the lines of one observation."""
+    not_fetched = f"  not_fetched: {NO_SOURCE}\n" if is_empty else ""
     return (
         f"- obs_id: {_format_text(observation.obs_id)}\n"
         f"  band: {_format_text(observation.band)}\n"
         f"  mjd: {_format_number(round(observation.mjd, 6))}\n"
         f"  wavelength_um: {_format_number(round(observation.wavelength_um, 6))}\n"
         f"  download_url: {_format_text(strip_credentials(observation.download_url))}\n"
+        f"{not_fetched}"
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from spxdask.progress import RATE_WINDOW_S
 from spxdask.run.aggregation import load_aggregation
 from spxdask.run.folder import RunFolder
-from spxdask.run.plan import FrameState, MeasurementInputs, plan_frames
+from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
 from spxdask.text import format_count, format_duration
 
@@ -36,13 +36,15 @@ class RunStatus:
     n_frames : int
         Frames of the last query.
     frame_bytes : int
-        Their length.
+        Length of those that are not excluded.
     fetched : int
         Frames in images/.
     measured : int
         Frames with a table that is up to date.
     pending : int
-        Frames that have no such table and have not failed.
+        Frames that have no such table, have not failed and are not excluded.
+    excluded : Counter
+        Frames that are neither fetched nor measured, by reason.
     rows : int
         Rows in the tables that are up to date.
     lightcurves : int
@@ -51,12 +53,16 @@ class RunStatus:
         Whether nothing that they are made of has changed since.
     failed : dict of str to str
         Stage and reason by file name.
+    skipped_sources : int
+        Rows of the user's catalogue that are not used.
     skipped : Counter
         Sources on a frame without a row, by reason.
     warnings : Counter
         Frames by warning.
     last : str or None
         When the last frame ended, ISO 8601.
+    waiting : str or None
+        What the process waits for, if it does.
     per_second : float or None
         Frames that ended a second, when the folder was read more than once.
     """
@@ -72,15 +78,18 @@ class RunStatus:
     rows: int = 0
     lightcurves: int = 0
     is_aggregated: bool = True
+    excluded: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
+    skipped_sources: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
     last: str | None = None
+    waiting: str | None = None
     per_second: float | None = None
 
     @property
     def ended(self) -> int:
-        """Frames that are measured or failed."""
+        """Frames that are measured, failed or excluded."""
         return self.n_frames - self.pending
 
     def __str__(self) -> str:
@@ -95,11 +104,18 @@ class RunStatus:
             ("pending", format_count(self.pending, "frame")),
             ("failed", format_count(len(self.failed), "frame") if self.failed else "none"),
         ]
+        lines[1:1] = [
+            ("", f"{format_count(n, 'frame')} not fetched: {text}")
+            for text, n in self.excluded.items()
+        ]
         reasons = list(self.failed.items())
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
         if len(reasons) > MAX_LINES_SHOWN:
             more = len(reasons) - MAX_LINES_SHOWN
             lines.append(("", f"and {more:,} more, see the ledger in state/"))
+        if self.skipped_sources:
+            rows_left = format_count(self.skipped_sources, "row")
+            lines.append(("left out", f"{rows_left} of the catalogue, see skipped_rows.csv"))
         lines += [
             ("left out", f"{format_count(n, 'measurement')}: {text}")
             for text, n in self.skipped.items()
@@ -115,6 +131,8 @@ class RunStatus:
             lines.append(("rate", f"{self.per_second:.2f} frames/s{left}"))
         lines.append(("last", self.last or "no frame has ended yet"))
         lines.append(("running", self.running or "no"))
+        if self.waiting is not None:
+            lines.append(("waiting", self.waiting))
         lines.append(("output", self.output))
         return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
@@ -198,6 +216,7 @@ def _read(folder: RunFolder) -> RunStatus:
         n_frames=len(observations),
         lightcurves=_count_light_curves(folder.lightcurves, config.lightcurve_format),
         is_aggregated=load_aggregation(folder.state) is not None,
+        skipped_sources=folder.count_skipped_rows(),
     )
     planned = plan_frames(
         observations,
@@ -208,11 +227,15 @@ def _read(folder: RunFolder) -> RunStatus:
         keep_images=config.keep_images,
         table_format=config.per_image_format,
         retry_failed=False,
+        fetch_empty=config.fetches_empty_frames,
     )
     for observation, state, measured in planned:
-        found.frame_bytes += observation.size_bytes or 0
         is_fetched = observation.is_complete(image_sizes)
         found.fetched += is_fetched
+        if state == FrameState.EMPTY:
+            found.excluded[NO_SOURCE] += 1
+            continue
+        found.frame_bytes += observation.size_bytes or 0
         if measured is not None:
             found.measured += 1
             found.rows += measured.rows
@@ -226,6 +249,9 @@ def _read(folder: RunFolder) -> RunStatus:
             outcome = next(o for o in outcomes if o is not None and o.status == "failed")
             found.failed[observation.filename] = f"{outcome.stage}: {outcome.reason}"
     found.last = folder.ledger.last_time
+    if found.running is not None:
+        # A run that was killed may have left it behind.
+        found.waiting = folder.find_waiting()
     return found
 
 

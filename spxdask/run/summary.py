@@ -21,7 +21,7 @@ class StageReport:
     stage : str
         query, download, extract or aggregate.
     total : int
-        Frames that the stage had to process; for aggregate, light curves.
+        Frames that the stage had to process; for query, those found; for aggregate, light curves.
     done : int
         How many of them this run made.
     reused : int
@@ -30,8 +30,18 @@ class StageReport:
         Reason by file name of the frame.
     releases : Counter
         For query, frames of each release, such as qr2.
+    excluded : Counter
+        Frames of the query that are neither fetched nor measured, by reason.
+    skipped_sources : int
+        For query, and for extract by itself, rows of the user's catalogue that are not used.
     outside : int
         For query, sources of the catalogue outside the circle of the query.
+    rechecked : int
+        Frames of which the archive was asked whether it has replaced them.
+    replaced : int
+        How many of them it has replaced.
+    not_rechecked : Counter
+        Of how many it is not known, by reason.
     left_out : int
         For aggregate, frames of the query that have no table.
     removed : int
@@ -43,7 +53,7 @@ class StageReport:
     warnings : dict of str to tuple of str
         Warnings by file name of the frame.
     bytes : int
-        For download, bytes fetched; for query, bytes of all frames found.
+        For download, bytes fetched; for query, bytes of all frames found that are not excluded.
     seconds : float
         Wall time, s.
     """
@@ -54,7 +64,12 @@ class StageReport:
     reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
+    excluded: Counter = field(default_factory=Counter)
+    skipped_sources: int = 0
     outside: int = 0
+    rechecked: int = 0
+    replaced: int = 0
+    not_rechecked: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
     removed: int = 0
     rows: int = 0
@@ -149,8 +164,11 @@ def _count_results(report: StageReport) -> tuple[str, str]:
     seconds = max(report.seconds, 1e-9)
     if report.stage == "query":
         if not report.total:
-            return "no frame covers the field: check centre, radius, bands and mjd_range", ""
-        return f"{format_count(report.total, 'frame')} found, {report.bytes / 1e9:.3g} GB", ""
+            return "no frame covers the field: check positions, bands and mjd_range", ""
+        found = f"{format_count(report.total, 'frame')} found"
+        if n_excluded := report.excluded.total():
+            found += f", {report.total - n_excluded:,} with a source"
+        return f"{found}, {report.bytes / 1e9:.3g} GB", ""
     if report.stage == "aggregate":
         results = format_count(report.total, "light curve")
         speed = f"{report.rows / seconds:,.0f} rows/s"
@@ -180,9 +198,20 @@ def _list_notes(report: StageReport) -> list[str]:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
         notes.append(f"{counts}: {scale}")
+    for reason, count in sorted(report.excluded.items()):
+        verb = "measured" if report.stage == "extract" else "fetched"
+        notes.append(f"{format_count(count, 'frame')} not {verb}: {reason}")
+    if report.skipped_sources:
+        rows = format_count(report.skipped_sources, "row")
+        notes.append(f"{rows} of the catalogue skipped, see skipped_rows.csv")
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")
+    if report.rechecked:
+        asked = format_count(report.rechecked, "frame")
+        notes.append(f"{asked} rechecked: {report.replaced:,} replaced in the archive")
+    for reason, count in sorted(report.not_rechecked.items()):
+        notes.append(f"{format_count(count, 'frame')} not rechecked: {reason}")
     if report.left_out:
         notes.append(f"{format_count(report.left_out, 'frame')} not included: not measured")
     if report.removed:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import string
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
+from spxdask.science.footprint import SourceSky
 from spxdask.science.sphere import angular_distance
 
 __all__ = ["Catalogue"]
@@ -18,6 +22,8 @@ __all__ = ["Catalogue"]
 ZONES = 180
 # Zones are laid one after the other on a line, so many degrees apart, without an overlap.
 ZONE_STEP_DEG = 400.0
+# What a source may have besides a position.
+MOTION_COLUMNS = ("pmra", "pmdec", "parallax", "ref_epoch")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,7 +41,15 @@ class Catalogue:
     sky_key : (n,) float array
         Increasing: zone of declination, then right ascension.
     fingerprint : str
-        Hash of all of it; the same for the same rows in the same order.
+        Hash of ids and positions; the same for the same rows in the same order.
+    pmra, pmdec : (n,) float array or None
+        Proper motion, mas/yr, that in right ascension times cos(dec). NaN where unknown.
+    parallax : (n,) float array or None
+        In mas; NaN where unknown.
+    ref_epoch : (n,) float array or None
+        Julian year of the positions; NaN where unknown.
+    motion_fingerprint : str
+        Hash of the motions, empty without any. Measurements do not depend on it.
     """
 
     target_id: pa.Array
@@ -44,12 +58,48 @@ class Catalogue:
     row: np.ndarray
     sky_key: np.ndarray
     fingerprint: str
+    pmra: np.ndarray | None = None
+    pmdec: np.ndarray | None = None
+    parallax: np.ndarray | None = None
+    ref_epoch: np.ndarray | None = None
+    motion_fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.ra)
 
+    @cached_property
+    def id_characters(self) -> set[str]:
+        """The characters other than ASCII letters and digits that the ids are made of."""
+        data = self.target_id.buffers()[2]
+        plain = (string.ascii_letters + string.digits).encode()
+        # Without the many plain ones, which is quick for a million ids.
+        return set(bytes(data or b"").translate(None, plain).decode("utf-8", "surrogatepass"))
+
+    @cached_property
+    def sky(self) -> SourceSky:
+        """Where its sources are, to compare with footprints of frames."""
+        return SourceSky(self.ra, self.dec)
+
+    @property
+    def motions(self) -> dict[str, np.ndarray]:
+        """The arrays of `MOTION_COLUMNS` that are not None, by name."""
+        found = {name: getattr(self, name) for name in MOTION_COLUMNS}
+        return {name: values for name, values in found.items() if values is not None}
+
+    @property
+    def has_motions(self) -> bool:
+        """Whether any source has a proper motion or a parallax other than zero."""
+        moving = (self.pmra, self.pmdec, self.parallax)
+        return any(bool(np.nan_to_num(v).any()) for v in moving if v is not None)
+
     @classmethod
-    def from_arrays(cls, target_id: pa.Array, ra: np.ndarray, dec: np.ndarray) -> Catalogue:
+    def from_arrays(
+        cls,
+        target_id: pa.Array,
+        ra: np.ndarray,
+        dec: np.ndarray,
+        motions: Mapping[str, np.ndarray] | None = None,
+    ) -> Catalogue:
         """Sort sources; nothing about them is checked here.
 
         Parameters
@@ -58,6 +108,8 @@ class Catalogue:
             Ids, without nulls, each once, in one piece that begins with its buffers.
         ra, dec : (n,) float array
             ICRS, deg, within 0 to 360 and -90 to 90.
+        motions : mapping of str to (n,) float array, optional
+            Some of ``pmra``, ``pmdec``, ``parallax`` and ``ref_epoch``.
 
         Returns
         -------
@@ -65,9 +117,18 @@ class Catalogue:
             The same sources, sorted.
         """
         ra, dec = np.ascontiguousarray(ra, float), np.ascontiguousarray(dec, float)
+        offsets, text = target_id.buffers()[1:]
+        # A buffer may be longer than what it holds.
+        offsets = offsets[: 8 * (len(target_id) + 1)] if len(target_id) else b""
+        end = int(np.frombuffer(offsets[-8:], np.int64)[0]) if len(target_id) else 0
         digest = hashlib.blake2b(digest_size=16)
-        for part in (target_id.buffers()[1], target_id.buffers()[2], ra.data, dec.data):
+        for part in (offsets, text[:end] if end else b"", ra.data, dec.data):
             digest.update(part)
+        motion_digest = hashlib.blake2b(digest_size=8)
+        arrays = {n: np.ascontiguousarray(v, float) for n, v in sorted((motions or {}).items())}
+        for name, values in arrays.items():
+            motion_digest.update(name.encode())
+            motion_digest.update(values.data)
         key = _sky_key(ra, dec)
         row = np.argsort(key, kind="stable")
         return cls(
@@ -77,6 +138,8 @@ class Catalogue:
             row=row,
             sky_key=key[row],
             fingerprint=digest.hexdigest(),
+            motion_fingerprint=motion_digest.hexdigest() if arrays else "",
+            **{name: values[row] for name, values in arrays.items()},
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -94,10 +157,14 @@ class Catalogue:
                 "dec": self.dec,
                 "row": self.row,
                 "sky_key": self.sky_key,
+                **self.motions,
             },
-            metadata={"fingerprint": self.fingerprint},
+            metadata={
+                "fingerprint": self.fingerprint,
+                "motion_fingerprint": self.motion_fingerprint,
+            },
         )
-        with pa.OSFile(os.fspath(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        with open(path, "wb") as file, pa.ipc.new_file(file, table.schema) as out:
             out.write_table(table, max_chunksize=len(table))
 
     @classmethod
@@ -114,13 +181,15 @@ class Catalogue:
         Catalogue
             The catalogue that was saved.
         """
-        table = pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()
-        numbers = {
-            name: table.column(name).chunk(0).to_numpy() for name in ("ra", "dec", "row", "sky_key")
-        }
+        # As bytes, since pyarrow takes text for UTF-8, whatever the locale.
+        table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
+        names = [name for name in table.column_names if name != "target_id"]
+        numbers = {name: table.column(name).chunk(0).to_numpy() for name in names}
+        metadata = table.schema.metadata
         return cls(
             target_id=table.column("target_id").chunk(0),
-            fingerprint=table.schema.metadata[b"fingerprint"].decode(),
+            fingerprint=metadata[b"fingerprint"].decode(),
+            motion_fingerprint=metadata.get(b"motion_fingerprint", b"").decode(),
             **numbers,
         )
 

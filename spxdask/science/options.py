@@ -119,7 +119,7 @@ class OptionInfo:
     unit, group, flag, metavar, nargs, default_text
         As given to `option`; `flag` is complete, such as ``--max-images``.
     annotation : type
-        Of its value.
+        Of its value, where that is not None.
     rule : str
         What its value must be, such as ``a number > 0 and <= 90``.
     limits : str
@@ -178,21 +178,29 @@ def list_options(model: type) -> tuple[OptionInfo, ...]:
 def _info(name: str, field: FieldInfo) -> OptionInfo:
     extra: dict[str, Any] = field.json_schema_extra  # type: ignore[assignment]
     limits = " and ".join(_limits(field.metadata))
+    annotation = _without_none(field.annotation)
     return OptionInfo(
         name=name,
         description=field.description or "",
         unit=extra["unit"],
         group=extra["group"],
         flag="--" + (extra["flag"] or name.replace("_", "-")),
-        metavar=extra["metavar"] or _metavar(field.annotation),
+        metavar=extra["metavar"] or _metavar(annotation),
         nargs=extra["nargs"],
         default_text=extra["default_text"],
-        annotation=field.annotation,
-        rule=extra["rule"] or " ".join(filter(None, (_kind(field.annotation), limits))),
+        annotation=annotation,
+        rule=extra["rule"] or " ".join(filter(None, (_kind(annotation), limits))),
         limits=limits,
         required=field.is_required(),
         make_default=functools.partial(field.get_default, call_default_factory=True),
     )
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return the type of an option that may be None as one that may not."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 else annotation
 
 
 def _limits(metadata: Iterable[Any]) -> Iterable[str]:
@@ -241,10 +249,11 @@ def as_native(value: Any) -> Any:
     Returns
     -------
     object
-        Anything else, and a Quantity with a unit, is returned unchanged.
+        Anything else, a Quantity with a unit and a structured array are returned unchanged.
     """
-    # A Quantity has no list without its unit.
-    if hasattr(value, "tolist") and not hasattr(value, "unit"):
+    # A Quantity has no list without its unit, and a structured array none without its names.
+    has_names = getattr(getattr(value, "dtype", None), "names", None) is not None
+    if hasattr(value, "tolist") and not hasattr(value, "unit") and not has_names:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return tuple(v.tolist() if hasattr(v, "tolist") else v for v in value)

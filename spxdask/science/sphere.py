@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["angular_distance"]
+__all__ = ["angular_distance", "unit_vectors"]
 
 
 def angular_distance(
@@ -33,3 +33,20 @@ def angular_distance(
         np.sin((dec2 - dec1) / 2) ** 2 + np.cos(dec1) * np.cos(dec2) * np.sin((ra2 - ra1) / 2) ** 2
     )
     return np.rad2deg(2 * np.arcsin(np.sqrt(np.clip(chord, 0, 1))))
+
+
+def unit_vectors(ra: ArrayLike, dec: ArrayLike) -> np.ndarray:
+    """Return positions as vectors of length 1.
+
+    Parameters
+    ----------
+    ra, dec : float or float array
+        ICRS, deg, of one shape.
+
+    Returns
+    -------
+    (..., 3) float array
+        Cartesian components.
+    """
+    ra, dec = np.deg2rad(ra), np.deg2rad(dec)
+    return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)

@@ -25,7 +25,7 @@ from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, tabl
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import light_curves
-from spxdask.storage import raise_disk_full
+from spxdask.storage import describe_temporary_folder, raise_disk_full
 from spxdask.text import format_count
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Aggregation:
         self._folder, self._config = folder, config
         self._report, self._progress = report, progress
         self._tables: list[light_curves.Table] = []
+        self._refused_characters = ""
 
     @property
     def _n_partitions(self) -> int:
@@ -87,6 +88,8 @@ class Aggregation:
             If no frame of the query has a table.
         """
         folder, table_format = self._folder, self._config.per_image_format
+        if self._config.lightcurve_format == "csv":
+            self._refused_characters = folder.find_refused_characters(catalogue)
         sizes = folder.per_image.list_sizes()
         if observations is None:
             names = sorted(name for name in sizes if name.endswith(table_name("", table_format)))
@@ -106,6 +109,7 @@ class Aggregation:
             stages=("extract",),
             table_format=table_format,
             retry_failed=False,
+            fetch_empty=self._config.fetches_empty_frames,
         )
         choice = choose_tables(
             planned,
@@ -160,9 +164,11 @@ class Aggregation:
             If rows were lost, or light curves are not where they were written.
         """
         folder, config, report = self._folder, self._config, self._report
-        discard_aggregation(folder.state)
+        folder.require_writable(folder.lightcurves)
         if config.keep_bucket_files:
             folder.buckets.make()
+            folder.require_writable(folder.buckets)
+        discard_aggregation(folder.state)
         options = light_curves.CurveOptions(
             per_image=str(folder.per_image),
             table_groups=folder.state.path_to(TABLE_GROUPS_NAME),
@@ -170,13 +176,15 @@ class Aggregation:
             format=config.lightcurve_format,
             buckets=str(folder.buckets) if config.keep_bucket_files else None,
             layout=light_curves.find_layout(folder.per_image, self._tables[0].name),
+            refused_characters=self._refused_characters,
         )
         n_partitions = self._n_partitions
         n_groups = light_curves.save_table_groups(
             self._tables, folder.state.path_to(TABLE_GROUPS_NAME)
         )
         self._progress.start("aggregate", n_partitions, "partitions")
-        with raise_disk_full(folder.path):
+        # Tasks that write to the run's folders name these themselves.
+        with raise_disk_full(describe_temporary_folder()):
             parts = compute_shuffle(
                 client,
                 lambda run: light_curves.build_light_curves(
@@ -215,7 +223,8 @@ class Aggregation:
         partitions = {light_curves.bucket_name(n) for n in range(n_partitions)}
         names = partitions
         if config.lightcurve_format == "csv":
-            names = {light_curves.light_curve_name(t) for t in written["target_id"]}
+            refused = self._refused_characters
+            names = {light_curves.light_curve_name(t, refused) for t in written["target_id"]}
         # What the store lists counts, not what the tasks reported.
         missing, removed = light_curves.remove_others(
             folder.lightcurves, names, light_curves.find_light_curves
@@ -238,6 +247,8 @@ class Aggregation:
             f"{AGGREGATION_VERSION} {config.lightcurve_format} {config.keep_bucket_files} "
             f"{self._n_partitions}"
         ]
+        if self._refused_characters:
+            lines.append(self._refused_characters)
         return _digest(
             [*lines, *(f"{t.name} {t.bytes} {t.rows} {t.checksum}" for t in self._tables)]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from spxdask.archive.urls import strip_credentials
 from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import ArchiveError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
-from spxdask.science.level2.fits import verify
+from spxdask.science.content_hash import hash_content
+from spxdask.science.level2.fits import has_fits_start, verify
 from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.storage import open_store
 
@@ -45,12 +46,15 @@ class FetchOptions:
         Most bytes of frames that a worker holds at the same time.
     max_frame_bytes : int
         Length of the longest file that is accepted as a frame.
+    endpoint : str or None
+        URL of the S3 server, where that is not the usual one.
     """
 
     retry: RetryPolicy
     stall_timeout_s: float
     scratch_bytes: float = math.inf
     max_frame_bytes: int = MAX_FRAME_BYTES
+    endpoint: str | None = None
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
@@ -72,6 +76,25 @@ def download(observation: Observation, images: str, options: FetchOptions) -> Ou
         could not be fetched or written.
     """
     outcome, _ = fetch_frame(observation, images, options, lambda frame: None)
+    return outcome
+
+
+def probe(observation: Observation, options: FetchOptions) -> Outcome:
+    """Fetch one frame and keep nothing of it, to see whether the archive serves it.
+
+    Parameters
+    ----------
+    observation : Observation
+        The frame.
+    options : FetchOptions
+        Patience and limits.
+
+    Returns
+    -------
+    Outcome
+        As of `download`.
+    """
+    outcome, _ = fetch_frame(observation, None, options, lambda frame: None)
     return outcome
 
 
@@ -116,7 +139,8 @@ def fetch_frame(
     started = time.monotonic()
     size = observation.size_bytes or options.max_frame_bytes
     limit = frame_memory_limit(options.scratch_bytes, worker_memory_limit())
-    reason = frame = measured = written = checksum = None
+    reason = blame = frame = measured = written = None
+    warnings: tuple[str, ...] = ()
     with (
         buffers.lease(min(size, options.max_frame_bytes), limit) as memory,
         ThreadPoolExecutor(1, thread_name_prefix="write-image") as writer,
@@ -126,15 +150,17 @@ def fetch_frame(
             if size > options.max_frame_bytes:
                 url = strip_credentials(observation.download_url)
                 raise ArchiveError(f"{size} bytes is too long for a frame", path=url)
-            frame, checksum = fetch_file(
+            frame, warnings = fetch_file(
                 observation.download_url,
                 received,
-                functools.partial(_open_verified, observation),
+                _FrameCheck(observation, options.retry.max_retries),
                 retry=options.retry,
                 stall_timeout_s=options.stall_timeout_s,
+                endpoint=options.endpoint,
             )
         except (ArchiveError, OSError) as error:
             reason = _format_reason(error)
+            blame = getattr(error, "blame", None)
         seconds = time.monotonic() - started
         if frame is not None:
             if images is not None:
@@ -154,7 +180,11 @@ def fetch_frame(
             seconds=seconds,
             bytes=0 if reason else received.size,
             attempts=received.attempts,
-            checksum=None if reason else checksum,
+            warnings=() if reason else warnings,
+            checksum=None if reason or frame is None else frame.checksum,
+            etag=None if reason else received.version.etag,
+            modified=None if reason else received.version.modified,
+            blame=blame if blame in ("archive", "access") else None,
         )
     return outcome, measured
 
@@ -178,14 +208,40 @@ def frame_memory_limit(scratch_bytes: float, worker_bytes: float) -> float:
     return min(scratch_bytes, worker_bytes / 4)
 
 
-def _open_verified(observation: Observation, received: ReceivedFile) -> tuple[Frame, str]:
-    """Return a received frame and its checksum if it is whole and the right one."""
-    received.check_size(received.size)
-    frame = open_frame(received.content, observation.filename)
-    checksum = f"{verify(received.content):08x}"
-    if frame.band != observation.band:
-        raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
-    return frame, checksum
+class _FrameCheck:
+    """Opens a received frame if it is whole and the right one.
+
+    What is wrong with it is damage on the way, or the archive serves it so. The same bytes a
+    second time settle it: no further transfer would bring others.
+    """
+
+    def __init__(self, observation: Observation, max_retries: int) -> None:
+        self._observation, self._max_retries = observation, max_retries
+        self._doubtful: str | None = None
+
+    def __call__(self, received: ReceivedFile) -> tuple[Frame, tuple[str, ...]]:
+        """Return the frame, and what is wrong with its sums although the data are right."""
+        received.check_size(received.size)
+        checksum = hash_content(received.content)
+        is_settled = checksum == self._doubtful
+        try:
+            frame = open_frame(received.content, self._observation.filename)
+            warnings = verify(received.content)
+        except FrameError as error:
+            self._doubtful = checksum
+            # A file of unknown length may be short, and what is no FITS file is no frame.
+            is_frame = received.expected_size is not None and has_fits_start(received.content)
+            if is_settled and is_frame:
+                raise ArchiveError(f"{error}; a second transfer brought the same bytes") from error
+            raise
+        if frame.band != self._observation.band:
+            raise FrameError(f"the file is of band {frame.band}, not {self._observation.band}")
+        # With the last attempt, a header that may be damaged is better than no frame.
+        if warnings and not is_settled and received.attempts <= self._max_retries:
+            self._doubtful = checksum
+            raise FrameError(warnings[0])
+        warned = frame.warnings + warnings
+        return dataclasses.replace(frame, warnings=warned, checksum=checksum), warnings
 
 
 def _format_reason(error: Exception) -> str:

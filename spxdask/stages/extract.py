@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -19,7 +20,8 @@ from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.run.ledger import Outcome
 from spxdask.run.plan import table_name
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.level2.frame import Frame, open_frame
+from spxdask.science.level2.fits import verify
+from spxdask.science.level2.frame import Frame, map_file, open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import measure
 from spxdask.storage import Store, locate_file, open_store
@@ -59,7 +61,9 @@ class ExtractOptions:
     format: str = "csv"
 
 
-def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
+def extract(
+    image: str, per_image: str, options: ExtractOptions, fetched: Outcome | None = None
+) -> Outcome:
     """Measure one frame and write its table; the task of the extract stage.
 
     Parameters
@@ -71,6 +75,9 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
         of the catalogue is on the frame.
     options : ExtractOptions
         What all tasks share.
+    fetched : Outcome, optional
+        That of the frame's download, which has checked its sums. They are checked here for a
+        frame that came into the folder in another way.
 
     Returns
     -------
@@ -83,7 +90,7 @@ def extract(image: str, per_image: str, options: ExtractOptions) -> Outcome:
         If there is no room for the table.
     """
     store, name = locate_file(image)
-    return _extract(name, lambda: _open_stored(store, name), per_image, options)
+    return _extract(name, lambda: _open_stored(store, name, fetched), per_image, options)
 
 
 def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
@@ -149,22 +156,31 @@ def _measure(frame: Frame, catalogue: Catalogue, options: ExtractOptions) -> dic
         "sources_fingerprint": catalogue.digest(near).hex(),
         "bounding_circle": frame.bounding_circle,
         "frame_bytes": frame.file_bytes,
+        "frame_checksum": frame.checksum,
         "checksum": hash_table(content),
     }
 
 
-def _open_stored(store: Store, name: str) -> Frame:
-    """Open a frame; set one aside that does not open, so that it is fetched again.
+def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:
+    """Open a frame; set one aside that cannot be measured, so that it is fetched again.
 
     It could be opened when it was fetched, so it was damaged since.
     """
     try:
-        if store.local_path is not None:
-            return open_frame(store.local_path / name)
-        return open_frame(memoryview(store.get(name)), name)
+        local = store.local_path
+        content = map_file(local / name) if local else memoryview(store.get(name))
+        frame = open_frame(content, name)
+        if fetched is not None and fetched.bytes == frame.file_bytes:
+            checksum, warnings = fetched.content_hash, fetched.warnings
+        else:
+            checksum, warnings = None, verify(content)
+        return dataclasses.replace(frame, warnings=frame.warnings + warnings, checksum=checksum)
     except FrameError as error:
         aside = f"{name}.unreadable"
-        store.rename(name, aside)
+        try:
+            store.rename(name, aside)
+        except OSError as refusal:
+            raise FrameError(f"{error}; it cannot be set aside: {refusal.strerror}") from error
         raise FrameError(f"{error}; set aside as {aside}") from error
 
 

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dask
 import dask.bag as db
 from dask.delayed import Delayed
 
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import ArchiveQueue, OutagePolicy, Request
+from spxdask.archive.received import FileVersion
 from spxdask.archive.retry import RetryPolicy
+from spxdask.archive.urls import strip_credentials
+from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.tasks import as_task, is_killed_worker, make_thread_window, run_window
 from spxdask.config import BatchConfig
-from spxdask.errors import ClusterError, DiskFullError
+from spxdask.errors import ClusterError, DiskFullError, InputError
 from spxdask.run.aggregation import discard_aggregation
 from spxdask.run.folder import RunFolder
 from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
-from spxdask.run.plan import FrameState, MeasurementInputs, has_failed, plan_frames
+from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_failed, plan_frames
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
+from spxdask.stages.recheck import recheck_frames
 
 if TYPE_CHECKING:
     from spxdask.cluster.session import Client
+
+logger = logging.getLogger(__name__)
 
 FETCHING = (FrameState.FETCH, FrameState.FETCH_AND_MEASURE)
 MEASURING = (FrameState.MEASURE, FrameState.FETCH_AND_MEASURE)
@@ -50,13 +60,15 @@ class FrameRun:
     config : BatchConfig
         The run.
     catalogue : Catalogue or None
-        The sources; None where nothing is to be measured.
+        The sources; None where nothing is to be measured, and all frames are to be fetched.
     observations : Observations
         The frames; read several times, part by part.
     reports : dict of str to StageReport
         The reports to fill in, by stage: download, extract or both.
     progress : ProgressPublisher
         Receives each frame that has ended.
+    outage_policy : OutagePolicy
+        Patience with an archive that does not answer.
     """
 
     folder: RunFolder
@@ -65,17 +77,57 @@ class FrameRun:
     observations: Observations
     reports: dict[str, StageReport]
     progress: ProgressPublisher
+    outage_policy: OutagePolicy
 
     @cached_property
     def inputs(self) -> MeasurementInputs:
         """What tables are made with."""
         return MeasurementInputs(photometry=self.config.photometry, catalogue=self.catalogue)
 
+    def __post_init__(self) -> None:
+        # Frames that were fetched for their image, and turned out to be others than were measured.
+        self._other_frames: list[Job] = []
+
     @cached_property
     def _bag(self) -> db.Bag:
         return make_bag(self.observations)
 
-    def plan(self, *, skip_existing: bool = True, only_failed: bool = False) -> bytearray:
+    def recheck(self, run_once: Callable[..., list[FileVersion | str]]) -> set[str]:
+        """Ask the archive which frames it has replaced since they were fetched.
+
+        Parameters
+        ----------
+        run_once : callable
+            Calls a function with arguments from where the frames are fetched.
+
+        Returns
+        -------
+        set of str
+            Their names, for `plan`.
+        """
+        options = _make_fetch_options(self.config)
+        question = functools.partial(
+            ask_versions,
+            retry=options.retry,
+            stall_timeout_s=options.stall_timeout_s,
+            endpoint=options.endpoint,
+            max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
+        )
+        ask = functools.partial(run_once, question)
+        self.progress.start("recheck", len(self.observations), "frames")
+        found = recheck_frames(iterate(self._bag), self.folder.ledger, ask, self.progress.advance)
+        report = self.reports["download"]
+        report.rechecked, report.replaced = found.n_asked, len(found.replaced)
+        report.not_rechecked = found.unknown
+        return found.replaced
+
+    def plan(
+        self,
+        *,
+        skip_existing: bool = True,
+        only_failed: bool = False,
+        replaced: Container[str] = (),
+    ) -> bytearray:
         """Decide what is left to do, and report the frames for which that is nothing.
 
         Parameters
@@ -84,6 +136,8 @@ class FrameRun:
             Whether a table that is up to date counts.
         only_failed : bool
             Whether frames that have not failed are excluded.
+        replaced : container of str
+            Names of files that the archive has replaced since they were fetched.
 
         Returns
         -------
@@ -94,6 +148,8 @@ class FrameRun:
         ------
         DiskFullError
             If there is no room for the frames that are to be fetched and kept.
+        RunFolderError
+            If the folders for what is to be written cannot be written to.
         """
         ledger = self.folder.ledger
         total = len(self.observations)
@@ -112,11 +168,18 @@ class FrameRun:
             table_format=self.config.per_image_format,
             skip_existing=skip_existing,
             only_failed=only_failed,
+            replaced=replaced,
+            fetch_empty=self.config.fetches_empty_frames,
         )
         states, fetch_bytes = bytearray(), 0
         for observation, state, measured in planned:
             states.append(state)
             if state == FrameState.EXCLUDED:
+                continue
+            if state == FrameState.EMPTY:
+                for report in self.reports.values():
+                    report.excluded[NO_SOURCE] += 1
+                self.progress.advance()
                 continue
             for report in self.reports.values():
                 report.total += 1
@@ -131,6 +194,7 @@ class FrameRun:
                 self._record_missing_frame(observation)
             if state in (FrameState.DONE, FrameState.MISSING):
                 self.progress.advance(failed=state == FrameState.MISSING)
+        self._require_folders(states)
         if self.config.keep_images:
             self._require_room(fetch_bytes)
         return states
@@ -158,14 +222,14 @@ class FrameRun:
         """
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
-            discard_aggregation(folder.state)
-            folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
+            self._announce_measurements()
         make_task = _TaskFactory(
             images=str(folder.images),
             per_image=str(folder.per_image),
             keep_images=config.keep_images,
             fetch=_make_fetch_options(config),
             measure=self._make_extract_options(serial) if "extract" in self.reports else None,
+            find_fetched=functools.partial(folder.ledger.get_done, "download"),
         )
         suspects: list[Job] = []
         # Frames on disk come first, as they wait for no download.
@@ -176,39 +240,105 @@ class FrameRun:
             # The frames are read again, as a million of them would fill the memory.
             pairs = zip(iterate(self._bag), map(FrameState, states), strict=True)
             jobs = (pair for pair in pairs if pair[1] in wanted)
-            self._collect(client, ((job, make_task(*job)) for job in jobs), window, suspects)
+            self._collect(client, jobs, make_task, window, suspects)
+        if self._other_frames:
+            self._announce_measurements()
+            again = list(self._other_frames)
+            self._collect(client, again, make_task, make_thread_window(client), suspects)
         # Run one at a time, frames that kill workers are distinguished from their neighbours.
-        self._collect(client, ((job, make_task(*job)) for job in suspects), lambda: 1, None)
+        self._collect(client, suspects, make_task, lambda: 1, None)
+
+    def _announce_measurements(self) -> None:
+        """Prepare the folder for tables that will replace those it has."""
+        discard_aggregation(self.folder.state)
+        self.folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
 
     def _collect(
         self,
         client: Client,
-        tasks: Iterable[tuple[Job, Delayed]],
+        jobs: Iterable[Job],
+        make_task: _TaskFactory,
         window: Callable[[], int],
         suspects: list[Job] | None,
     ) -> None:
-        """Run tasks and record their outcomes.
+        """Run the tasks of jobs and record their outcomes.
 
         Frames whose workers died again and again are appended to `suspects` if it is given.
         """
         full: DiskFullError | None = None
-        tasks = takewhile(lambda _: full is None, tasks)
-        for (observation, state), result in run_window(client, tasks, window):
-            self.folder.raise_if_lock_lost()
-            if isinstance(result, DiskFullError):
-                # What is in flight may still find room; nothing more is started.
-                full = result
-            elif isinstance(result, ClusterError):
-                raise result
-            elif is_killed_worker(result) and suspects is not None:
-                suspects.append((observation, state))
-            elif isinstance(result, BaseException):
-                self._record(observation, state, [self._make_failure(observation, state, result)])
-            else:
-                outcomes = result if isinstance(result, list) else [result]
-                self._record(observation, state, outcomes)
+        queue = ArchiveQueue(
+            jobs,
+            self.outage_policy,
+            get_key=lambda job: job[0].filename,
+            find_reference=self._find_fetched,
+        )
+
+        def feed() -> Iterator[tuple[Request[Job], Delayed] | None]:
+            while full is None and not queue.is_finished:
+                request = queue.take()
+                yield None if request is None else (request, make_task(request))
+
+        def settle(request: Request[Job], result: Any) -> None:
+            queue.settle(request, result, *_judge(request, result))
+
+        def record() -> None:
+            for (observation, state), result in queue.ended:
+                if is_killed_worker(result) and suspects is not None:
+                    suspects.append((observation, state))
+                elif isinstance(result, DiskFullError | ClusterError | InputError):
+                    # These concern all frames.
+                    continue
+                elif isinstance(result, BaseException):
+                    failure = self._make_failure(observation, state, result)
+                    self._record(observation, state, [failure])
+                else:
+                    self._record(observation, state, _list_outcomes(result))
+            queue.ended.clear()
+
+        waiting = False
+        try:
+            for _, result in run_window(
+                client, feed(), window, settle=settle, pause=lambda: queue.pause_s
+            ):
+                self.folder.raise_if_lock_lost()
+                record()
+                if isinstance(result, DiskFullError):
+                    # What is in flight may still find room; nothing more is started.
+                    full = result
+                elif isinstance(result, ClusterError | InputError):
+                    raise result
+                waiting = self._report_outage(queue, waiting)
+        finally:
+            self._report_outage(None, waiting)
+        record()
         if full is not None:
             raise full
+
+    def _report_outage(self, queue: ArchiveQueue[Job] | None, waiting: bool) -> bool:
+        """Tell the user when an outage begins and ends; return whether there is one."""
+        outage = queue.outage if queue is not None and queue.is_announced else None
+        if outage is not None:
+            reason = str(outage)
+            self.folder.set_waiting(reason)
+            self.progress.wait(reason)
+            if not waiting:
+                logger.warning(reason)
+                # It may last, and what is done is safe.
+                self.folder.ledger.flush()
+        elif waiting:
+            self.folder.set_waiting(None)
+            self.progress.wait(None)
+            if queue is not None:
+                logger.warning("the archive answers again")
+        return outage is not None
+
+    def _find_fetched(self) -> Job | None:
+        """Return a frame that the archive served in this run or an earlier one."""
+        ledger = self.folder.ledger
+        for observation in iterate(self._bag):
+            if ledger.get_done("download", observation.filename) is not None:
+                return observation, FrameState.FETCH
+        return None
 
     def _record(self, observation: Observation, state: FrameState, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -217,10 +347,29 @@ class FrameRun:
             self._account(outcome)
         last = outcomes[-1]
         failed = last.status == "failed"
+        if state == FrameState.FETCH and not failed and self._withdraw_measurement(last):
+            self._other_frames.append((observation, FrameState.MEASURE))
+            return
         if failed and last.stage == "download" and state == FrameState.FETCH_AND_MEASURE:
             self._record_missing_frame(observation)
         reason = f"{observation.filename}: {last.reason}" if failed else None
         self.progress.advance(failed=failed, reason=reason)
+
+    def _withdraw_measurement(self, fetched: Outcome) -> bool:
+        """Take an earlier measurement out of the report if it was of another file.
+
+        That a table is up to date is known only when the frame is there again.
+        """
+        report = self.reports.get("extract")
+        measured = self.folder.ledger.get_done("extract", fetched.filename)
+        if report is None or measured is None or measured.frame_checksum == fetched.content_hash:
+            return False
+        report.reused -= 1
+        report.rows -= measured.rows
+        report.bytes -= measured.bytes
+        report.skipped -= Counter(measured.skipped)
+        report.warnings.pop(fetched.filename, None)
+        return True
 
     def _make_failure(
         self, observation: Observation, state: FrameState, error: BaseException
@@ -256,10 +405,22 @@ class FrameRun:
         report.rows += outcome.rows
         report.bytes += outcome.bytes
         report.skipped.update(outcome.skipped)
-        if outcome.warnings:
+        # The measurement of a frame repeats the warnings of its download.
+        if outcome.warnings and (outcome.stage == "extract" or "extract" not in self.reports):
             report.warnings[outcome.filename] = outcome.warnings
         if outcome.status == "failed":
             report.failed[outcome.filename] = outcome.reason or ""
+
+    def _require_folders(self, states: bytearray) -> None:
+        """Raise an error now if the frames could not be written when they are there."""
+        folder = self.folder
+        if self.config.keep_images and any(state in states for state in FETCHING):
+            folder.require_writable(folder.images)
+        if any(state in states for state in MEASURING):
+            folder.require_writable(folder.per_image)
+            if "download" in self.reports:
+                # A whole run, which goes on to light curves.
+                folder.require_writable(folder.lightcurves)
 
     def _require_room(self, needed: int) -> None:
         free = self.folder.images.free_bytes()
@@ -284,11 +445,45 @@ class FrameRun:
 
 
 def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
+    """Return how patient the downloads of a run are.
+
+    Parameters
+    ----------
+    config : BatchConfig
+        The run.
+
+    Returns
+    -------
+    FetchOptions
+    """
     return download.FetchOptions(
         retry=RetryPolicy(max_retries=config.max_retries),
         stall_timeout_s=config.stall_timeout,
         scratch_bytes=config.scratch_gb * 1e9,
+        endpoint=config.archive_endpoint,
     )
+
+
+def _list_outcomes(result: Any) -> list[Outcome]:
+    """Return the outcomes that a task returned."""
+    return result if isinstance(result, list) else [result]
+
+
+def _judge(
+    request: Request[Job], result: Any
+) -> tuple[Literal["served", "answered", "archive", "access", "unknown"], str, int]:
+    """Return what a result tells of the archive, what was wrong, and how often it was asked."""
+    observation, state = request.job
+    if isinstance(result, BaseException) or state == FrameState.MEASURE:
+        return "unknown", "", 0
+    fetched = _list_outcomes(result)[0]
+    if fetched.status == "done":
+        return "served", "", 1
+    reason = (fetched.reason or "").removeprefix(f"{strip_credentials(observation.download_url)}: ")
+    reason = re.sub(r" \(after \d+ attempts?\)$", "", reason)
+    if fetched.blame == "archive":
+        return "archive", reason, fetched.attempts
+    return ("access" if fetched.blame == "access" else "answered"), reason, fetched.attempts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,16 +495,31 @@ class _TaskFactory:
     keep_images: bool
     fetch: download.FetchOptions
     measure: extract.ExtractOptions | None
+    find_fetched: Callable[[str], Outcome | None]
 
-    def __call__(self, observation: Observation, state: FrameState) -> Delayed:
+    def __call__(self, request: Request[Job]) -> Delayed:
+        observation, state = request.job
+        fetch = self.fetch
+        if request.purpose != "job":
+            # One request at a time.
+            fetch = replace(fetch, retry=replace(fetch.retry, max_retries=0))
+        if request.purpose == "reference":
+            return _as_frame_task("probe", observation, download.probe, observation, fetch)
         if state == FrameState.MEASURE:
             image = f"{self.images}/{observation.filename}"
+            fetched = self.find_fetched(observation.filename)
             return _as_frame_task(
-                "extract", observation, extract.extract, image, self.per_image, self.measure
+                "extract",
+                observation,
+                extract.extract,
+                image,
+                self.per_image,
+                self.measure,
+                fetched,
             )
         if state == FrameState.FETCH:
             return _as_frame_task(
-                "download", observation, download.download, observation, self.images, self.fetch
+                "download", observation, download.download, observation, self.images, fetch
             )
         return _as_frame_task(
             "download-extract",
@@ -318,7 +528,7 @@ class _TaskFactory:
             observation,
             self.images if self.keep_images else None,
             self.per_image,
-            self.fetch,
+            fetch,
             self.measure,
         )
 

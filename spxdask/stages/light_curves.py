@@ -76,6 +76,8 @@ class CurveOptions:
         Folder in which partitions are also stored as Parquet, None to store none.
     layout : Layout
         Columns of the tables.
+    refused_characters : str
+        What file names cannot have where the light curves are written.
     run : str
         Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
@@ -86,6 +88,7 @@ class CurveOptions:
     format: str
     buckets: str | None
     layout: Layout = WITH_PSF
+    refused_characters: str = ""
     run: str = ""
 
 
@@ -147,7 +150,11 @@ def save_table_groups(
     n_groups = size = 0
     group: list[Table] = []
     store, name = locate_file(path)
-    with store.atomic_path(name) as part, pq.ParquetWriter(part, _GROUPS_SCHEMA) as file:
+    with (
+        store.atomic_path(name) as part,
+        open(part, "wb") as out,
+        pq.ParquetWriter(out, _GROUPS_SCHEMA) as file,
+    ):
 
         def write_group() -> None:
             nonlocal n_groups
@@ -380,7 +387,8 @@ def _write_partition(
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
         header = render_header(options.layout.light_curve)
-        file_names = map(light_curve_name, targets.to_pylist())
+        refused = options.refused_characters
+        file_names = (light_curve_name(target, refused) for target in targets.to_pylist())
         curves = (
             (name, b"".join((header, text))) for name, text in zip(file_names, texts, strict=True)
         )
@@ -412,20 +420,22 @@ def _encode_partition(
     return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
 
 
-def light_curve_name(target_id: str) -> str:
+def light_curve_name(target_id: str, refused_characters: str = "") -> str:
     """Return the name of the CSV file with the light curve of a source.
 
     Parameters
     ----------
     target_id : str
         Id of the source.
+    refused_characters : str
+        What file names cannot have where the file is.
 
     Returns
     -------
     str
         Characters that a file name cannot have are escaped.
     """
-    return f"{file_stem(target_id)}.csv"
+    return f"{file_stem(target_id, refused_characters)}.csv"
 
 
 def bucket_name(number: int) -> str:

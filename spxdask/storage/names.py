@@ -8,11 +8,13 @@ from urllib.parse import quote
 
 # A directory entry holds 255 bytes on common file systems, the suffix included.
 MAX_NAME_BYTES = 200
+# Characters among them that punctuation has; they are encoded wherever the file is.
+NEVER_IN_NAMES = "/\\%"
 # s3fs does not take what follows ?versionId= for a part of the name.
 _UNSAFE = re.compile(r"[/\\%\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\.|\.\.|\?versionId=")
 
 
-def file_stem(target_id: str) -> str:
+def file_stem(target_id: str, refused: str = "") -> str:
     """Turn a target id into a file name without its suffix.
 
     An id that can be a file name is returned as it is. An id with a slash, a backslash, a
@@ -25,6 +27,9 @@ def file_stem(target_id: str) -> str:
     ----------
     target_id : str
         Any text.
+    refused : str
+        Further characters that a file name cannot have; an id with one of them is
+        percent-encoded, too.
 
     Returns
     -------
@@ -32,8 +37,9 @@ def file_stem(target_id: str) -> str:
         At most 200 bytes in UTF-8.
     """
     stem = target_id or "%"
-    if _UNSAFE.search(target_id):
-        stem = quote(target_id, safe=" +,=@:;()[]", errors="surrogatepass")
+    if _UNSAFE.search(target_id) or any(c in target_id for c in refused):
+        safe = "".join(c for c in " +,=@:;()[]" if c not in refused)
+        stem = quote(target_id, safe=safe, errors="surrogatepass")
         if stem.startswith(".") or ".." in stem:
             stem = stem.replace(".", "%2E")
     encoded = stem.encode("utf-8")

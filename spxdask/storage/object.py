@@ -21,6 +21,7 @@ from fsspec.config import conf as fsspec_settings
 from fsspec.core import url_to_fs
 
 from spxdask.errors import SpxdaskError, StoreError
+from spxdask.storage.local import describe_temporary_folder, raise_disk_full
 from spxdask.storage.shared_copy import share_copy
 from spxdask.storage.store import Content, Store
 
@@ -252,7 +253,10 @@ class ObjectStore(Store):
     @contextmanager
     def atomic_path(self, name: str, *, durable: bool = True) -> Iterator[Path]:
         """See `Store.atomic_path`."""
-        with tempfile.TemporaryDirectory(prefix="spxdask-") as folder:
+        with (
+            raise_disk_full(describe_temporary_folder()),
+            tempfile.TemporaryDirectory(prefix="spxdask-") as folder,
+        ):
             part = Path(folder, "part")
             yield part
             with _translate_errors(self.path_to(name)):
@@ -273,6 +277,13 @@ class ObjectStore(Store):
 
     def delete_partial_files(self) -> None:
         """Do nothing, as a store shows no file before it is whole."""
+
+    def require_writable(self) -> None:
+        """Do nothing, as some stores let files be written that cannot be deleted again."""
+
+    def find_refused_characters(self, characters: str) -> str:
+        """See `Store.find_refused_characters`."""
+        return ""
 
     def free_bytes(self) -> float:
         """See `Store.free_bytes`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from spxdask.storage.local import LocalStore
+from spxdask.storage.local import LocalStore, describe_temporary_folder, raise_disk_full
 
 # Files that this process has open, so that others do not delete them while it runs.
 _files_in_use: list[int] = []
@@ -32,6 +32,12 @@ def share_copy(name: str, fetch: Callable[[Path], None]) -> Path:
         Below the folder for temporary files. It stays until another copy is asked for and no
         process uses it any more.
     """
+    with raise_disk_full(describe_temporary_folder()):
+        return _share_copy(name, fetch)
+
+
+def _share_copy(name: str, fetch: Callable[[Path], None]) -> Path:
+    """Do what `share_copy` says; a full disk raises OSError."""
     folder = Path(tempfile.gettempdir(), f"spxdask-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)

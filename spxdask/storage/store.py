@@ -337,6 +337,31 @@ class Store(ABC):
         """Delete the partial files of killed writers; only to be called while none writes."""
 
     @abstractmethod
+    def require_writable(self) -> None:
+        """Raise the error that writing a file to the folder would meet.
+
+        Raises
+        ------
+        OSError
+            If the folder is not there, or cannot be written to. Object stores are not asked.
+        """
+
+    @abstractmethod
+    def find_refused_characters(self, characters: str) -> str:
+        """Find characters that names of files in the folder cannot have.
+
+        Parameters
+        ----------
+        characters : str
+            What to try, each once.
+
+        Returns
+        -------
+        str
+            Those that are refused, in order. Files can be written to the folder as such.
+        """
+
+    @abstractmethod
     def free_bytes(self) -> float:
         """Return how many bytes there is room for.
 

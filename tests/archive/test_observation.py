@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
 from itertools import chain
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,8 @@ from spxdask.errors import ArchiveError, RunFolderError
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder
 from spxdask.run.observations import save_observations
-from spxdask.run.query_summary import load_query_summary
+from spxdask.run.query_summary import Field, load_query_summary
+from spxdask.science.footprint import Circle
 
 URI = (
     "ibe/data/spherex/qr2/level2/2025W51_1A/l2b-v21-2025-354/3/"
@@ -227,13 +230,27 @@ def found(count: int) -> list[Observation]:
 def saved(tmp_path, observations, **part_sizes):
     folder = RunFolder(tmp_path)
     folder.state.make()
-    folder.save_query(observations, config(tmp_path))
+    field = Field(mode="circle", circles=[Circle(1.0, 2.0, 3.0)], n_sources=1)
+    folder.save_query(observations, config(tmp_path), field, "0", [False] * len(observations))
     found = folder.load_observations(config(tmp_path))
     if part_sizes:
         options = found.query_options
         save_observations(folder.state, OBSERVATIONS_NAME, observations, options, **part_sizes)
         found = folder.load_observations(config(tmp_path))
     return found
+
+
+def test_observations_of_earlier_versions(tmp_path):
+    """Without footprints, and without the catalogue that they were found for."""
+    observations = [replace(one, footprint=b"x" * 64) for one in found(3)]
+    back = saved(tmp_path, observations)
+    assert list(back) == observations
+    path = tmp_path / "state" / OBSERVATIONS_NAME
+    table = pq.read_table(path)
+    options = {k: v for k, v in back.query_options.items() if k != "catalogue"}
+    metadata = table.schema.metadata | {b"query": json.dumps(options).encode()}
+    pq.write_table(table.drop_columns("footprint").replace_schema_metadata(metadata), path)
+    assert list(RunFolder(tmp_path).load_observations(config(tmp_path))) == found(3)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20, 23, 24, 25, 100])

@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 from distributed import Client, LocalCluster
+from distributed.shuffle._exceptions import P2POutOfDiskError
 
 from spxdask.cluster.dask_internals import (
     count_planned_workers,
@@ -27,7 +28,7 @@ from spxdask.cluster.shuffle import (
     limit_shuffle_threads,
     unregister_stale_plugins,
 )
-from spxdask.errors import FrameError
+from spxdask.errors import DiskFullError, FrameError
 
 
 @pytest.fixture
@@ -230,3 +231,15 @@ def test_a_check_ends_a_shuffle(client):
     with pytest.raises(ZeroDivisionError):
         compute_shuffle(client, Shuffle(), check=raising(ZeroDivisionError()))
     assert client.futures == {}
+
+
+def test_a_full_disk_of_a_worker_is_named(client):
+    folders = {os.path.dirname(path) for path in client.run(get_local_directory).values()}
+    with pytest.raises(DiskFullError) as raised:
+        compute_shuffle(client, Shuffle(P2POutOfDiskError()))
+    assert all(folder in str(raised.value) for folder in folders)
+    assert "TMPDIR" in str(raised.value)
+
+
+def get_local_directory(dask_worker) -> str:
+    return dask_worker.local_directory

@@ -114,6 +114,33 @@ def test_jobs_are_listed_without_the_name_of_the_user(in_process, monkeypatch, t
     assert f"--user={os.getuid()}" in (tmp_path / "asked").read_text()
 
 
+SQUEUE = """#!/bin/sh
+env | grep -E "^(SQUEUE|SLURM_CLUSTERS)" >&2 && exit 1
+case "$*" in
+    *--states=all*--clusters=other*) echo "CLUSTER: other"; echo "12 PENDING"; echo "13 FAILED" ;;
+    *--states=all*) echo "14 SUSPENDED"; echo "15 COMPLETED" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def test_jobs_on_another_cluster_are_asked_of_that_cluster(in_process, monkeypatch, tmp_path):
+    (tmp_path / "squeue").write_text(SQUEUE)
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"STATES": "RUNNING", "FORMAT": "%i", "CLUSTERS": "third"}.items():
+        monkeypatch.setenv(f"SQUEUE_{name}", value)
+    monkeypatch.setenv("SLURM_CLUSTERS", "third")
+    places = {"12": "other", "13": "other", "14": None, "15": None, "16": None, "17": "other"}
+    jobs = {
+        int(number): SimpleNamespace(job_id=number, has_had_worker=False, slurm_cluster=place)
+        for number, place in places.items()
+    }
+    for number in jobs:
+        monkeypatch.setitem(in_process.cluster.worker_spec, number, {})
+    assert watch(in_process)._find_ended(jobs).keys() == {13, 15, 16, 17}
+
+
 def test_a_job_that_cannot_be_cancelled(monkeypatch):
     warnings = []
     # Not by caplog, as dask-jobqueue has its handler pass errors only.
@@ -121,6 +148,7 @@ def test_a_job_that_cannot_be_cancelled(monkeypatch):
 
     class Base:
         job_id = "12"
+        cancel_command = "scancel"
 
         async def close(self):
             raise FileNotFoundError("scancel")

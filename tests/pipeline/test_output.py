@@ -19,6 +19,7 @@ def test_query_summary(finished):
     summary = load_query_summary(finished.config.output_dir)
     assert summary == load_query_summary(output_of(finished).path / "query_summary.yaml")
     assert summary["region"] == {
+        "mode": "circle",
         "center_ra": 270.0,
         "center_dec": 66.56,
         "radius_deg": 0.05,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from spxdask import BatchPipeline, run_batch
 from spxdask.errors import ConfigError, InputError, RunFolderError
@@ -63,3 +65,45 @@ def test_script_without_main_guard_fails_with_advice(make_config, tmp_path):
     )
     assert ended.returncode != 0
     assert "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
+    # That of the script itself; worker processes write none.
+    assert ended.stderr.count("Traceback") == 1
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_path):
+    make_config(bands=["D1"], max_extract_workers=1).to_yaml(tmp_path / "run.yaml")
+    # The interpreter of a worker ends at once.
+    dask_options = {"distributed": {"nanny": {"pre-spawn-environ": {"PYTHONHASHSEED": "none"}}}}
+    (tmp_path / "dask.yaml").write_text(yaml.safe_dump(dask_options))
+    # Clusters of this process leave variables behind that go before the file.
+    ours = {"DASK_INTERNAL_INHERIT_CONFIG", "PYTHONHASHSEED"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    ended = subprocess.run(
+        [sys.executable, "-m", "spxdask", "run", "--config", tmp_path / "run.yaml"],
+        env=environment | {"DASK_CONFIG": str(tmp_path / "dask.yaml")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    [line] = [line for line in ended.stderr.splitlines() if "did not start" in line]
+    assert "PYTHONHASHSEED must be" in line
+    assert "--scheduler" in line
+    assert "__main__" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("how", ["stdin", "missing"])
+def test_program_that_is_not_a_file_fails_before_the_query(make_config, archive, tmp_path, how):
+    options = make_config(bands=["D1"]).to_dict()
+    code = f"from spxdask import run_batch\nif __name__ == '__main__': run_batch(**{options!r})\n"
+    if how == "missing":
+        code = f"__file__ = '/proc/none/gone.py'\n{code}"
+    n_requests = len(archive.requests)
+    ended = subprocess.run(
+        [sys.executable, "-"], input=code, capture_output=True, text=True, check=False
+    )
+    name = {"stdin": "<stdin>", "missing": "gone.py"}[how]
+    assert f"{name} is not a file: save it as a script" in ended.stderr.splitlines()[-1]
+    assert len(archive.requests) == n_requests

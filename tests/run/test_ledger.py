@@ -34,6 +34,10 @@ FULL = Outcome(
     recipe="0123",
     catalogue="4567",
     frame_bytes=71_600_000,
+    etag='"abc"',
+    modified="Thu, 26 Nov 2026 05:00:00 GMT",
+    frame_checksum="xxh64:0",
+    time="2026-11-26T05:00:00+00:00",
 )
 
 
@@ -90,6 +94,9 @@ DEGREES = st.floats(-360.0, 360.0)
             checksum=st.none() | TEXT,
             recipe=st.none() | TEXT,
             catalogue=st.none() | TEXT,
+            etag=st.none() | TEXT,
+            modified=st.none() | TEXT,
+            frame_checksum=st.none() | TEXT,
         ),
         max_size=6,
     )

@@ -21,6 +21,7 @@ from spxdask.run.plan import (
 )
 from spxdask.run.recipe import legacy_fingerprint, make_recipe
 from spxdask.science.catalogue import Catalogue
+from spxdask.science.footprint import pack_footprint
 
 SIZE = 1000
 
@@ -189,6 +190,35 @@ def test_a_frame_that_was_replaced_and_fetched_is_measured_again(inputs, measure
     assert decide(inputs, new, fetched, on_disk=True, table=77) == FrameState.DONE
 
 
+def test_the_content_of_a_frame_decides_whether_it_was_replaced(inputs, measured):
+    old = replace(measured, frame_bytes=SIZE, frame_checksum="xxh64:a")
+    same = outcome("download", "done", bytes=SIZE, checksum="xxh64:a")
+    other = outcome("download", "done", bytes=SIZE, checksum="xxh64:b")
+    assert decide(inputs, old, same, on_disk=True, table=77) == FrameState.DONE
+    assert decide(inputs, old, other, on_disk=True, table=77) == FrameState.MEASURE
+    assert decide(inputs, old, other, table=77, keep_images=False) == FrameState.FETCH_AND_MEASURE
+    # Sums of eight digits, which ledgers had before, identify nothing.
+    for sum_ in (None, "ffffffff", "0123abcd"):
+        unknown = replace(same, checksum=sum_)
+        assert decide(inputs, old, unknown, on_disk=True, table=77) == FrameState.DONE
+        legacy = replace(old, frame_checksum=None)
+        assert decide(inputs, legacy, unknown, on_disk=True, table=77) == FrameState.DONE
+    # What was measured without a hash may be another file than that which was fetched since.
+    legacy = replace(old, frame_checksum=None)
+    assert decide(inputs, legacy, same, on_disk=True, table=77) == FrameState.MEASURE
+
+
+@pytest.mark.parametrize(
+    ("keep_images", "expected"), [(True, FrameState.FETCH), (False, FrameState.FETCH_AND_MEASURE)]
+)
+def test_a_frame_that_the_archive_is_known_to_have_replaced(
+    inputs, measured, keep_images, expected
+):
+    how = {"on_disk": True, "table": 77, "keep_images": keep_images}
+    assert decide(inputs, measured, replaced={FRAME.filename}, **how) == expected
+    assert decide(inputs, measured, replaced={"another"}, **how) == FrameState.DONE
+
+
 def test_a_failure_with_other_inputs_does_not_outdate_a_table(inputs, measured):
     failed = outcome("extract", "failed", reason="not downloaded", recipe="other", catalogue="x")
     ledger = ledger_of(failed)
@@ -279,6 +309,65 @@ def test_has_failed():
     assert not has_failed(ledger_of(outcome("download", "done")), FRAME.filename)
     both = ledger_of(outcome("download", "done"), outcome("extract", "failed", reason="x"))
     assert has_failed(both, FRAME.filename)
+
+
+def footprint(ra, dec):
+    corners = [ra - 1, dec - 1, ra + 1, dec - 1, ra + 1, dec + 1, ra - 1, dec + 1]
+    return pack_footprint(corners)
+
+
+class TestFramesWithoutASource:
+    """The catalogue has sources at (270, 66) and (10, -30)."""
+
+    EMPTY = replace(FRAME, footprint=footprint(100.0, 0.0))
+    HELD = replace(FRAME, footprint=footprint(10.5, -30.5))
+
+    def decide(self, frame, inputs, *outcomes, **options):
+        known = {"image_sizes": {}, "table_sizes": {}, "fetch_empty": False}
+        [planned] = plan_frames([frame], ledger_of(*outcomes), inputs, **known | options)
+        return planned.state
+
+    def test_they_are_neither_fetched_nor_measured(self, inputs):
+        assert self.decide(self.EMPTY, inputs) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, stages=["download"]) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, stages=["extract"]) == FrameState.EMPTY
+        on_disk = {"image_sizes": {FRAME.filename: SIZE}}
+        assert self.decide(self.EMPTY, inputs, **on_disk) == FrameState.EMPTY
+
+    def test_others_are(self, inputs):
+        for frame in (self.HELD, FRAME):
+            assert self.decide(frame, inputs) == FrameState.FETCH_AND_MEASURE
+        unknown = replace(inputs, catalogue=None)
+        assert self.decide(self.EMPTY, unknown) == FrameState.FETCH_AND_MEASURE
+        fetched = self.decide(self.EMPTY, inputs, fetch_empty=True)
+        assert fetched == FrameState.FETCH_AND_MEASURE
+
+    def test_a_failure_is_not_tried_again(self, inputs):
+        failed = outcome("download", "failed", reason="HTTP 404")
+        for options in ({}, {"only_failed": True}, {"retry_failed": False}):
+            assert self.decide(self.EMPTY, inputs, failed, **options) == FrameState.EMPTY
+        assert self.decide(self.EMPTY, inputs, only_failed=True) == FrameState.EXCLUDED
+
+    def test_a_table_that_is_there_counts(self, inputs, measured):
+        state = self.decide(
+            self.EMPTY, inputs, measured, table_sizes={TABLE: 77}, stages=["extract"]
+        )
+        assert state == FrameState.DONE
+
+    def test_they_make_nothing_stale_or_incomplete(self, inputs, measured):
+        other = ledger_of(replace(measured, catalogue="0", sources_fingerprint="0"))
+        known = {"image_sizes": {}, "table_sizes": {TABLE: 77}, "stages": ["extract"]}
+        planned = plan_frames([self.EMPTY], other, inputs, **known, fetch_empty=False)
+        choice = choose_tables(
+            planned, other, inputs, recipes={}, table_sizes={TABLE: 77}, table_format="csv"
+        )
+        assert (choice.tables, choice.stale, choice.left_out) == ([], [], 0)
+
+    def test_they_are_found_in_batches(self, inputs):
+        frames = [self.HELD, self.EMPTY] * 1100
+        known = {"image_sizes": {}, "table_sizes": {}, "fetch_empty": False}
+        states = [p.state for p in plan_frames(iter(frames), Ledger(), inputs, **known)]
+        assert states == [FrameState.FETCH_AND_MEASURE, FrameState.EMPTY] * 1100
 
 
 def test_the_plan_streams(inputs):

@@ -11,13 +11,26 @@ from ruamel.yaml import YAML
 from spxdask import BatchConfig, load_query_summary
 from spxdask.archive.observation import Observation
 from spxdask.errors import RunFolderError
-from spxdask.run.query_summary import save_query_summary, summarise_query
+from spxdask.run.query_summary import Field, save_query_summary, summarise_query
+from spxdask.science.footprint import Circle
 from spxdask.storage import LocalStore
 
 
 def config(**options) -> BatchConfig:
     field = {"catalog_path": "a.csv", "center_ra": 270.0, "center_dec": 66.56, "radius": 1.0}
     return BatchConfig(**(field | options))
+
+
+def in_circle(options: BatchConfig, observations) -> tuple[Field, list[bool]]:
+    """Return the field of a run in a circle, in which all frames are fetched."""
+    circle = Circle(options.center_ra, options.center_dec, options.radius)
+    return Field(mode="circle", circles=[circle], n_sources=3), [False] * len(observations)
+
+
+def save(folder, observations, **options) -> None:
+    asked = config(**options)
+    field = in_circle(asked, observations)
+    save_query_summary(LocalStore(folder), observations, asked, *field)
 
 
 def observation(**values) -> Observation:
@@ -77,7 +90,7 @@ NUMBER = st.floats(-1e300, 1e300).map(lambda x: round(x, 6)) | st.sampled_from([
 )
 def test_every_reader_reads_what_was_found(tmp_path_factory, observations):
     folder = tmp_path_factory.mktemp("summary")
-    save_query_summary(LocalStore(folder), observations, config())
+    save(folder, observations)
     for found in read_by_all(folder / "query_summary.yaml"):
         assert found["observations"] == expected(observations)
         assert found["n_observations"] == len(observations)
@@ -95,8 +108,9 @@ def test_every_reader_reads_what_was_found(tmp_path_factory, observations):
 )
 def test_every_reader_reads_what_was_asked(tmp_path, options):
     observations = [observation(mjd=61000.0 + i, size_bytes=i or None) for i in range(3)]
-    save_query_summary(LocalStore(tmp_path), observations, config(**options))
-    expected_head = summarise_query(observations, config(**options))
+    save(tmp_path, observations, **options)
+    asked = config(**options)
+    expected_head = summarise_query(observations, asked, *in_circle(asked, observations))
     assert expected_head["total_bytes"] == 3
     assert expected_head["time_span_days"] == 2.0
     for found in read_by_all(tmp_path / "query_summary.yaml"):
@@ -106,7 +120,7 @@ def test_every_reader_reads_what_was_asked(tmp_path, options):
 
 
 def test_what_people_read_is_plain(tmp_path):
-    save_query_summary(LocalStore(tmp_path), [observation()], config())
+    save(tmp_path, [observation()])
     text = (tmp_path / "query_summary.yaml").read_text()
     assert text.endswith(
         "observations:\n"
@@ -118,16 +132,50 @@ def test_what_people_read_is_plain(tmp_path):
     )
 
 
+def test_frames_without_a_source_are_marked(tmp_path):
+    observations = [observation(mjd=61000.0 + i) for i in range(3)]
+    field = Field(
+        mode="catalogue", circles=[Circle(10.0, 20.0, 1.5), Circle(30.0, -40.0, 0.5)], n_sources=7
+    )
+    asked = BatchConfig(catalog_path="a.csv")
+    save_query_summary(LocalStore(tmp_path), observations, asked, field, [False, True, False])
+    for found in read_by_all(tmp_path / "query_summary.yaml"):
+        assert found["region"] == {
+            "mode": "catalogue",
+            "center_ra": None,
+            "center_dec": None,
+            "radius_deg": None,
+            "coverage_mode": "any",
+            "n_sources": 7,
+            "n_queries": 2,
+        }
+        assert found["n_observations"] == 3
+        assert found["not_fetched"] == {"no source on the frame": 1}
+        marks = [entry.get("not_fetched") for entry in found["observations"]]
+        assert marks == [None, "no source on the frame", None]
+
+
+def test_the_region_of_a_target(tmp_path):
+    field = Field(mode="target", circles=[Circle(10.0, 20.0, 0.05)], n_sources=1)
+    asked = BatchConfig(target="10 20")
+    save_query_summary(LocalStore(tmp_path), [], asked, field, [])
+    for found in read_by_all(tmp_path / "query_summary.yaml"):
+        region = found["region"]
+        assert (region["mode"], region["target"]) == ("target", "10 20")
+        assert (region["center_ra"], region["radius_deg"]) == (10.0, 0.05)
+        assert found["not_fetched"] == {}
+
+
 def test_no_credentials_are_written(tmp_path):
     with_password = observation(download_url="https://me:secret@host/a.fits")
-    save_query_summary(LocalStore(tmp_path), [with_password], config())
+    save(tmp_path, [with_password])
     assert "secret" not in (tmp_path / "query_summary.yaml").read_text()
 
 
 @pytest.mark.parametrize("edit", [("  band: D3\n", "  band: D3  # mine\n"), ("- obs", "-  obs")])
 def test_a_file_that_was_edited(tmp_path, edit):
     observations = [observation(), observation(mjd=61028.0)]
-    save_query_summary(LocalStore(tmp_path), observations, config())
+    save(tmp_path, observations)
     path = tmp_path / "query_summary.yaml"
     path.write_text(path.read_text().replace(edit[0], edit[1].replace("  obs", " obs"), 1))
     assert load_query_summary(tmp_path)["observations"] == expected(observations)

@@ -19,7 +19,6 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urljoin, urlsplit
 
-import numpy as np
 import pytest
 from astropy.io import fits
 from fsspec.asyn import get_loop
@@ -31,6 +30,7 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.cluster.tasks import error_as_value
 from spxdask.cluster.workers import worker_memory_limit
 from spxdask.errors import DiskFullError
+from spxdask.science.content_hash import hash_content
 from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
@@ -402,13 +402,6 @@ def test_lengths_that_no_frame_has(frame, content, images, size, says, attempts)
     assert_failed(outcome, images, says, attempts)
 
 
-def ones_complement_sum(content):
-    total = int(np.frombuffer(content, ">u4").sum(dtype=np.uint64))
-    while total >> 32:
-        total = (total & 0xFFFFFFFF) + (total >> 32)
-    return f"{total:08x}"
-
-
 @pytest.fixture(scope="module")
 def summed(qr2, tmp_path_factory):
     """A frame whose units carry sums."""
@@ -437,17 +430,82 @@ def test_damage_on_the_way_is_noticed(summed, images, where, says, lasting):
     bad, good = (200, {}, bytes(damaged)), (200, {}, content)
     with Server(itertools.chain([bad] * (4 if lasting else 1), [good])) as server:
         outcome = fetch(server, summed, images)
-    if lasting:
-        assert_failed(outcome, images, says, 4)
-        assert outcome.checksum is None
-    else:
+    if not lasting:
         assert_done(outcome, images, summed, content, 2)
-        assert outcome.checksum == ones_complement_sum(content) == "ffffffff"
+        assert (outcome.checksum, outcome.warnings) == (hash_content(content), ())
+    elif says == "CHECKSUM":
+        # The archive serves it so: a header that was mended in place, with the data as they were.
+        assert_done(outcome, images, summed, bytes(damaged), 2)
+        assert outcome.checksum == hash_content(damaged)
+        assert len(outcome.warnings) == 1
+        assert "CHECKSUM of WCS-WAVE disagrees with the header" in outcome.warnings[0]
+    else:
+        assert_failed(outcome, images, says, 2)
+        assert outcome.reason.endswith("a second transfer brought the same bytes")
+        assert outcome.checksum is None
 
 
-def test_what_was_fetched_has_its_sum_in_the_ledger(frame, content, images):
-    with Server([(200, {}, content)]) as server:
-        assert fetch(server, frame, images).checksum == ones_complement_sum(content)
+def test_damage_that_differs_each_time_is_no_matter_of_the_archive(summed, images):
+    content = summed.path.read_bytes()
+    start = len(content) - 2880
+    damaged = [content[:at] + b"?" + content[at + 1 :] for at in range(start, start + 3)]
+    answers = [(200, {}, body) for body in (*damaged, content)]
+    with Server(answers) as server:
+        assert_done(fetch(server, summed, images), images, summed, content, 4)
+
+
+@pytest.fixture(scope="module")
+def mended(summed, tmp_path_factory):
+    """A frame whose primary header was changed in place, sums and all data left as they were."""
+    path = tmp_path_factory.mktemp("mended") / summed.path.name
+    content = summed.path.read_bytes()
+    at = content.index(b"CHECKSUM")
+    path.write_bytes(content[: at + 75] + b"x" + content[at + 76 :])
+    return replace(summed, path=path)
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 5])
+def test_a_mended_header_costs_no_frame_however_few_attempts_there_are(mended, images, max_retries):
+    with SimulatedArchive([mended]) as archive:
+        outcome = fetch(archive, mended, images, options(max_retries))
+        attempts = min(max_retries + 1, 2)
+        assert_done(outcome, images, mended, mended.path.read_bytes(), attempts)
+        assert len(archive.requests) == attempts
+    assert len(outcome.warnings) == 1
+
+
+def test_measuring_sees_hash_and_warnings_of_a_frame(mended, images):
+    seen = []
+    with SimulatedArchive([mended]) as archive:
+        observation = observed(mended, archive.url)
+        outcome, _ = fetch_frame(observation, None, PATIENT, seen.append)
+    [frame] = seen
+    assert frame.checksum == outcome.checksum == hash_content(mended.path.read_bytes())
+    assert set(outcome.warnings) <= set(frame.warnings)
+
+
+def test_a_frame_that_the_archive_has_broken_is_asked_for_twice(frame, content, images):
+    broken = content.replace(b"MJD-BEG ", b"MJD-BEGX")
+    with Server(itertools.repeat((200, {}, broken))) as server:
+        outcome = fetch(server, frame, images, options(max_retries=5))
+    assert_failed(outcome, images, "MJD-BEG", 2)
+
+
+@pytest.mark.parametrize(
+    "headers", [{"ETag": '"a"', "Last-Modified": "Thu"}, {"ETag": 'W/"a"'}, {}]
+)
+def test_what_was_fetched_has_hash_and_version_in_the_ledger(frame, content, images, headers):
+    with Server([(200, headers, content)]) as server:
+        outcome = fetch(server, frame, images)
+    assert outcome.checksum == outcome.content_hash == hash_content(content)
+    assert (outcome.etag, outcome.modified) == (headers.get("ETag"), headers.get("Last-Modified"))
+
+
+def test_the_hash_is_that_of_the_whole_file_after_a_broken_transfer(frame, content, images):
+    plan = [Fault(truncate=1_000_000), Fault(truncate=500_000), Fault(html=True)]
+    with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
+        assert fetch(archive, frame, images).checksum == hash_content(content)
+        assert 206 in statuses(archive)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2880, 300_000])
@@ -858,7 +916,16 @@ def fetch_from(mirror, frame, images, patience=PATIENT, **changes):
 def test_a_frame_comes_from_a_mirror(frame, content, images, mirror, known):
     outcome = fetch_from(mirror, frame, images, **{} if known else {"size_bytes": None})
     assert_done(outcome, images, frame, content, 1)
-    assert outcome.checksum == ones_complement_sum(content)
+    assert outcome.checksum == hash_content(content)
+    assert outcome.modified == str(mirror.stat().st_mtime_ns)
+
+
+def test_a_mended_header_comes_from_a_mirror_too(mended, images, mirror):
+    content = mended.path.read_bytes()
+    mirror.write_bytes(content)
+    outcome = fetch_from(mirror, mended, images)
+    assert_done(outcome, images, mended, content, 2)
+    assert len(outcome.warnings) == 1
 
 
 @pytest.mark.parametrize(

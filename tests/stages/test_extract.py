@@ -11,6 +11,7 @@ import pytest
 import simulated
 from astropy.io import fits
 
+from spxdask.run.ledger import Outcome
 from spxdask.science.level2.frame import open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.stages.extract import (
@@ -161,6 +162,59 @@ def test_bad_frames_fail_with_a_reason(frames, options, tmp_path, change, reason
     assert "\n" not in outcome.reason
     assert outcome.rows == 0
     assert not (tmp_path / table_name("bad.fits", "csv")).exists()
+
+
+@pytest.fixture
+def in_images(frames, tmp_path):
+    """A frame with sums that somebody has put into images/, as bytes and as a path."""
+    path = tmp_path / "images" / frames[1][0].path.name
+    path.parent.mkdir()
+    with fits.open(frames[1][0].path, disable_image_compression=True) as hdus:
+        hdus.writeto(path, checksum=True)
+    return path
+
+
+def change_byte(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_mended_header_of_a_file_in_images_is_a_warning(in_images, options, tmp_path):
+    # Within the comment of a card of the primary header.
+    change_byte(in_images, in_images.read_bytes().index(b"CHECKSUM") + 75)
+    outcome = extract(str(in_images), str(tmp_path), options)
+    assert outcome.status == "done"
+    assert [text for text in outcome.warnings if "CHECKSUM of PRIMARY disagrees" in text]
+
+
+def test_damaged_data_of_a_file_in_images_are_a_failure(in_images, options, tmp_path):
+    change_byte(in_images, -1)
+    outcome = extract(str(in_images), str(tmp_path), options)
+    assert outcome.status == "failed"
+    assert "DATASUM" in outcome.reason
+    assert [path.suffix for path in in_images.parent.iterdir()] == [".unreadable"]
+
+
+def test_what_its_download_has_checked_is_not_summed_again(in_images, options, tmp_path):
+    change_byte(in_images, -1)
+    fetched = Outcome(
+        stage="download",
+        filename=in_images.name,
+        status="done",
+        bytes=in_images.stat().st_size,
+        checksum="xxh64:0",
+        warnings=("CHECKSUM of IMAGE disagrees",),
+    )
+    outcome = extract(str(in_images), str(tmp_path), options, fetched)
+    assert (outcome.status, outcome.frame_checksum) == ("done", "xxh64:0")
+    assert "CHECKSUM of IMAGE disagrees" in outcome.warnings
+    # An earlier version recorded a sum, which identifies nothing.
+    outcome = extract(str(in_images), str(tmp_path), options, replace(fetched, checksum="f" * 8))
+    assert (outcome.status, outcome.frame_checksum) == ("done", None)
+    # Another file than that which was fetched.
+    outcome = extract(str(in_images), str(tmp_path), options, replace(fetched, bytes=1))
+    assert outcome.status == "failed"
 
 
 def test_unexpected_error_is_a_failure_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from archived import (
     CONTAINS,
@@ -24,7 +26,10 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import TapOptions, run_adql
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, InputError, TruncatedAnswerError
+from spxdask.science.catalogue import Catalogue
+from spxdask.science.footprint import pack_footprint
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
+from spxdask.simulate.tap import QueryError
 from spxdask.stages import query
 
 TAP_OPTIONS = TapOptions(retry=RetryPolicy(max_retries=0))
@@ -49,7 +54,10 @@ def config(archive=None, **options):
 
 
 def found(archive, **options):
-    return query.find_observations(config(archive, **options))
+    asked = config(archive, **options)
+    observations = query.find_observations(asked)
+    query.check_count(observations, asked)
+    return observations
 
 
 # What is asked
@@ -338,6 +346,170 @@ def test_gigabytes_are_counted():
     )
     with pytest.raises(InputError, match=re.escape("3 frames (6.0 GB)")):
         query.check_count(observations, config(max_images=2))
+
+
+# Where no circle is given
+
+
+def catalogue(ra, dec) -> Catalogue:
+    ids = pa.array([f"s{i}" for i in range(len(ra))], pa.large_string())
+    return Catalogue.from_arrays(ids, np.array(ra, float), np.array(dec, float))
+
+
+def anywhere(archive, sources, **options):
+    """Return what is found for sources, and the number of queries for it."""
+    asked = config(archive, **NO_CIRCLE | options)
+    asked_before = len(archive.requests)
+    field = query.make_field(asked, sources)
+    observations = query.find_observations(asked, field.circles)
+    n_queries = len(archive.requests) - asked_before
+    assert n_queries == len(field.circles)
+    return observations, n_queries
+
+
+NO_CIRCLE = {"center_ra": None, "center_dec": None, "radius": None}
+
+
+def square(ra, dec, half=1.75):
+    return ((ra - half, dec - half), (ra + half, dec - half), (ra + half, dec + half),
+            (ra - half, dec + half))  # fmt: skip
+
+
+def test_scattered_sources_have_a_query_each(path):
+    centres = [(10.0, 0.0), (100.0, 30.0), (200.0, -45.0), (300.0, 60.0)]
+    sky = [archived_frame(path, n, polygon=square(*c)) for n, c in enumerate(centres, start=1)]
+    with SimulatedArchive(sky) as archive:
+        observations, n_queries = anywhere(archive, catalogue(*zip(*centres[:3], strict=True)))
+    assert [o.uri for o in observations] == [archived_uri(n) for n in (1, 2, 3)]
+    assert n_queries == 3
+
+
+def test_a_frame_of_several_queries_is_there_once(path):
+    """The sources are too far apart for one query, and on a frame that both have."""
+    sky = [
+        archived_frame(path, 1, polygon=square(10.0, 0.0)),
+        archived_frame(path, 2, polygon=square(25.0, 0.0, 16.0)),
+        archived_frame(path, 3, polygon=square(40.0, 0.0)),
+    ]
+    with SimulatedArchive(sky) as archive:
+        found_at_once, n_queries = anywhere(archive, catalogue([10.0, 40.0], [0.0, 0.0]))
+        every_version, _ = anywhere(archive, catalogue([10.0, 40.0], [0.0, 0.0]), release="all")
+    assert n_queries == 2
+    assert [o.uri for o in found_at_once] == [archived_uri(n) for n in (1, 2, 3)]
+    assert every_version == found_at_once
+
+
+@pytest.mark.parametrize(
+    ("ra", "dec", "polygon"),
+    [
+        (0.0, 0.0, ((359.0, -1.0), (1.0, -1.0), (1.0, 1.0), (359.0, 1.0))),
+        (359.99, 0.0, ((359.0, -1.0), (1.0, -1.0), (1.0, 1.0), (359.0, 1.0))),
+        (77.0, 90.0, ((0.0, 88.0), (90.0, 88.0), (180.0, 88.0), (270.0, 88.0))),
+        (200.0, -89.5, ((0.0, -88.0), (90.0, -88.0), (180.0, -88.0), (270.0, -88.0))),
+    ],
+)
+def test_a_source_alone(path, ra, dec, polygon):
+    with SimulatedArchive(
+        [archived_frame(path, 1, polygon=polygon), archived_frame(path, 2, polygon=square(120, 0))]
+    ) as archive:
+        observations, n_queries = anywhere(archive, catalogue([ra], [dec]))
+    assert [o.uri for o in observations] == [archived_uri()]
+    assert n_queries == 1
+
+
+def test_many_sources_are_few_queries(path):
+    rng = np.random.default_rng(3)
+    ra, dec = rng.uniform(0, 360, 100_000), np.rad2deg(np.arcsin(rng.uniform(-1, 1, 100_000)))
+    sky = [
+        archived_frame(path, n, polygon=square(20.0 * n, 40.0 if n % 2 else -40.0))
+        for n in range(1, 18)
+    ]
+    with SimulatedArchive(sky) as archive:
+        observations, n_queries = anywhere(archive, catalogue(ra, dec))
+    assert len(observations) == 17
+    assert n_queries <= 91
+
+
+def test_an_error_of_one_query_is_that_of_all(path):
+    sky = [archived_frame(path, 1, polygon=square(10.0, 0.0))]
+    sources = catalogue([10.0, 100.0, 200.0], [0.0, 0.0, 0.0])
+    with SimulatedArchive(sky, faults={"TAP/sync": [Fault(), Fault(status=403)]}) as archive:
+        asked = config(archive, **NO_CIRCLE, max_retries=0)
+        with pytest.raises(ArchiveError, match="403"):
+            query.find_observations(asked, query.make_field(asked, sources).circles)
+
+
+def test_footprints_come_with_the_frames(path):
+    with SimulatedArchive([archived_frame(path)]) as archive:
+        [observation] = found(archive)
+    assert observation.footprint == pack_footprint(np.ravel(CONTAINS))
+
+
+class Counting(SimulatedArchive):
+    """An archive whose answers wait until so many queries are there at once."""
+
+    n_expected = active = peak = 0
+
+    async def _answer(self, parameters, limit):
+        self.active += 1
+        self.peak = max(self.peak, self.active)
+        if self.active == self.n_expected:
+            self._all_there.set()
+        await asyncio.wait_for(self._all_there.wait(), 10)
+        self.active -= 1
+        return await super()._answer(parameters, limit)
+
+    async def _serve(self, started):
+        self._all_there = asyncio.Event()
+        await super()._serve(started)
+
+
+@pytest.mark.parametrize(("limit", "n_at_once"), [(2, 2), (100, 4)])
+def test_few_queries_at_once(path, limit, n_at_once):
+    ra = np.arange(0.0, 360.0, 40.0)
+    archive = Counting([archived_frame(path)])
+    archive.n_expected = n_at_once
+    with archive:
+        anywhere(archive, catalogue(ra, np.zeros(len(ra))), max_download_workers=limit)
+    assert archive.peak == n_at_once
+
+
+class WithoutFootprints(SimulatedArchive):
+    """A service that has no column of footprints to show, or shows none."""
+
+    async def _answer(self, parameters, limit):
+        if "p.poly FROM" in parameters["QUERY"]:
+            raise QueryError("The column poly cannot be selected.")
+        return await super()._answer(parameters, limit)
+
+
+def test_an_archive_without_footprints_is_of_use(path, caplog):
+    sources = catalogue([10.0, 100.0], [0.0, 0.0])
+    with WithoutFootprints([archived_frame(path), archived_frame(path, 2)]) as archive:
+        asked = config(archive, **NO_CIRCLE)
+        field = query.make_field(asked, sources)
+        observations = query.find_observations(asked, field.circles)
+    assert [o.uri for o in observations] == [archived_uri(), archived_uri(2)]
+    assert {o.footprint for o in observations} == {None}
+    assert "does not give footprints" in caplog.text
+    assert query.find_empty(asked, sources, observations) == [False, False]
+
+
+def test_frames_without_a_source(path):
+    sky = [
+        archived_frame(path, 1, polygon=square(10.0, 0.0)),
+        archived_frame(path, 2, polygon=square(13.6, 0.0)),
+    ]
+    sources = catalogue([11.0, 200.0], [1.0, 0.0])
+    with SimulatedArchive(sky) as archive:
+        observations = found(archive, radius=5.0)
+    assert len(observations) == 2
+    for options, empty in [
+        ({}, [False, False]),
+        ({"keep_images": False}, [False, True]),
+        (NO_CIRCLE, [False, True]),
+    ]:
+        assert query.find_empty(config(**options), sources, observations) == empty
 
 
 # What fails

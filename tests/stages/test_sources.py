@@ -11,14 +11,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 import simulated
+from botocore import UNSIGNED
 from distributed import Client
+from fsspec.asyn import sync
 from objectstore import BUCKET
 from outputs import read_files
 
@@ -83,9 +86,10 @@ def run(survey, archive, tmp_path_factory) -> Iterator[Callable[[str], tuple[Pat
         processes=False, n_workers=1, threads_per_worker=3, dashboard_address="127.0.0.1:0"
     ) as client:
 
-        def run(url: str) -> tuple[Path, int]:
+        def run(url: str, **more) -> tuple[Path, int]:
             output = tmp_path_factory.mktemp("run")
             options = simulated.run_options(catalogue, archive, output) | {"archive_url": url}
+            options |= more
             n_requests = len(archive.requests)
             summary = BatchPipeline(BatchConfig(**options), client=client).run_all()
             assert summary.failed == {}
@@ -113,7 +117,9 @@ def test_every_source_gives_the_same_files(run, over_http, survey, store, source
     }[source]()
     expected, requests = over_http
     assert requests == 1 + len(frames)
-    output, requests = run(url)
+    # The public bucket is at AWS unless an option names another server.
+    endpoint = store.s3.meta.endpoint_url if source == "public bucket" else None
+    output, requests = run(url, archive_endpoint=endpoint)
     # The query is the only request.
     assert requests == 1
     for name in ("images", "per_image", "lightcurves"):
@@ -289,8 +295,60 @@ def test_public_bucket_is_read_without_credentials(frame, content, images, behin
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with behind() as proxy:
         observation = observed(frame, f"s3://{PUBLIC_BUCKET}")
-        assert_done(fetch(images, observation), images, content, 1)
+        patience = replace(PATIENT, endpoint=f"http://127.0.0.1:{proxy.server_port}")
+        assert_done(fetch(images, observation, patience), images, content, 1)
         assert proxy.headers[0]["Authorization"] is None
+
+
+@pytest.fixture
+def misleading(no_connections, monkeypatch, tmp_path):
+    """An environment with settings for the user's own stores, of every kind."""
+    config = tmp_path / "config"
+    config.write_text(
+        "[default]\nendpoint_url = http://127.0.0.1:9\nregion = eu-north-1\n"
+        "s3 =\n  addressing_style = path\nuse_fips_endpoint = true\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("AWS_USE_DUALSTACK_ENDPOINT", "true")
+    monkeypatch.setitem(
+        fsspec.config.conf, "s3", {"key": "k", "endpoint_url": "http://127.0.0.1:9"}
+    )
+
+
+def test_settings_for_other_stores_do_not_lead_the_public_bucket_astray(misleading):
+    filesystem = open_bucket(PUBLIC_BUCKET, 1.0)
+    client = sync(filesystem.loop, filesystem.set_session)
+    assert client.meta.endpoint_url == "https://s3.us-east-1.amazonaws.com"
+    assert client.meta.config.signature_version is UNSIGNED
+    assert client.meta.region_name == "us-east-1"
+
+
+def test_the_server_that_was_asked_is_named(
+    frame, images, no_connections, store, misleading, monkeypatch
+):
+    endpoint = store.s3.meta.endpoint_url
+    url = f"s3://{PUBLIC_BUCKET}/not/there/{frame.path.name}"
+    observation = observed(frame, download_url=url)
+    outcome = fetch(images, observation, replace(PATIENT, endpoint=endpoint))
+    assert_failed(outcome, images, url, f"does not exist. (asked: {endpoint})", 1)
+    assert outcome.blame is None
+
+
+@pytest.mark.parametrize("name", ["https_proxy", "ALL_PROXY"])
+def test_the_public_bucket_is_asked_for_through_the_proxy(
+    frame, images, no_connections, monkeypatch, name
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        monkeypatch.setenv(name, f"127.0.0.1:{port}")
+        outcome = fetch(images, observed(frame, f"s3://{PUBLIC_BUCKET}"), HURRIED)
+    assert "s3.us-east-1.amazonaws.com" in outcome.reason
+    assert f"127.0.0.1:{port}" in outcome.reason
+    assert (outcome.blame, outcome.attempts) == ("archive", 2)
 
 
 # In bytes; many times what is in flight, and lost, when a connection breaks.
@@ -377,8 +435,8 @@ def test_frame_that_is_replaced_during_its_transfer(own, content, images, behind
     # The other frame has the same length and differs in one pixel.
     middle = len(content) // 2
     other = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    replace = Act(first=lambda: store.pipe_file(path, other))
-    with behind(Act(after=SOME), replace) as proxy:
+    replacing = Act(first=lambda: store.pipe_file(path, other))
+    with behind(Act(after=SOME), replacing) as proxy:
         outcome = fetch(images, observation)
         assert_done(outcome, images, other, 3)
         assert [bool(text) for text in requested_ranges(proxy)] == [False, True, False]

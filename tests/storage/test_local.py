@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from spxdask.archive.buffer_pool import BufferPool
 from spxdask.errors import DiskFullError
-from spxdask.storage import LocalStore, raise_disk_full
+from spxdask.storage import LocalStore, open_store, raise_disk_full
 from spxdask.storage.local import part_path
 
 
@@ -275,3 +277,142 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as raised, raise_disk_full("/some/where"):
         raise error
     assert raised.value is error
+
+
+# Names in every locale
+
+
+LOCALES = [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONUTF8": "1"},
+]
+USE_STORE = """
+import sys
+from spxdask.storage import LocalStore
+names = ["\\xe9t\\xe9.csv", "\\u65e5\\u672c.csv", "\\U0001f52d.csv", "plain.csv"]
+for folder in ("out", "\\xe9t\\xe9"):
+    store = LocalStore(folder)
+    store.make()
+    store.put_many((name, b"small") for name in names)
+    for name in names:
+        store.put(name, name.encode())
+        assert store.get(name) == name.encode() and store.exists(name)
+        assert store.get_version(name)
+    with store.atomic_path("\\u65e5") as part:
+        part.write_bytes(b"")
+    store.rename("\\u65e5", "\\xe8")
+    assert store.list_names() == set(store.list_sizes()) == {*names, "\\xe8"}
+    assert store.find_starting_with(names, b"plain") == {"plain.csv"}
+    assert store.find_refused_characters("".join(map(chr, range(0xa0, 0x180)))) == ""
+    store.delete_many(["\\xe8"])
+print(sys.getfilesystemencoding())
+"""
+
+
+@pytest.fixture(scope="session")
+def locale_path(tmp_path_factory):
+    """A folder with a locale whose encoding is Latin-1, which few systems still have."""
+    folder = tmp_path_factory.mktemp("locales")
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef makes the locale")
+    target = folder / "en_US.ISO-8859-1"
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", target], capture_output=True)
+    if not target.exists():
+        pytest.skip("the system has no sources of locales")
+    return folder
+
+
+@pytest.mark.parametrize("variables", LOCALES, ids=lambda variables: variables.get("LC_ALL"))
+def test_names_are_utf8_in_every_locale(tmp_path, locale_path, variables):
+    ran = subprocess.run(
+        [sys.executable, "-c", USE_STORE],
+        env=os.environ | variables | {"LOCPATH": str(locale_path)},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    encoding = {"C": "ascii", "en_US.ISO-8859-1": "iso8859-1"}.get(variables.get("LC_ALL"), "utf-8")
+    assert ran.stdout.decode().strip() == encoding
+    names = {"\xe9t\xe9.csv", "\u65e5\u672c.csv", "\U0001f52d.csv", "plain.csv"}
+    assert {os.fsdecode(name) for name in os.listdir(os.fsencode(tmp_path / "out"))} == names
+
+
+def test_a_path_that_the_locale_decoded_is_shown_as_text(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys; from spxdask.storage import LocalStore as s; "
+         "print(ascii(str(s(sys.argv[1]))))", "/d\xe9"],
+        env=os.environ | LOCALES[0],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert ran.stdout.strip() == r"'/d\xe9'"
+
+
+# File systems that refuse
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Return a function that lets the system refuse to create files."""
+    open_file = os.open
+
+    def refuse(is_refused, code):
+        def open_some(path, flags, *mode, **how):
+            if flags & os.O_CREAT and is_refused(os.path.basename(os.fspath(path))):
+                raise OSError(code, os.strerror(code), path)
+            return open_file(path, flags, *mode, **how)
+
+        monkeypatch.setattr(os, "open", open_some)
+
+    return refuse
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOENT, errno.EILSEQ, errno.EACCES])
+def test_refused_characters_are_found(tmp_path, refuse, code):
+    refuse(lambda name: set(name) & set('"*:<>?|\u65e5'), code)
+    store = LocalStore(tmp_path)
+    tried = "".join(map(chr, range(0xA0, 0x120)))
+    assert store.find_refused_characters(f'{tried} \u65e5!"#$*:?') == '\u65e5"*:?'
+    assert store.find_refused_characters("") == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_refused_on_an_ordinary_disk(tmp_path):
+    assert LocalStore(tmp_path).find_refused_characters(' "*:<>?|' + "\u65e5" * 200) == ""
+
+
+def test_a_full_disk_is_not_taken_for_a_refusal(tmp_path, refuse):
+    refuse(lambda name: True, errno.ENOSPC)
+    with pytest.raises(DiskFullError, match=str(tmp_path)):
+        LocalStore(tmp_path).find_refused_characters(":")
+    with pytest.raises(DiskFullError, match=str(tmp_path)):
+        LocalStore(tmp_path).require_writable()
+
+
+def test_a_folder_that_can_be_written_to_stays_empty(tmp_path):
+    LocalStore(tmp_path).require_writable()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_to(tmp_path, refuse, code):
+    refuse(lambda name: True, code)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        LocalStore(tmp_path).require_writable()
+
+
+@pytest.mark.parametrize("call", ["write", "mkdtemp"])
+def test_a_full_folder_for_temporary_files_is_named(tmp_path, monkeypatch, call):
+    store = open_store(f"memory://{tmp_path.name}")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_, **__):
+        raise full
+
+    if call == "mkdtemp":
+        monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    with pytest.raises(DiskFullError) as raised, store.atomic_path("a") as _:
+        fail()
+    assert f"in {tempfile.gettempdir()} (temporary files; TMPDIR" in str(raised.value)
+    assert store.list_names() == set()

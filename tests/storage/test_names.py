@@ -90,6 +90,26 @@ def test_two_ids_never_share_a_name(pair):
     assert file_stem(first) != file_stem(second)
 
 
+REFUSED = ' "*:<>?|@=é'
+
+
+@given(st.tuples(IDS, IDS) | near_pairs())
+@example(("a:b", "a%3Ab"))
+@example(("a b", "a+b"))
+@example((":" * 70, ":" * 71))
+@settings(max_examples=300, deadline=None)
+def test_refused_characters_are_in_no_name(pair):
+    first, second = (file_stem(target_id, REFUSED) for target_id in pair)
+    assert_good_name(first)
+    assert not set(first) & set(REFUSED)
+    assert (first == second) == (pair[0] == pair[1])
+
+
+def test_ids_without_refused_characters_keep_their_names():
+    assert file_stem("a,b;c", REFUSED) == "a,b;c"
+    assert file_stem('M31 "arm"', REFUSED) == "M31%20%22arm%22"
+
+
 def test_a_cut_name_is_not_another_id_s_name():
     name = file_stem("x" * 300)
     assert file_stem(name) != name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +20,18 @@ from spxdask.cluster.dask_internals import (
     submit_coroutine,
 )
 from spxdask.cluster.jobqueue.settings import Settings, read_settings
+from spxdask.cluster.jobqueue.slurm import (
+    find_cluster_of_answer,
+    find_clusters,
+    make_environment,
+)
 from spxdask.cluster.jobqueue.watchdog import (
     MAX_CONSECUTIVE_FAILURES,
     POLL_INTERVAL_S,
     RESUBMIT_DELAY_S,
     JobWatchdog,
 )
+from spxdask.cluster.page import ignore_taken_port
 from spxdask.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -120,9 +127,12 @@ def _start_cluster(settings: Settings) -> Any:
     """Start a scheduler whose workers are jobs, none yet."""
     # Made before it is initialized, so that what a failed initialization leaves can be ended.
     cluster = settings.cluster_class.__new__(settings.cluster_class)
-    job_class = make_job_class(get_job_class(settings.cluster_class))
+    directives = settings.keywords.get("job_extra_directives", [])
+    clusters = find_clusters(directives) if settings.system == "slurm" else None
+    job_class = make_job_class(get_job_class(settings.cluster_class), clusters)
     try:
-        cluster.__init__(job_cls=job_class, **settings.keywords)
+        with ignore_taken_port():
+            cluster.__init__(job_cls=job_class, **settings.keywords)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         abandon_cluster(cluster)
         reason = " ".join(str(_find_cause(error)).split())
@@ -143,22 +153,26 @@ def _find_cause(error: BaseException) -> BaseException:
     return earlier or error
 
 
-def make_job_class(base: Any) -> Any:
+def make_job_class(base: Any, clusters: str | None = None) -> Any:
     """Return a class of jobs that record when they are refused, and end in good order.
 
     Parameters
     ----------
     base : type
         The class of jobs of dask-jobqueue.
+    clusters : str, optional
+        Those of Slurm that the user names; a job is on one of them.
 
     Returns
     -------
     type
         A subclass with the attributes that `JobWatchdog` reads and writes.
     """
-    detached: Any = detach_commands(base)
+    detached: Any = detach_commands(base, make_environment)
 
     class Job(detached):
+        # The cluster of Slurm, or clusters, that it is on, None for that of this machine.
+        slurm_cluster = clusters
         # Seconds of the monotonic clock, as all times of a job.
         submitted_at_s = 0.0
         # Why the batch system refused it, and whether that has been reported.
@@ -177,7 +191,12 @@ def make_job_class(base: Any) -> Any:
                 self.refusal = _describe_refusal(self.submit_command, error)
                 self.status = Status.running
 
+        def note_answer(self, answer: str) -> None:
+            self.slurm_cluster = find_cluster_of_answer(answer) or clusters
+
         async def close(self) -> None:
+            if self.slurm_cluster is not None:
+                self.cancel_command = f"scancel --clusters={shlex.quote(self.slurm_cluster)}"
             try:
                 await super().close()
             except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from spxdask.cluster.dask_internals import (
     run_coroutine,
 )
 from spxdask.cluster.jobqueue.settings import Settings
+from spxdask.cluster.jobqueue.slurm import ENDED_STATES, find_clusters, list_states
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ MAX_CONSECUTIVE_FAILURES = 3
 # After a failure, what the client waits for is cancelled again and again, as it may go on to
 # submit tasks.
 CANCEL_INTERVAL_S = 1.0
-SQUEUE_TIMEOUT_S = 5.0
 
 
 class JobWatchdog:
@@ -202,26 +201,23 @@ class JobWatchdog:
         }
         if self._settings.system != "slurm" or not waiting:
             return {}
-        # By number, as not all users have a name, in a container for example.
-        command = ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}"]
-        try:
-            answer = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=SQUEUE_TIMEOUT_S,
-                start_new_session=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            # A controller that does not answer now will answer later.
-            return {}
-        queued, requested = answer.stdout.split(), get_requested_jobs(self._cluster)
-        return {
-            name: job
-            for name, job in waiting.items()
-            if job.job_id not in queued and name in requested
-        }
+        named = find_clusters(self._settings.keywords.get("job_extra_directives", []))
+        requested = get_requested_jobs(self._cluster)
+        ended: dict[Any, Any] = {}
+        by_cluster = {name: getattr(job, "slurm_cluster", named) for name, job in waiting.items()}
+        for cluster in set(by_cluster.values()):
+            states = list_states(cluster)
+            if states is None:
+                # A controller that does not answer now will answer later.
+                continue
+            ended |= {
+                name: job
+                for name, job in waiting.items()
+                if by_cluster[name] == cluster
+                and states.get(job.job_id, "COMPLETED") in ENDED_STATES
+                and name in requested
+            }
+        return ended
 
     def _get_log_path(self, job: Any) -> str:
         folder = self._settings.keywords.get("log_directory")

@@ -19,7 +19,7 @@ from spxdask.science.level2.wavelength import WavelengthTable, read_wavelength_t
 from spxdask.science.level2.wcs import TanSip
 from spxdask.science.sphere import angular_distance
 
-__all__ = ["Frame", "open_frame"]
+__all__ = ["Frame", "map_file", "open_frame"]
 
 NEEDED = ("IMAGE", "FLAGS", "VARIANCE", "ZODI", "WCS-WAVE")
 # The PSF is 5 to 6 arcsec wide; a width outside of these limits is an error in the header.
@@ -81,6 +81,8 @@ class Frame:
         What a user should know of the file although it can be measured.
     file_bytes : int
         Length of the file.
+    checksum : str or None
+        Hash of the file's content, where it is known.
     """
 
     filename: str
@@ -100,6 +102,7 @@ class Frame:
     flag_bits: dict[str, int] = field(default_factory=lambda: dict(FLAG_BITS))
     warnings: tuple[str, ...] = ()
     file_bytes: int = 0
+    checksum: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -165,7 +168,7 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         buffer = source.toreadonly()
     else:
         filename = filename or Path(source).name
-        buffer = _map_file(source)
+        buffer = map_file(source)
     hdus = _find_extensions(buffer)
     header = hdus["IMAGE"].header
     _check_unit(header)
@@ -207,7 +210,26 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     return frame
 
 
-def _map_file(path: str | os.PathLike) -> memoryview:
+def map_file(path: str | os.PathLike) -> memoryview:
+    """Map a file into memory.
+
+    Parameters
+    ----------
+    path : path
+        A local file.
+
+    Returns
+    -------
+    memoryview
+        Its content; nothing is read before it is used.
+
+    Raises
+    ------
+    FrameError
+        If it is empty.
+    OSError
+        If it cannot be opened.
+    """
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise FrameError("the file is empty")

@@ -1,0 +1,54 @@
+"""What every stage begins and ends with: lock, ledger, times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from spxdask.cluster.page import ProgressPublisher
+from spxdask.run.folder import RunFolder
+from spxdask.run.sources import RunSources
+from spxdask.run.summary import StageReport
+
+__all__ = ["open_stages"]
+
+
+@contextmanager
+def open_stages(
+    stages: Sequence[str], folder: RunFolder, sources: RunSources, progress: ProgressPublisher
+) -> Iterator[list[StageReport]]:
+    """Lock the folder of a run for stages, and time them.
+
+    Parameters
+    ----------
+    stages : sequence of str
+        Their names.
+    folder : RunFolder
+        Its ledger is up to date in the block, and is flushed behind it.
+    sources : RunSources
+        What of them is kept in the folder is kept before the block.
+    progress : ProgressPublisher
+        Ends with the block.
+
+    Yields
+    ------
+    list of StageReport
+        One for each stage, without times before the end.
+    """
+    reports = [StageReport(stage=stage) for stage in stages]
+    started = time.monotonic()
+    with folder.locked():
+        folder.ledger.refresh()
+        sources.keep(stages, reports[0])
+        try:
+            yield reports
+        finally:
+            # The ledger of a folder that another run has taken over is not ours to write.
+            if not folder.is_lock_lost:
+                folder.ledger.flush()
+            progress.finish()
+        # Workers that died leave partial files behind.
+        folder.delete_partial_files()
+    for report in reports:
+        report.seconds = time.monotonic() - started
