@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.polynomial.polynomial import polyder, polyval2d
 from numpy.typing import ArrayLike
 
 from spxdask.errors import FrameError
@@ -108,6 +109,35 @@ class TanSip:
     def pixel_area_arcsec2(self) -> float:
         """Area of the reference pixel on the projection plane, arcsec^2."""
         return abs(float(np.linalg.det(self.matrix))) * 3600.0**2
+
+    def solid_angle_at(self, x: ArrayLike, y: ArrayLike) -> np.ndarray:
+        """Return the solid angle of a pixel at given places, |d(sky)/d(pixel)|.
+
+        This is the Jacobian of the whole projection: of the matrix, of the distortion, and of
+        the gnomonic projection, on which an area is larger than on the sky by the cube of the
+        secant of the distance from the reference point.
+
+        Parameters
+        ----------
+        x, y : float or float array
+            0-based pixels; shapes are broadcast.
+
+        Returns
+        -------
+        float array
+            In arcsec^2.
+        """
+        u, v = np.asarray(x, float) - self.crpix[0], np.asarray(y, float) - self.crpix[1]
+        u, v = np.broadcast_arrays(u, v)
+        a_u, a_v, b_u, b_v = (
+            polyval2d(u, v, polyder(coefficients, axis=axis))
+            for coefficients in (self.a, self.b)
+            for axis in (0, 1)
+        )
+        distorted = np.stack([u + polyval2d(u, v, self.a), v + polyval2d(u, v, self.b)])
+        xi, eta = np.deg2rad(np.tensordot(self.matrix, distorted, axes=1))
+        stretch = (1.0 + a_u) * (1.0 + b_v) - a_v * b_u
+        return self.pixel_area_arcsec2 * np.abs(stretch) / (1.0 + xi * xi + eta * eta) ** 1.5
 
     def pixel_to_sky(self, x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of pixel coordinates.

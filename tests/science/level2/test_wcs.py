@@ -8,6 +8,7 @@ from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_area
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_headers import REAL_CARDS
 
 from spxdask.errors import FrameError
 from spxdask.science.level2.fits import BLOCK, scan
@@ -126,6 +127,16 @@ HEADERS = {
     "no inverse": without_inverse(header_of(0.0, 70.0)),
     "orders differ": header_of(0.0, 70.0, B_ORDER=2),
 }
+
+
+def real_header(cards) -> fits.Header:
+    """The header of a real cut-out, of which only the cards of the projection were kept."""
+    header = header_of()
+    for name in ("A", "B", "AP", "BP"):
+        del header[f"{name}_?_?"]
+    del header["AP_ORDER"], header["BP_ORDER"]
+    header.update({name: value for name, value in cards.items() if name != "OMEGA_MEDIAN"})
+    return header
 
 
 @pytest.fixture(params=HEADERS, scope="module")
@@ -296,3 +307,48 @@ def test_values_beyond_all_numbers_are_refused(keyword):
     header = fits.Header.fromstring(text[:at] + f"{keyword:8}= 1E999".ljust(80) + text[at + 80 :])
     with pytest.raises(FrameError, match=f"{keyword} must be a number, got inf"):
         tan_sip(header)
+
+
+def solid_angles_by_differences(wcs: WCS, x, y, step=0.5):
+    """|d(sky)/d(pixel)| from positions half a pixel to every side, arcsec^2."""
+
+    def direction(dx, dy):
+        ra, dec = np.radians(wcs.all_pix2world(x + dx, y + dy, 0))
+        return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)])
+
+    along_x = (direction(step, 0) - direction(-step, 0)) / (2 * step)
+    along_y = (direction(0, step) - direction(0, -step)) / (2 * step)
+    area = np.linalg.norm(np.cross(along_x, along_y, axis=0), axis=0)
+    return area * np.degrees(3600.0) ** 2
+
+
+def test_solid_angles_are_those_of_the_whole_projection(both):
+    ours, theirs = both
+    x, y = grid()
+    expected = solid_angles_by_differences(theirs, x, y)
+    np.testing.assert_allclose(ours.solid_angle_at(x, y), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("detector", REAL_CARDS)
+def test_the_median_solid_angle_is_that_of_the_header(detector):
+    cards = REAL_CARDS[detector]
+    header = real_header(cards)
+    wcs = tan_sip(header)
+    # Of a cut-out: its reference pixels are counted from its own corner.
+    axis = np.arange(0.0, FRAME_SIZE, 7.0)
+    x, y = np.meshgrid(axis + cards["CRPIX1A"] - 1, axis + cards["CRPIX2A"] - 1)
+    angles = wcs.solid_angle_at(x, y)
+    assert angles.shape == x.shape
+    assert np.median(angles) == pytest.approx(cards["OMEGA_MEDIAN"], rel=2e-5)
+    assert 0.97 < angles.min() / angles.max() < 0.99
+    np.testing.assert_allclose(
+        angles[::50, ::50],
+        solid_angles_by_differences(celestial(header), x[::50, ::50], y[::50, ::50]),
+        rtol=1e-6,
+    )
+
+
+def test_solid_angles_of_nothing_and_of_one():
+    wcs = tan_sip(HEADERS["real"])
+    assert wcs.solid_angle_at(np.empty(0), np.empty(0)).shape == (0,)
+    assert wcs.solid_angle_at(1000.0, 20.0) == wcs.solid_angle_at([1000.0], [20.0])[0]
