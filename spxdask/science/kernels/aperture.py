@@ -57,13 +57,57 @@ def make_aperture_buffers(ny: int, nx: int, r: float) -> Any:
     -------
     edges : (5, n + 1) float array
         For the edges of up to n pixels along an axis.
-    values : (2, n, n) float array
-        For the brightness and variance of n x n pixels.
+    values : (3, n, n) float array
+        For the brightness, variance and fraction of n x n pixels.
     masks : (n, n) uint32 array
         For their flags.
     """
     n = min(int(2.0 * r), max(ny, nx)) + 3
-    return np.empty((5, n + 1)), np.empty((2, n, n)), np.empty((n, n), np.uint32)
+    return np.empty((5, n + 1)), np.empty((3, n, n)), np.empty((n, n), np.uint32)
+
+
+@compiled_helper
+def fill_fractions(
+    first_row: int,
+    first_column: int,
+    rows: int,
+    columns: int,
+    x: float,
+    y: float,
+    r: float,
+    edges: np.ndarray,
+    fractions: np.ndarray,
+) -> None:
+    """Compute which fraction of each pixel of a rectangle lies in a circle.
+
+    Parameters
+    ----------
+    first_row, first_column : int
+        First pixel of the rectangle.
+    rows, columns : int
+        Its size.
+    x, y : float
+        Centre of the circle, 0-based pixels.
+    r : float
+        Radius, pixels.
+    edges : (5, n + 1) float array
+        Working memory; n is at least the larger side.
+    fractions : (n, n) float array
+        Filled in; a pixel outside can have up to `SMALLEST_FRACTION`, because of rounding.
+    """
+    xs, x_arcs, ys, y_arcs, corners = edges
+    _prepare_edges(first_column, columns + 1, x, r, xs, x_arcs)
+    _prepare_edges(first_row, rows + 1, y, r, ys, y_arcs)
+    for k in range(columns + 1):
+        corners[k] = _corner_area(xs[k], x_arcs[k], ys[0], y_arcs[0], r)
+    for j in range(rows):
+        left = corners[0]
+        corners[0] = _corner_area(xs[0], x_arcs[0], ys[j + 1], y_arcs[j + 1], r)
+        for k in range(columns):
+            below = corners[k + 1]
+            corners[k + 1] = _corner_area(xs[k + 1], x_arcs[k + 1], ys[j + 1], y_arcs[j + 1], r)
+            fractions[j, k] = corners[k + 1] - corners[k] - below + left
+            left = below
 
 
 @compiled_helper
@@ -99,7 +143,7 @@ def sum_aperture(
     """
     image, variance, zodi, flags = planes
     scale, unit, median_variance = conversion
-    (xs, x_arcs, ys, y_arcs, corners), (values, variances), masks = buffers
+    edges, (values, variances, fractions), masks = buffers
     ny, nx = image.shape
     low_column, high_column = max(math.floor(x - r + 0.5), 0), min(math.ceil(x + r - 0.5), nx - 1)
     low_row, high_row = max(math.floor(y - r + 0.5), 0), min(math.ceil(y + r - 0.5), ny - 1)
@@ -111,21 +155,13 @@ def sum_aperture(
             values[j, k] = read_real(image[row, column]) - scale * read_real(zodi[row, column])
             variances[j, k] = read_real(variance[row, column])
             masks[j, k] = swap_word(flags[row, column])
-    _prepare_edges(low_column, columns + 1, x, r, xs, x_arcs)
-    _prepare_edges(low_row, rows + 1, y, r, ys, y_arcs)
+    fill_fractions(low_row, low_column, rows, columns, x, y, r, edges, fractions)
     total = total_variance = 0.0
     flag_or = uint32(0)
     repaired = False
-    for k in range(columns + 1):
-        corners[k] = _corner_area(xs[k], x_arcs[k], ys[0], y_arcs[0], r)
     for j in range(rows):
-        left = corners[0]
-        corners[0] = _corner_area(xs[0], x_arcs[0], ys[j + 1], y_arcs[j + 1], r)
         for k in range(columns):
-            below = corners[k + 1]
-            corners[k + 1] = _corner_area(xs[k + 1], x_arcs[k + 1], ys[j + 1], y_arcs[j + 1], r)
-            fraction = corners[k + 1] - corners[k] - below + left
-            left = below
+            fraction = fractions[j, k]
             flag = masks[j, k]
             dx, dy = low_column + k - x, low_row + j - y
             if dx * dx + dy * dy <= r * r:
