@@ -11,8 +11,9 @@ from numpy import uint32
 from spxdask.science.compiled import compiled_helper, compiled_inline
 from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
 
-# A pixel outside of the circle can have a fraction up to this, because of rounding.
-SMALLEST_FRACTION = 1e-14
+# A pixel outside of the circle can have a fraction up to this, because of rounding of areas that
+# grow with the square of the radius.
+SMALLEST_FRACTION = 1e-11
 
 
 @compiled_helper

@@ -47,9 +47,9 @@ def read_centres(header: Mapping[str, Any], n: int) -> tuple[np.ndarray, np.ndar
     centres = np.empty((2, n))
     for axis, name in enumerate(("XCTR", "YCTR")):
         for k in range(n):
-            value = header.get(f"{name}_{k + 1}")
+            value: Any = header.get(f"{name}_{k + 1}")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
+            if not (is_number and math.isfinite(float(value))):
                 raise ValueError(f"{name}_{k + 1} of the PSF must be a number, got {value!r}")
             centres[axis, k] = value
     return centres[0], centres[1]
