@@ -27,7 +27,7 @@ MAX_ITERATIONS = 500
 CLOSEST = 24
 LEAST_EFFECT = 1e-4
 # A source with less of its PSF on usable pixels takes no part in the solution.
-LEAST_FRACTION = 0.01
+LEAST_PART = 0.01
 # A source whose PSF is this close to a combination of others' counts as one of them.
 SINGULAR = 1e-10
 
@@ -503,7 +503,7 @@ def fit_stamps(
                     right[i] += p * (values[i, row, column] - level[i])
                     level_effect[i] += p * level_error[i]
         fraction[i] = diagonal[i] / whole if whole > 0.0 else 0.0
-        if not fraction[i] >= LEAST_FRACTION:
+        if not fraction[i] >= LEAST_PART:
             diagonal[i] = 0.0
     product, weighted = np.zeros(len(neighbour)), np.zeros(len(neighbour))
     separation = np.full(n, math.inf)

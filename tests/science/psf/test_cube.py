@@ -37,9 +37,9 @@ def offsets(model, x, y):
 
 def phases():
     rng = np.random.default_rng(1)
-    regular = np.linspace(-0.5, 0.5, 11)
+    regular = np.linspace(-0.5, 0.5, 6)
     x, y = (a.ravel() + 1000.0 for a in np.meshgrid(regular, regular))
-    more = rng.uniform(0, 2039, (2, 80))
+    more = rng.uniform(0, 2039, (2, 24))
     return np.append(x, more[0]), np.append(y, more[1])
 
 
