@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -84,6 +85,12 @@ class Frame:
         """Rows and columns, (ny, nx)."""
         ny, nx = self.image.shape
         return ny, nx
+
+    @cached_property
+    def pixel_scale(self) -> float:
+        """Width of the pixel at the centre, arcsec: the root of its solid angle."""
+        ny, nx = self.shape
+        return math.sqrt(float(self.wcs.solid_angle_at((nx - 1) / 2, (ny - 1) / 2)))
 
     def wavelength_at(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Interpolate wavelength and bandwidth.
