@@ -17,6 +17,7 @@ from dataclasses import dataclass
 __all__ = [
     "FLAGS",
     "FLAG_BITS",
+    "PSF_BAD_FLAGS",
     "REJECTING_FLAGS",
     "REJECTING_MASK",
     "Flag",
@@ -89,6 +90,12 @@ FLAGS = (
 FLAG_BITS = {flag.name: flag.bit for flag in FLAGS}
 REJECTING_FLAGS = tuple(flag.name for flag in FLAGS if flag.rejects)
 REJECTING_MASK = sum(1 << flag.bit for flag in FLAGS if flag.rejects)
+
+# Pixels that the PSF fit leaves out. TRANSIENT and OUTLIER are not among them, because they are
+# set on the cores of bright sources, too.
+PSF_BAD_FLAGS = (
+    "SUR_ERROR", "NONFUNC", "MISSING_DATA", "HOT", "COLD", "PHANMISS", "NONLINEAR", "PERSIST",
+)  # fmt: skip
 
 
 def find_bit(flag: int | str) -> int:

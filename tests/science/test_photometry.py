@@ -21,6 +21,7 @@ from spxdask.science.level2.frame import Frame
 from spxdask.science.level2.wavelength import WavelengthTable
 from spxdask.science.level2.wcs import TanSip
 from spxdask.science.options import PhotometryConfig
+from spxdask.science.sphere import angular_distance
 from spxdask.tables.schema import COLUMNS
 
 SIZE = 160
@@ -301,6 +302,17 @@ def test_positive_median_is_exact():
         good = plane[np.isfinite(plane) & (plane > 0)].astype(float)
         assert find_positive_median(plane.view("<u4")) == np.median(good)
     assert np.isnan(find_positive_median(np.full((2, 2), -1.0, ">f4").view("<u4")))
+
+
+def test_the_pixel_scale_is_that_at_the_centre():
+    """By the distance of the corners of the central pixel on the sky."""
+    frame = make_frame(1)
+    offsets = np.array([-0.5, 0.5])
+    ra, dec = frame.wcs.pixel_to_sky(79.5 + offsets[None, :], 79.5 + offsets[:, None])
+    diagonals = angular_distance(ra[0], dec[0], ra[1, ::-1], dec[1, ::-1]) * 3600
+    # The pixel is a square: half the product of its diagonals.
+    assert frame.pixel_scale == pytest.approx(np.sqrt(diagonals.prod() / 2), rel=1e-6)
+    assert frame.pixel_scale == pytest.approx(np.sqrt(frame.wcs.pixel_area_arcsec2), rel=1e-5)
 
 
 def test_ab_magnitude_of_the_standard():

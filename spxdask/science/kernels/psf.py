@@ -113,23 +113,20 @@ def _add_zone(
         return
     first_x = _fill_weights(psf.degree, start_x - psf.origin + left * step, weights[0])
     first_y = _fill_weights(psf.degree, start_y - psf.origin + low * step, weights[1])
-    x0, x1, x2, x3 = weights[0, 0], weights[0, 1], weights[0, 2], weights[0, 3]
-    y0, y1, y2, y3 = weights[1, 0], weights[1, 1], weights[1, 2], weights[1, 3]
     coefficients = psf.coefficients[zone]
     for row in range(low, high):
         at = first_y + (row - low) * step
-        c0, c1, c2, c3 = (
-            coefficients[at], coefficients[at + 1], coefficients[at + 2], coefficients[at + 3]
-        )  # fmt: skip
-        k = first_x
         for column in range(left, right):
-            stamp[row, column] += share * (
-                x0 * (y0 * c0[k] + y1 * c1[k] + y2 * c2[k] + y3 * c3[k])
-                + x1 * (y0 * c0[k + 1] + y1 * c1[k + 1] + y2 * c2[k + 1] + y3 * c3[k + 1])
-                + x2 * (y0 * c0[k + 2] + y1 * c1[k + 2] + y2 * c2[k + 2] + y3 * c3[k + 2])
-                + x3 * (y0 * c0[k + 3] + y1 * c1[k + 3] + y2 * c2[k + 3] + y3 * c3[k + 3])
-            )
-            k += step
+            k = first_x + (column - left) * step
+            total = 0.0
+            for j in range(TAPS):
+                total += weights[1, j] * (
+                    weights[0, 0] * coefficients[at + j, k]
+                    + weights[0, 1] * coefficients[at + j, k + 1]
+                    + weights[0, 2] * coefficients[at + j, k + 2]
+                    + weights[0, 3] * coefficients[at + j, k + 3]
+                )
+            stamp[row, column] += share * total
 
 
 @compiled
@@ -211,7 +208,7 @@ def _sum_running(samples: np.ndarray, m: int, step: int, factor: float, sums: np
 
     The sum that ends with the first sample is at `PADDING` + 1.
     """
-    sums[:] = 0.0
+    sums.fill(0.0)
     before = here = 0.0
     for j in range(m + step + 1):
         after = here
@@ -267,7 +264,7 @@ def prepare_cube(
                 samples[row, column] = read_real(plane[row, column])
                 total += samples[row, column]
         if not (total > 0.0 and is_finite(total)):
-            coefficients[i] = math.nan
+            coefficients[i].fill(math.nan)
             continue
         core[i, 0], core[i, 1] = _find_core(samples, step)
         for row in range(m):

@@ -27,7 +27,7 @@ MAX_ITERATIONS = 500
 CLOSEST = 24
 LEAST_EFFECT = 1e-4
 # A source with less of its PSF on usable pixels takes no part in the solution.
-LEAST_FRACTION = 0.01
+LEAST_PART = 0.01
 # A source whose PSF is this close to a combination of others' counts as one of them.
 SINGULAR = 1e-10
 
@@ -99,7 +99,7 @@ def _count_pairs(corners: np.ndarray, reach: int, counts: np.ndarray) -> int:
     """Count, for each source, the others with a first pixel less than `reach` away on each axis."""
     n = len(corners)
     total = 0
-    counts[:] = 0
+    counts.fill(0)
     for i in range(n):
         for j in range(i + 1, n):
             if corners[j, 0] - corners[i, 0] >= reach:
@@ -286,7 +286,7 @@ def _find_last_row(matrix: np.ndarray, m: int, row: np.ndarray) -> None:
             pivot -= matrix[j, k] * matrix[j, k]
         if pivot <= SINGULAR * matrix[j, j]:
             if j == m - 1:
-                row[:m] = math.nan
+                row.fill(math.nan)
                 return
             # The unknown is separated from all others, and its part of the row is zero.
             for k in range(j):
@@ -372,7 +372,7 @@ def _add_fluxes(
 ) -> None:
     """Fill in the light of all other sources on the stamp of a source, and `border` around it."""
     size, wide = stamps.shape[1], len(light)
-    light[:, :] = 0.0
+    light.fill(0.0)
     for k in range(start[i], start[i + 1]):
         j = neighbour[k]
         if flux[j] == 0.0:
@@ -503,7 +503,7 @@ def fit_stamps(
                     right[i] += p * (values[i, row, column] - level[i])
                     level_effect[i] += p * level_error[i]
         fraction[i] = diagonal[i] / whole if whole > 0.0 else 0.0
-        if not fraction[i] >= LEAST_FRACTION:
+        if not fraction[i] >= LEAST_PART:
             diagonal[i] = 0.0
     product, weighted = np.zeros(len(neighbour)), np.zeros(len(neighbour))
     separation = np.full(n, math.inf)
@@ -528,8 +528,8 @@ def fit_stamps(
         else:
             _solve_group(group, start, neighbour, product, diagonal, right, flux, work)
 
-    result = np.full((4, n), math.nan)
-    flux_error, chi2, neighbours, bad_share = result
+    flux_error, chi2 = np.full(n, math.nan), np.full(n, math.nan)
+    neighbours, bad_share = np.empty(n), np.empty(n)
     chosen, place = np.empty(CLOSEST + 1, np.int32), np.full(n, -1, np.int32)
     matrix, inverse_row = np.empty((CLOSEST + 1, CLOSEST + 1)), np.empty(CLOSEST + 1)
     wide = size + 2 * border
@@ -539,7 +539,7 @@ def fit_stamps(
         if start[i + 1] > start[i]:
             _add_fluxes(i, start, neighbour, stamps, corners, flux, border, light)
         else:
-            light[:, :] = 0.0
+            light.fill(0.0)
         if diagonal[i] > 0.0:
             flux_error[i] = math.sqrt(
                 _estimate_variance(

@@ -110,6 +110,12 @@ class Frame:
         ny, nx = self.image.shape
         return ny, nx
 
+    @cached_property
+    def pixel_scale(self) -> float:
+        """Width of the pixel at the centre, arcsec: the root of its solid angle."""
+        ny, nx = self.shape
+        return math.sqrt(float(self.wcs.solid_angle_at((nx - 1) / 2, (ny - 1) / 2)))
+
     def wavelength_at(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Interpolate wavelength and bandwidth.
 

@@ -85,8 +85,7 @@ def make_cube_model(
     samples: np.ndarray,
     *,
     oversampling: int = OVERSAMPLING,
-    x: ArrayLike | None = None,
-    y: ArrayLike | None = None,
+    at: tuple[ArrayLike, ArrayLike] | None = None,
     is_bilinear: bool = False,
 ) -> PsfModel:
     """Make the model from a cube, integrated over native pixels and centred on its core.
@@ -99,10 +98,10 @@ def make_cube_model(
         The cube, m odd, in any byte order. Only the planes that are needed are read.
     oversampling : int
         OVERSAMP, samples a pixel.
-    x, y : (k,) float array, optional
-        Positions of the sources, 0-based pixels of the full frame: the model is made for
-        zones that these need, and is of no use elsewhere. By default it is made for the
-        whole detector.
+    at : ((k,) float array, (k,) float array), optional
+        Positions of the sources (x, y), 0-based pixels of the full frame: the model is made
+        for the zones that these need, and is of no use elsewhere. By default it is made for
+        the whole detector.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones.
 
@@ -124,28 +123,20 @@ def make_cube_model(
             f"a PSF cube of {n} zones must be {n} odd squares of two pixels or more, "
             f"got {samples.shape} at {oversampling} samples a pixel"
         )
-    if x is None or y is None:
-        needed = np.arange(n)
-    else:
-        find = zones.around if is_bilinear else zones.nearest_to
-        needed = np.unique(find(x, y)[0])
+    needed, selected = zones.select(at, is_bilinear)
     words = np.ascontiguousarray(samples, ">f4").view("<u4")
     words.flags.writeable = False
     coefficients, core = prepare_cube(words, needed, oversampling)
     usable = np.isfinite(coefficients[:, 0, 0])
-    if len(needed) and not usable.all():
-        if len(needed) < n:
+    if not usable.all():
+        if at is not None:
             # The neighbours of a zone without a PSF may not be among those that are needed.
             return make_cube_model(
                 zones, samples, oversampling=oversampling, is_bilinear=is_bilinear
             )
         places = np.meshgrid(zones.x, zones.y)
-        zones = arrange_zones(places[0].ravel(), places[1].ravel(), usable)
+        selected = arrange_zones(places[0].ravel(), places[1].ravel(), usable)
         coefficients[~usable] = 0.0
-    else:
-        position = np.full(n, -1)
-        position[needed] = np.arange(len(needed))
-        zones = Zones(x=zones.x, y=zones.y, index=position[zones.index])
     return PsfModel(
         psf=Psf(
             coefficients=coefficients,
@@ -156,7 +147,7 @@ def make_cube_model(
             degree=2,
             size=2 * ((m + oversampling) // (2 * oversampling)) + 1,
         ),
-        zones=zones,
+        zones=selected,
         unusable=int((~usable).sum()),
         is_bilinear=is_bilinear,
     )

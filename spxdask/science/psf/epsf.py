@@ -7,6 +7,8 @@ shares of the flux. They are sampled at pixel centres, and not integrated again.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -15,9 +17,17 @@ from spxdask.science.psf.model import PsfModel, arrange_zones
 
 __all__ = ["make_epsf_model"]
 
+OVERSAMPLING = 5
+
 
 def make_epsf_model(
-    x: ArrayLike, y: ArrayLike, samples: ArrayLike, oversampling: int = 5
+    x: ArrayLike,
+    y: ArrayLike,
+    samples: ArrayLike,
+    *,
+    oversampling: int = OVERSAMPLING,
+    at: tuple[ArrayLike, ArrayLike] | None = None,
+    is_bilinear: bool = False,
 ) -> PsfModel:
     """Make the model from the rows of an EPSF table.
 
@@ -29,10 +39,16 @@ def make_epsf_model(
     x, y : (n,) float array
         XCENTER and YCENTER, 0-based pixels of the full frame; zones may come in any order.
     samples : (n, m, m) or (n, m * m) float array
-        EPSF, x fastest, m odd; zones with values that are not finite, or of no light, are
-        replaced by their nearest neighbours.
+        EPSF, x fastest, m odd, in any byte order; zones with values that are not finite, or
+        of no light, are replaced by their nearest neighbours.
     oversampling : int
-        Samples a pixel.
+        OVSMPX, samples a pixel.
+    at : ((k,) float array, (k,) float array), optional
+        Positions of the sources (x, y), 0-based pixels of the full frame: the model is made
+        for the zones that these need, and is of no use elsewhere. By default it is made for
+        the whole detector.
+    is_bilinear : bool
+        Whether the PSF is interpolated between four zones.
 
     Returns
     -------
@@ -44,29 +60,38 @@ def make_epsf_model(
     ValueError
         If the shape of the samples or the centres make no sense, or no zone is usable.
     """
-    samples = np.asarray(samples, float)
+    samples, x, y = np.asarray(samples), np.ravel(np.asarray(x)), np.ravel(np.asarray(y))
     n = len(samples)
     if n == 0:
         raise ValueError("the EPSF has no zones")
     m = round(np.sqrt(samples[0].size))
-    if m * m != samples[0].size or m % 2 == 0 or m < 5:
+    if samples.shape[1:] not in ((m, m), (m * m,)) or m % 2 == 0 or m < 5:
         raise ValueError(f"a zone of the EPSF must be an odd square, got {samples.shape[1:]}")
-    if oversampling < 1 or len(np.ravel(x)) != n or len(np.ravel(y)) != n:
-        raise ValueError(f"{n} zones of the EPSF need as many centres and a sampling >= 1")
-    samples = samples.reshape(n, m, m)
-    total = samples.sum(axis=(1, 2))
+    if not 1 <= oversampling <= m // 2:
+        raise ValueError(f"{m} x {m} samples of a zone cannot be {oversampling} a pixel")
+    if len(x) != n or len(y) != n:
+        raise ValueError(f"{n} zones of the EPSF need as many centres, got {len(x)} and {len(y)}")
+    needed, zones = arrange_zones(x, y, np.ones(n, bool)).select(at, is_bilinear)
+    values = samples[needed].astype(float).reshape(len(needed), m, m)
+    total = values.sum(axis=(1, 2))
     usable = np.isfinite(total) & (total > 0)
-    zones = arrange_zones(np.ravel(x), np.ravel(y), usable)
-    scale = np.where(usable, oversampling**2 / np.where(usable, total, 1.0), 0.0)
+    if not usable.all():
+        if at is not None:
+            # The neighbours of a zone without a PSF may not be among those that are needed.
+            return make_epsf_model(
+                x, y, samples, oversampling=oversampling, is_bilinear=is_bilinear
+            )
+        zones = arrange_zones(x[needed], y[needed], usable)
+        values[~usable], total[~usable] = 0.0, 1.0
+    values *= (oversampling**2 / total)[:, np.newaxis, np.newaxis]
     inverse = _invert_spline(m)
-    samples = np.where(usable[:, None, None], samples, 0.0) * scale[:, None, None]
-    coefficients = np.zeros((n, m + 3, m + 3))
-    coefficients[:, :-1, :-1] = inverse @ samples @ inverse.T
+    coefficients = np.zeros((len(needed), m + 3, m + 3))
+    coefficients[:, :-1, :-1] = inverse @ values @ inverse.T
     half = (m - 1) / 2
     return PsfModel(
         psf=Psf(
             coefficients=coefficients,
-            core=np.zeros((n, 2)),
+            core=np.zeros((len(needed), 2)),
             origin=-half - 1.0,
             limit=half,
             oversampling=oversampling,
@@ -74,10 +99,12 @@ def make_epsf_model(
             size=2 * int(half / oversampling + 0.5) + 1,
         ),
         zones=zones,
-        unusable=int(n - usable.sum()),
+        unusable=int((~usable).sum()),
+        is_bilinear=is_bilinear,
     )
 
 
+@cache
 def _invert_spline(m: int) -> np.ndarray:
     """Return the matrix from m values to the m + 2 coefficients of the cubic spline.
 

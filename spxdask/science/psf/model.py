@@ -76,6 +76,32 @@ class Zones:
         shares = [(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx]
         return np.stack(zones, axis=1), np.stack(shares, axis=1)
 
+    def select(
+        self, at: tuple[ArrayLike, ArrayLike] | None, is_bilinear: bool
+    ) -> tuple[np.ndarray, Zones]:
+        """Choose the zones that some sources need.
+
+        Parameters
+        ----------
+        at : ((n,) float array, (n,) float array) or None
+            Positions of the sources (x, y), 0-based pixels of the full frame; None for
+            everywhere.
+        is_bilinear : bool
+            Whether the PSF is interpolated between four zones.
+
+        Returns
+        -------
+        needed : (k,) int array
+            Which zones.
+        zones : Zones
+            The lattice with the indices of these in `needed`, and -1 for all others.
+        """
+        find = self.around if is_bilinear else self.nearest_to
+        needed = np.unique(self.index if at is None else find(*at)[0])
+        place = np.full(self.index.max() + 1, -1)
+        place[needed] = np.arange(len(needed))
+        return needed, Zones(x=self.x, y=self.y, index=place[self.index])
+
 
 def arrange_zones(x: ArrayLike, y: ArrayLike, usable: ArrayLike) -> Zones:
     """Arrange zones on a lattice by their centres, in whatever order they come.
@@ -107,11 +133,11 @@ def arrange_zones(x: ArrayLike, y: ArrayLike, usable: ArrayLike) -> Zones:
     if len(columns) * len(rows) > MOST_PLACES_A_ZONE * len(x):
         raise ValueError(f"the centres of {len(x)} zones do not form a lattice")
     index = np.full((len(rows), len(columns)), -1)
-    for zone in np.flatnonzero(usable):
-        if index[j[zone], i[zone]] >= 0:
-            raise ValueError(f"two zones have the centre ({x[zone]:g}, {y[zone]:g})")
-        index[j[zone], i[zone]] = zone
     good = np.flatnonzero(usable)
+    index[j[good], i[good]] = good
+    lost = good[index[j[good], i[good]] != good]
+    if len(lost):
+        raise ValueError(f"two zones have the centre ({x[lost[0]]:g}, {y[lost[0]]:g})")
     for row, column in np.argwhere(index < 0):
         distance = np.hypot(x[good] - columns[column], y[good] - rows[row])
         index[row, column] = good[np.argmin(distance)]
@@ -129,7 +155,8 @@ class PsfModel:
     zones : Zones
         Where each zone of these is.
     unusable : int
-        Zones of the product that have no PSF, and are replaced by their neighbours.
+        Zones of the product without a PSF, replaced by their neighbours; only those that
+        were looked at count.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones, and not that of the nearest.
     """

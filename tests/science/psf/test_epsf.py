@@ -144,6 +144,25 @@ def test_a_cut_out_has_the_zones_of_its_detector():
     np.testing.assert_array_equal(corners - [30, 7], part_corners)
 
 
+@pytest.mark.parametrize("is_bilinear", [False, True])
+def test_a_model_of_the_needed_zones_is_the_same(is_bilinear):
+    zx, zy, samples = zones(seed=8)
+    x, y = np.array([50.0, 60.0, 100.0]), np.array([50.0, 90.0, 120.0])
+    whole = make_epsf_model(zx, zy, samples, is_bilinear=is_bilinear)
+    # As the columns of a table are: big-endian, and not one after another in memory.
+    table = np.zeros(9, [("XCENTER", ">f8"), ("EPSF", ">f4", (1089,))])
+    table["EPSF"] = samples.reshape(9, -1)
+    part = make_epsf_model(zx, zy, table["EPSF"], at=(x, y), is_bilinear=is_bilinear)
+    assert len(part.psf.coefficients) == (4 if is_bilinear else 2)
+    np.testing.assert_allclose(part.render(x, y)[0], whole.render(x, y)[0], atol=1e-7)
+    with pytest.raises(ValueError, match="made for other places"):
+        part.render([243.0], [243.0])
+    samples[0] = np.nan
+    repaired = make_epsf_model(zx, zy, samples, at=(x, y), is_bilinear=is_bilinear)
+    assert repaired.unusable == 1
+    assert np.isfinite(repaired.render(x, y)[0]).all()
+
+
 def test_models_are_told_apart_by_their_content():
     zx, zy, samples = zones()
     one, same = make_epsf_model(zx, zy, samples), make_epsf_model(zx, zy, samples.copy())
@@ -168,6 +187,7 @@ def test_nothing_to_render():
         (lambda x, y, s: (x, y, s[:, 1:, 1:]), "must be an odd square"),
         (lambda x, y, s: (x * np.inf, y, s), "not finite"),
         (lambda x, y, s: (x, y[1:], s), "as many centres"),
+        (lambda x, y, s: (x, y, s[:, :3, :3]), "must be an odd square"),
         (lambda x, y, s: (x[:0], y[:0], s[:0]), "has no zones"),
         (lambda x, y, s: (x, y * 0, s), "two zones have the centre"),
         (lambda x, y, s: (x + np.arange(9), y + np.arange(9) ** 2, s), "do not form a lattice"),
@@ -176,3 +196,8 @@ def test_nothing_to_render():
 def test_tables_that_make_no_sense_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         make_epsf_model(*change(*zones()))
+
+
+def test_a_sampling_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="33 x 33 samples of a zone cannot be 0 a pixel"):
+        make_epsf_model(*zones(), oversampling=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from photutils.aperture import CircularAperture
-from psf_reference import cube_samples, epsf_samples
+from psf_reference import cube_samples, effective, epsf_samples
 
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.psf.cube import arrange_cube_zones, make_cube_model
@@ -341,3 +341,39 @@ def test_no_sources(epsf):
     got = Scene(epsf, [], [], []).measure()
     assert got.flux.shape == (0,)
     assert got.empty == {}
+
+
+@pytest.mark.parametrize("kind", ["epsf", "cube"])
+@pytest.mark.parametrize("wide", [0.9, 1.2])
+def test_fluxes_of_an_analytic_psf_are_unbiased(kind, wide):
+    """The frame is drawn with the integral of the PSF over each pixel, not with the model."""
+    if kind == "epsf":
+        model = make_epsf_model([100.0], [100.0], [epsf_samples(wide)])
+        share = epsf_samples(wide).sum()
+        core = np.zeros(2)
+    else:
+        zones = arrange_cube_zones([100.0], [100.0])
+        model = make_cube_model(zones, cube_samples(wide)[None].astype(">f4"))
+        share, core = 1.0, model.psf.core[0]
+    x, y = grid_of(12, 20.0, np.random.default_rng(2))
+    scene = Scene(model, [], [], [], shape=(1, 1))
+    scene.x, scene.y = x, y
+    scene.level, scene.level_error = np.zeros(len(x)), np.zeros(len(x))
+    scene.image = np.zeros((260, 260))
+    scene.variance, scene.flags = np.ones((260, 260)), np.zeros((260, 260), int)
+    box = np.arange(-8, 9)
+    for k in range(len(x)):
+        column, row = box + round(x[k]), box[:, None] + round(y[k])
+        light = effective(column - x[k] + core[0], row - y[k] + core[1], wide)
+        scene.image[row, column] += 1000.0 * light
+    radius = 1.06
+    got = scene.measure(radius=radius)
+    # Light beyond the support of the model is not in the flux.
+    flux = got.flux / OMEGA / 1000.0 / share
+    assert abs(np.median(flux) - 1) < 1e-3
+    assert abs(flux - 1).max() < 2e-3
+    # And the sum over the aperture, corrected.
+    for k in range(len(x)):
+        mask = CircularAperture((x[k], y[k]), radius).to_mask(method="exact")
+        total = np.sum(mask.to_image(scene.image.shape) * scene.image) / 1000.0 / share
+        assert total * got.aperture_correction[k] == pytest.approx(1.0, abs=3e-3)
