@@ -76,6 +76,7 @@ __all__ = [
     "make_planes",
     "make_sky",
     "pixel_integrated_psf",
+    "wave_hdu",
     "write_frame",
 ]
 
@@ -873,7 +874,7 @@ def write_frame(
             fits.ImageHDU(planes.variance, _unit_header("MJy2 / sr2"), name="VARIANCE"),
             fits.ImageHDU(planes.zodi, _unit_header("MJy / sr"), name="ZODI"),
             _psf_model_hdu(exposure, options.psf, layout, version),
-            _wave_hdu(exposure, shift_um),
+            wave_hdu(exposure, shift_um),
         ]
     )
     path = Path(path)
@@ -990,8 +991,21 @@ def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
     return hdu
 
 
-def _wave_hdu(exposure: Exposure, shift_um: float) -> fits.BinTableHDU:
-    """Return the WCS-WAVE extension, with wavelengths shifted."""
+def wave_hdu(exposure: Exposure, shift_um: float = 0.0) -> fits.BinTableHDU:
+    """Return the WCS-WAVE extension.
+
+    Parameters
+    ----------
+    exposure : Exposure
+        The exposure, of which detector and release matter.
+    shift_um : float
+        Added to the wavelengths, in um.
+
+    Returns
+    -------
+    astropy.io.fits.BinTableHDU
+        A table of one row.
+    """
     x, y, values = exposure.wave_table()
     values[..., 0] += shift_um
     ny, nx, _ = values.shape
