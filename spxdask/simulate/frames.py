@@ -54,6 +54,7 @@ from spxdask.simulate.psf import (
 from spxdask.simulate.scene import (
     Sky,
     StampMaker,
+    add_neighbours,
     disc_mask,
     make_sky,
     pixel_integrated_psf,
@@ -72,6 +73,7 @@ __all__ = [
     "SceneOptions",
     "Sky",
     "VaryingPsf",
+    "add_neighbours",
     "aperture_shares",
     "make_planes",
     "make_sky",

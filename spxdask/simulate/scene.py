@@ -177,6 +177,53 @@ def make_sky(
     )
 
 
+def add_neighbours(
+    sky: Sky,
+    separation_arcsec: tuple[float, float],
+    *,
+    flux_ratio: tuple[float, float] = (0.2, 1.0),
+    seed: int = 0,
+) -> Sky:
+    """Give each source a neighbour, which makes a blended pair of it.
+
+    Parameters
+    ----------
+    sky : Sky
+        The sources.
+    separation_arcsec : (float, float)
+        Limits of the uniform distances from the sources, in arcsec.
+    flux_ratio : (float, float)
+        Limits of the uniform ratios of the neighbour's flux to that of its source. Both have the
+        same spectrum otherwise.
+    seed : int
+        Seed of the random generator.
+
+    Returns
+    -------
+    Sky
+        The sources, and behind them their neighbours in the same order.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(sky)
+    distance, angle = rng.uniform(*separation_arcsec, n), rng.uniform(0.0, 2.0 * np.pi, n)
+    places = SkyCoord(sky.ra, sky.dec, unit="deg").directional_offset_by(
+        angle * u.rad, distance * u.arcsec
+    )
+    changed = {
+        "ra": places.ra.deg,
+        "dec": places.dec.deg,
+        "amplitude": sky.amplitude * rng.uniform(*flux_ratio, n),
+    }
+    return Sky(
+        **{
+            field.name: np.concatenate(
+                [getattr(sky, field.name), changed.get(field.name, getattr(sky, field.name))]
+            )
+            for field in fields(sky)
+        }
+    )
+
+
 def psf_half_size(fwhm_pixels: float) -> int:
     """Return the half-width of a stamp that contains the PSF to 5 sigma.
 
