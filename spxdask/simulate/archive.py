@@ -1,7 +1,8 @@
 """The SPHEREx archive on 127.0.0.1: a TAP service and a file server that can be made to fail.
 
-It answers the requests that spxdask sends to IRSA from a list of frames, with the faults that
-archives show in practice, so that a whole run can be tried and tested without a network.
+It answers the requests that spxdask sends to IRSA, and to its bucket, from lists of frames and
+calibration products, with the faults that archives show in practice, so that a whole run can be
+tried and tested without a network.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import io
 import itertools
 import logging
 import math
+import os
 import random
+import shutil
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -28,6 +31,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from spxdask.simulate.frames import Exposure, Window
+from spxdask.simulate.listing import (
+    bucket_listing,
+    entity_tag,
+    folder_listing,
+    list_children,
+    page_for_people,
+)
+from spxdask.simulate.products import SERVICE_PREFIX, ArchivedProduct
 from spxdask.simulate.tap import (
     TABLE_COLUMNS,
     QueryError,
@@ -37,10 +48,21 @@ from spxdask.simulate.tap import (
     result_votable,
 )
 
-__all__ = ["ArchivedFrame", "Fault", "LoggedRequest", "SimulatedArchive"]
+__all__ = [
+    "BUCKET",
+    "ArchivedFrame",
+    "Fault",
+    "LoggedRequest",
+    "SimulatedArchive",
+    "make_mirror",
+]
 
 logger = logging.getLogger(__name__)
 
+# The archive's bucket, which has what is below `SERVICE_PREFIX` at its root.
+BUCKET = "nasa-irsa-spherex"
+# Where folders below `SERVICE_PREFIX` are listed, for programs and for people.
+LISTING_PREFIX = "ibe/dir/list/spherex"
 _VOTABLE_TYPE = "application/x-votable+xml"
 _UWS = 'xmlns:uws="http://www.ivoa.net/xml/UWS/v1.0" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _CHUNK_SIZE = 256 * 1024
@@ -118,6 +140,40 @@ class ArchivedFrame:
             wavelength_max_um=longest,
             polygon=exposure.footprint(window),
         )
+
+
+def make_mirror(
+    folder: Path, frames: Iterable[ArchivedFrame] = (), products: Iterable[ArchivedProduct] = ()
+) -> None:
+    """Make a tree of files in the layout of the archive's bucket, which a file: URL can name.
+
+    Parameters
+    ----------
+    folder : Path
+        Root of the tree.
+    frames : iterable of ArchivedFrame
+        Frames; their files are linked, or copied from another disk.
+    products : iterable of ArchivedProduct
+        Calibration products; those that `make_products` wrote into this folder are in their place.
+
+    Raises
+    ------
+    FileExistsError
+        If another file is in the place of one of them.
+    """
+    files = {frame.uri: frame.path for frame in frames}
+    files |= {product.uri: product.path for product in products}
+    for uri, path in files.items():
+        place = folder / uri.removeprefix(SERVICE_PREFIX)
+        if place.exists():
+            if not place.samefile(path):
+                raise FileExistsError(f"{place} is there already, and is not {path}")
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copyfile(path, place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +259,9 @@ class _Job:
 class SimulatedArchive:
     """An archive of SPHEREx frames on 127.0.0.1, served by a separate thread.
 
+    Folders of its files are listed below ``ibe/dir/list/spherex``. The files are also objects of
+    the bucket `BUCKET`, for clients with ``AWS_ENDPOINT_URL`` set to `url`.
+
     Use it as a context manager, or call `start` and `stop`. A stopped archive can be started
     again at the same address.
 
@@ -218,8 +277,9 @@ class SimulatedArchive:
     sync_limit_rows : int, optional
         A lower limit for synchronous queries.
     faults : mapping of str to iterable of Fault, optional
-        Faults by URI of a file or by path ("TAP/sync", "TAP/async"), with or without a leading
-        slash. Each request to that path uses up one; normal service follows.
+        Faults by URI of a file, or by path: "TAP/sync", "TAP/async", the folder of a listing such
+        as "ibe/dir/list/spherex/qr3/epsf", and "nasa-irsa-spherex" for listings of the bucket; with
+        or without a leading slash. Each request to that path uses up one; normal service follows.
         ``itertools.repeat(fault)`` makes a fault permanent.
     bandwidth : float, optional
         Bytes per second for all files together; unlimited if None.
@@ -228,6 +288,8 @@ class SimulatedArchive:
         frame's plane.
     query_error_status : int
         HTTP status of a response that reports a query error. Some services use 200.
+    products : iterable of ArchivedProduct
+        Calibration products; the tables do not list them.
 
     Attributes
     ----------
@@ -253,6 +315,7 @@ class SimulatedArchive:
         bandwidth: float | None = None,
         extra_artifacts: Iterable[tuple[ArchivedFrame, str, Path]] = (),
         query_error_status: int = 400,
+        products: Iterable[ArchivedProduct] = (),
     ) -> None:
         self._port = port
         self._maxrec = maxrec
@@ -261,6 +324,7 @@ class SimulatedArchive:
         self._bandwidth_free_at = 0.0
         self._query_error_status = query_error_status
         self._rows, self._files = _archive_tables(frames, extra_artifacts)
+        self._files |= {product.uri: product.path for product in products}
 
         # Protects everything that tests read or change while the server runs.
         self._state = threading.Condition()
@@ -353,9 +417,37 @@ class SimulatedArchive:
         faults : iterable of Fault
             One for each request; may be infinite.
         """
-        path = path.lstrip("/")
+        path = path.strip("/")
         with self._state:
             self._faults[path] = itertools.chain(self._faults.get(path, ()), faults)
+
+    def add_products(self, products: Iterable[ArchivedProduct]) -> None:
+        """Add calibration products, or replace those of the same URI.
+
+        Parameters
+        ----------
+        products : iterable of ArchivedProduct
+            The products.
+        """
+        # A new mapping, as the server may be reading the old one.
+        self._files = self._files | {product.uri: product.path for product in products}
+
+    def remove_file(self, uri: str) -> None:
+        """Forget a file, without changing the tables.
+
+        Parameters
+        ----------
+        uri : str
+            The file.
+
+        Raises
+        ------
+        KeyError
+            If there is no such file.
+        """
+        files = dict(self._files)
+        del files[uri]
+        self._files = files
 
     def wait_for(
         self, predicate: Callable[[SimulatedArchive], bool], *, timeout_s: float = 10.0
@@ -403,6 +495,10 @@ class SimulatedArchive:
                 web.get("/TAP/availability", self._availability),
                 web.get("/TAP/capabilities", self._capabilities),
                 web.get("/TAP/tables", self._tableset),
+                web.get("/" + LISTING_PREFIX + "{folder:(/.*)?}", self._list_folder),
+                web.get("/" + BUCKET, self._list_bucket),
+                web.get("/" + BUCKET + "/", self._list_bucket),
+                web.get("/" + BUCKET + "/{key:.+}", self._object),
                 web.get("/{uri:.+}", self._file),
             ]
         )
@@ -457,7 +553,7 @@ class SimulatedArchive:
     @web.middleware
     async def _inject_fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         with self._state:
-            fault = next(self._faults.get(request.path.lstrip("/"), iter(())), Fault())
+            fault = next(self._faults.get(request.path.strip("/"), iter(())), Fault())
         if fault.status is not None:
             headers = {}
             if fault.retry_after_s is not None:
@@ -549,17 +645,61 @@ class SimulatedArchive:
         path = self._files.get(request.path.lstrip("/"))
         if path is None:
             raise web.HTTPNotFound
+        return await self._send_file(request, path)
+
+    async def _send_file(self, request: web.Request, path: Path) -> web.StreamResponse:
         with path.open("rb") as body, self._transfer():
-            stat = path.stat()
             return await self._send(
                 request,
                 body,
                 content_type="application/fits",
                 validators={
-                    "ETag": f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"',
-                    "Last-Modified": formatdate(stat.st_mtime, usegmt=True),
+                    "ETag": entity_tag(path),
+                    "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True),
                 },
             )
+
+    async def _list_folder(self, request: web.Request) -> web.StreamResponse:
+        folder = request.match_info["folder"].strip("/")
+        children = list_children(self._bucket_files(), folder)
+        if not children:
+            raise web.HTTPNotFound
+        if "text/html" in request.headers.get("Accept", ""):
+            return web.Response(text=page_for_people(folder), content_type="text/html")
+        return await self._send(
+            request,
+            io.BytesIO(folder_listing(children).encode()),
+            content_type="application/x-ndjson",
+        )
+
+    # The bucket
+
+    def _bucket_files(self) -> dict[str, Path]:
+        """Return the files below `SERVICE_PREFIX`, by the rest of their URI."""
+        return {
+            uri.removeprefix(SERVICE_PREFIX): path
+            for uri, path in self._files.items()
+            if uri.startswith(SERVICE_PREFIX)
+        }
+
+    async def _list_bucket(self, request: web.Request) -> web.StreamResponse:
+        if request.query.get("list-type") != "2":
+            return _s3_error(400, "InvalidArgument", "Only ListObjectsV2 is supported.")
+        try:
+            listing = bucket_listing(self._bucket_files(), BUCKET, request.query)
+        except ValueError as error:
+            return _s3_error(400, "InvalidArgument", str(error))
+        return await self._send(
+            request, io.BytesIO(listing.encode()), content_type="application/xml"
+        )
+
+    async def _object(self, request: web.Request) -> web.StreamResponse:
+        path = self._files.get(SERVICE_PREFIX + request.match_info["key"])
+        if path is None:
+            return _s3_error(404, "NoSuchKey", "The specified key does not exist.")
+        if request.headers.get("If-Match", entity_tag(path)) not in ("*", entity_tag(path)):
+            return _s3_error(412, "PreconditionFailed", "The file has changed.")
+        return await self._send_file(request, path)
 
     # TAP
 
@@ -741,6 +881,15 @@ class SimulatedArchive:
 def _xml_response(document: str) -> web.Response:
     return web.Response(
         text=f'<?xml version="1.0" encoding="UTF-8"?>\n{document}', content_type="application/xml"
+    )
+
+
+def _s3_error(status: int, code: str, message: str) -> web.Response:
+    return web.Response(
+        status=status,
+        text=f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code>'
+        f"<Message>{escape(message)}</Message></Error>",
+        content_type="application/xml",
     )
 
 

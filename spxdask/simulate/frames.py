@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 
@@ -28,8 +29,32 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import RegularGridInterpolator
 from scipy.spatial import cKDTree
 
+from spxdask.simulate.detector import (
+    BAND_LIMITS_UM,
+    FRAME_SIZE,
+    WAVELENGTH_SHIFT_UM,
+    make_gain_map,
+    make_solid_angle_map,
+    smooth_wavelength,
+)
+from spxdask.simulate.psf import (
+    CUBE_OVERSAMPLING,
+    CUBE_SIZE,
+    CUBE_ZONES,
+    EPSF_OVERSAMPLING,
+    EPSF_SIZE,
+    STAMP_HALF_SIZE,
+    VaryingPsf,
+    cube_hdu,
+    epsf_table_hdu,
+    epsf_zones,
+    is_listing_transposed,
+    sum_in_circles,
+)
 from spxdask.simulate.scene import (
     Sky,
+    StampMaker,
+    add_neighbours,
     disc_mask,
     make_sky,
     pixel_integrated_psf,
@@ -41,35 +66,30 @@ from spxdask.simulate.scene import (
 
 __all__ = [
     "BAND_LIMITS_UM",
+    "CALIBRATED_SCENE",
     "FRAME_SIZE",
     "Exposure",
     "Planes",
     "SceneOptions",
     "Sky",
+    "VaryingPsf",
+    "add_neighbours",
+    "aperture_shares",
     "make_planes",
     "make_sky",
     "pixel_integrated_psf",
+    "wave_hdu",
     "write_frame",
 ]
 
-FRAME_SIZE = 2040
-BAND_LIMITS_UM = {
-    1: (0.75, 1.09),
-    2: (1.10, 1.62),
-    3: (1.63, 2.41),
-    4: (2.42, 3.82),
-    5: (3.83, 4.41),
-    6: (4.42, 5.00),
-}
-RESOLVING_POWER = {1: 39, 2: 41, 3: 41, 4: 35, 5: 112, 6: 128}
-
 # After 6.5.5, or with this tag, the zone centres in the PSF header are in the order of the planes.
 _PIPELINE_VERSION = {"qr2": "6.5.5+psffix1", "qr3": "7.1.0"}
-_ISO_LINE_CURVATURE = 0.05
-_PSF_ZONES, _PSF_SIZE, _PSF_OVERSAMPLING = 11, 101, 10
-_EPSF_SIZE, _EPSF_OVERSAMPLING = 33, 5
+# Releases of pipeline 6.
+_EARLY_RELEASES = {"qr1", "qr2"}
 # The beam splitter's edge at 2.42 um is the last rows of detector 3 and the first of detector 4.
 _DICHROIC_ROWS = {3: range(FRAME_SIZE - 12, FRAME_SIZE), 4: range(12)}
+# Half-width in pixels of the largest stamps that field stars have.
+_STAR_HALF_SIZE = 4
 # Length of the longest cosmic-ray streak, in pixels.
 _STREAK_PIXELS = 16
 # Bad pixels keep this distance from the sky's sources, in pixels.
@@ -129,7 +149,7 @@ class Exposure:
     mjd_begin : float
         Start of the exposure, UTC.
     release : str
-        ``qr2`` or a later one; it determines the file layout and the pipeline version.
+        Such as ``qr2``; it determines the file layout and the pipeline version.
     version, year, day : int
         Version and date of the processing, as in the file name.
 
@@ -176,7 +196,7 @@ class Exposure:
         str
             ``qr2``, or ``qr3`` for that release and later ones.
         """
-        return "qr2" if self.release == "qr2" else "qr3"
+        return "qr2" if self.release in _EARLY_RELEASES else "qr3"
 
     @property
     def collection(self) -> str:
@@ -356,13 +376,8 @@ class Exposure:
         else:
             nx, ny = 9, 14
         x, y = (np.rint(np.linspace(1, FRAME_SIZE, n)).astype(np.int32) for n in (nx, ny))
-        across = (2.0 * x - FRAME_SIZE - 1) / (FRAME_SIZE - 1)
-        along = (y[:, np.newaxis] - 1.0) / (FRAME_SIZE - 1)
-        step = (along + _ISO_LINE_CURVATURE * across**2) / (1.0 + _ISO_LINE_CURVATURE)
-        shortest, longest = self.wavelength_limits_um
-        wavelength = shortest * (longest / shortest) ** step
-        bandwidth = wavelength / RESOLVING_POWER[self.detector]
-        return x, y, np.stack([wavelength, bandwidth], axis=-1)
+        values = smooth_wavelength(self.detector, x, y[:, np.newaxis])
+        return x, y, np.stack(values, axis=-1)
 
     def wavelength(
         self, x: ArrayLike, y: ArrayLike, *, window: Window | None = None
@@ -430,6 +445,17 @@ class SceneOptions:
         Fraction of good pixels with FULLSAMPLE or PHANTOM; some of them have NaN variance.
     bad_pixels_on_sources : bool
         Whether bad pixels and NaN variances may lie near the sky's sources.
+    psf : VaryingPsf, optional
+        The true PSF; by default a round Gaussian, the same everywhere, of the width in PSF_FWHM.
+    local_solid_angles : bool
+        Whether a pixel's brightness is the flux in it divided by the pixel's own solid angle,
+        instead of that of the reference pixel.
+    early_gains : bool
+        Whether IMAGE of releases before QR3 is on the gain scale of that time: divided by the
+        good factors of the product l3_flux_corrections, and VARIANCE by their square.
+    wavelength_maps : bool
+        Whether the true wavelengths are those of version 5 of the product spectral_wcs. WCS-WAVE
+        approximates them from QR3 on, and those of version 4 before.
     seed : int
         Combined with the exposure's obs_id and band into the seed of the random generator.
 
@@ -453,12 +479,22 @@ class SceneOptions:
     cosmic_ray_density: float = 1e-4
     harmless_fraction: float = 0.004
     bad_pixels_on_sources: bool = False
+    psf: VaryingPsf | None = None
+    local_solid_angles: bool = False
+    early_gains: bool = False
+    wavelength_maps: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("crowding", "bad_pixel_fraction", "harmless_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+# What the calibration products are for: everything by which frames differ from the plain scene.
+CALIBRATED_SCENE = SceneOptions(
+    psf=VaryingPsf(), local_solid_angles=True, early_gains=True, wavelength_maps=True
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,9 +517,11 @@ class Planes:
     wavelength_um, bandwidth_um : (m,) float array
         Central wavelength and bandwidth at their positions.
     flux_ujy : (m,) float array
-        Their flux densities at that wavelength.
+        Their flux densities at that wavelength; all of their light.
     zodi_scale : float
         Ratio of the zodiacal light in `image` to `zodi`.
+    options : SceneOptions
+        What the planes were made with.
     """
 
     image: NDArray[np.float32]
@@ -497,6 +535,7 @@ class Planes:
     bandwidth_um: NDArray[np.float64]
     flux_ujy: NDArray[np.float64]
     zodi_scale: float
+    options: SceneOptions = field(default_factory=SceneOptions)
 
 
 def make_planes(
@@ -531,9 +570,15 @@ def make_planes(
     identity = hashlib.blake2b(f"{exposure.obs_id}{exposure.band}".encode(), digest_size=8)
     rng = np.random.default_rng([options.seed, int.from_bytes(identity.digest())])
 
-    fwhm_pixels = exposure.fwhm_pixels
-    source, x, y = _sources_on_frame(exposure, sky, window)
-    wavelength_um, bandwidth_um = exposure.wavelength(x, y, window=window)
+    make_stamps, half = _stamp_maker(exposure, options, window)
+    source, x, y = _sources_on_frame(exposure, sky, window, half)
+    if options.wavelength_maps:
+        wavelength_um, bandwidth_um = smooth_wavelength(
+            exposure.detector, x + x0 + 1.0, y + y0 + 1.0
+        )
+        wavelength_um += WAVELENGTH_SHIFT_UM[exposure.detector]
+    else:
+        wavelength_um, bandwidth_um = exposure.wavelength(x, y, window=window)
     flux_ujy = sky.take(source).flux(wavelength_um)
 
     across = ((np.arange(nx) + x0) / (FRAME_SIZE - 1) * 2.0 - 1.0)[np.newaxis]
@@ -546,8 +591,19 @@ def make_planes(
     star_x, star_y, star_ujy = _field_stars(rng, options, x, y, shape)
     all_x, all_y = np.concatenate([x, star_x]), np.concatenate([y, star_y])
     brightness = np.concatenate([flux_ujy, star_ujy])
-    brightness *= _MJY_SR_PER_UJY_ARCSEC2 / exposure.pixel_area_arcsec2
-    light = render_sources(all_x, all_y, brightness, fwhm_pixels=fwhm_pixels, shape=shape)
+    if options.local_solid_angles:
+        brightness *= _MJY_SR_PER_UJY_ARCSEC2
+    else:
+        brightness *= _MJY_SR_PER_UJY_ARCSEC2 / exposure.pixel_area_arcsec2
+    render = partial(render_sources, make_stamps=make_stamps, shape=shape)
+    if half <= _STAR_HALF_SIZE:
+        light = render(all_x, all_y, brightness, half=half)
+    else:
+        # Field stars are many, and so faint that their outer light does not show.
+        light = render(x, y, brightness[: len(x)], half=half)
+        light += render(star_x, star_y, brightness[len(x) :], half=_STAR_HALF_SIZE)
+    if options.local_solid_angles:
+        light /= make_solid_angle_map(exposure.wcs(window), shape)
     light += options.zodi_scale * zodi
     light += options.diffuse_amplitude / np.sqrt(2.0) * diffuse
 
@@ -555,6 +611,10 @@ def make_planes(
     noise = rng.standard_normal(shape, dtype=np.float32)
     noise *= np.sqrt(variance)
     image = (light + noise).astype(np.float32)
+    if options.early_gains and exposure.layout == "qr2":
+        gain = make_gain_map(exposure.detector)[y0 : y0 + ny, x0 : x0 + nx]
+        image /= gain
+        variance /= gain**2
 
     flags = np.zeros(shape, dtype=np.int32)
     flags[disc_mask(all_x, all_y, options.source_radius, shape)] = _mask("SOURCE")
@@ -579,17 +639,73 @@ def make_planes(
         bandwidth_um=bandwidth_um,
         flux_ujy=flux_ujy,
         zodi_scale=options.zodi_scale,
+        options=options,
     )
 
 
+def aperture_shares(
+    exposure: Exposure, planes: Planes, radius: float, *, window: Window | None = None
+) -> NDArray[np.float64]:
+    """Return the share of each source's light within a circle around its true position.
+
+    Parameters
+    ----------
+    exposure : Exposure
+        The exposure of the planes.
+    planes : Planes
+        The sources and the scene.
+    radius : float
+        Radius of the circle in pixels.
+    window : (x0, y0, nx, ny), optional
+        The cut-out that `planes` was made for; the full frame by default.
+
+    Returns
+    -------
+    (m,) float array
+        Sums over the pixels with the exact fraction of each within the circle, by photutils.
+
+    Raises
+    ------
+    ValueError
+        If the circle is larger than the PSF's stamps.
+    """
+    make_stamps, half = _stamp_maker(exposure, planes.options, window)
+    stamps = make_stamps(planes.x, planes.y, 2 * max(half, math.ceil(radius + 0.5)) + 1)
+    return sum_in_circles(stamps, planes.x, planes.y, radius)
+
+
+def _stamp_maker(
+    exposure: Exposure, options: SceneOptions, window: Window | None
+) -> tuple[StampMaker, int]:
+    """Return what makes the stamps of sources, and their half-width in pixels."""
+    if options.psf is None:
+        fwhm_pixels = exposure.fwhm_pixels
+
+        def round_stamps(
+            x: NDArray[np.float64], y: NDArray[np.float64], size: int
+        ) -> NDArray[np.float64]:
+            return pixel_integrated_psf(x, y, fwhm_pixels, size)
+
+        return round_stamps, psf_half_size(fwhm_pixels)
+
+    psf = options.psf
+    x0, y0, _, _ = _checked_window(window)
+
+    def varying_stamps(
+        x: NDArray[np.float64], y: NDArray[np.float64], size: int
+    ) -> NDArray[np.float64]:
+        return psf.stamps(exposure.detector, x + x0, y + y0, size)
+
+    return varying_stamps, STAMP_HALF_SIZE
+
+
 def _sources_on_frame(
-    exposure: Exposure, sky: Sky, window: Window | None
+    exposure: Exposure, sky: Sky, window: Window | None, half: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return indices and positions of the sky's sources whose PSF touches the frame."""
     _, _, nx, ny = _checked_window(window)
     wcs = exposure.wcs(window)
     center = wcs.all_pix2world(0.5 * (nx - 1), 0.5 * (ny - 1), 0)
-    half = psf_half_size(exposure.fwhm_pixels)
     # Far from the frame the distortion diverges, and the projection also maps the opposite side
     # of the sky onto the frame. So only sources near the frame are projected.
     corner_distance = max(float(_distance(center, c)) for c in exposure.footprint(window))
@@ -703,6 +819,7 @@ def write_frame(
     *,
     window: Window | None = None,
     layout: str | None = None,
+    pipeline_version: str | None = None,
 ) -> None:
     """Write a Level 2 multi-extension FITS file.
 
@@ -720,12 +837,16 @@ def write_frame(
         The cut-out that `planes` was made for; the full frame by default.
     layout : {"qr2", "qr3"}, optional
         File layout; by default that of the exposure's release.
+    pipeline_version : str, optional
+        The card VERSION; by default one of that layout. Up to ``6.5.5``, without ``+psffix1``, the
+        header of a varying PSF lists the zones in the wrong order, as real ones do.
 
     Raises
     ------
     ValueError
         If `planes` does not have the shape of the window, or the layout is unknown.
     """
+    options = planes.options
     layout = exposure.layout if layout is None else layout
     if layout not in _PIPELINE_VERSION:
         raise ValueError(f"layout must be one of {sorted(_PIPELINE_VERSION)}, got {layout!r}")
@@ -735,9 +856,18 @@ def write_frame(
 
     primary = fits.PrimaryHDU()
     primary.header["TELESCOP"] = "SPHEREx"
-    primary.header["VERSION"] = (_PIPELINE_VERSION[layout], "Version of the Level 2 pipeline")
+    version = _PIPELINE_VERSION[layout] if pipeline_version is None else pipeline_version
+    primary.header["VERSION"] = (version, "Version of the Level 2 pipeline")
     image_header = exposure.image_header(window)
     _count_flags(image_header, planes.flags)
+    if options.psf is not None:
+        image_header["PSF_FWHM"] = options.psf.fwhm_arcsec[exposure.detector - 1]
+    if options.local_solid_angles:
+        # Also in cut-outs, these are those of the whole detector.
+        median, scatter = _solid_angle_statistics()
+        image_header["OMEGA_MEDIAN"], image_header["OMEGA_STDDEV"] = median, scatter
+    has_new_wavelengths = options.wavelength_maps and layout != "qr2"
+    shift_um = WAVELENGTH_SHIFT_UM[exposure.detector] if has_new_wavelengths else 0.0
     hdus = fits.HDUList(
         [
             primary,
@@ -745,8 +875,8 @@ def write_frame(
             _flags_hdu(planes.flags, layout),
             fits.ImageHDU(planes.variance, _unit_header("MJy2 / sr2"), name="VARIANCE"),
             fits.ImageHDU(planes.zodi, _unit_header("MJy / sr"), name="ZODI"),
-            _psf_hdu(exposure) if layout == "qr2" else _epsf_hdu(exposure),
-            _wave_hdu(exposure),
+            _psf_model_hdu(exposure, options.psf, layout, version),
+            wave_hdu(exposure, shift_um),
         ]
     )
     path = Path(path)
@@ -784,6 +914,33 @@ def _flags_hdu(flags: NDArray[np.int32], layout: str) -> fits.ImageHDU | fits.Co
     )
 
 
+@lru_cache(maxsize=1)
+def _solid_angle_statistics() -> tuple[float, float]:
+    """Return median and standard deviation of the pixels' solid angles, in arcsec^2."""
+    # They are the same for all exposures, as these differ by a rotation of the sky alone.
+    exposure = Exposure(
+        obs_id="2025W01_1A_0001_1", detector=1, ra=0.0, dec=0.0, roll_deg=0.0, mjd_begin=60676.0
+    )
+    areas = make_solid_angle_map(exposure.wcs(), (FRAME_SIZE, FRAME_SIZE))
+    return float(np.median(areas)), float(np.std(areas))
+
+
+def _psf_model_hdu(
+    exposure: Exposure, psf: VaryingPsf | None, layout: str, version: str
+) -> fits.ImageHDU | fits.BinTableHDU:
+    """Return the PSF extension of a layout, or its EPSF extension."""
+    detector = exposure.detector
+    if layout == "qr2":
+        if psf is None:
+            return _psf_hdu(exposure)
+        return cube_hdu(psf, detector, is_transposed=is_listing_transposed(version))
+    if psf is None:
+        return _epsf_hdu(exposure)
+    zones = epsf_zones(detector)
+    wavelength, bandwidth = smooth_wavelength(detector, zones.x + 1.0, zones.y + 1.0)
+    return epsf_table_hdu(psf, detector, wavelength + WAVELENGTH_SHIFT_UM[detector], bandwidth)
+
+
 def _zones(n: int) -> tuple[NDArray[np.float64], float]:
     """Return the centres in 1-based pixels, and the width, of n equal zones along an axis."""
     return (2 * np.arange(n) + 1) * FRAME_SIZE / (2 * n) + 0.5, FRAME_SIZE / n
@@ -791,20 +948,20 @@ def _zones(n: int) -> tuple[NDArray[np.float64], float]:
 
 def _psf_hdu(exposure: Exposure) -> fits.ImageHDU:
     """Return the PSF extension: an oversampled plane of unit sum for each zone, x fastest."""
-    fwhm = exposure.fwhm_pixels * _PSF_OVERSAMPLING
-    plane = pixel_integrated_psf(0.0, 0.0, fwhm, _PSF_SIZE).astype(np.float32)
-    centers, width = _zones(_PSF_ZONES)
-    header = fits.Header([("OVERSAMP", _PSF_OVERSAMPLING, "PSF samples per pixel, each axis")])
+    fwhm = exposure.fwhm_pixels * CUBE_OVERSAMPLING
+    plane = pixel_integrated_psf(0.0, 0.0, fwhm, CUBE_SIZE).astype(np.float32)
+    centers, width = _zones(CUBE_ZONES)
+    header = fits.Header([("OVERSAMP", CUBE_OVERSAMPLING, "PSF samples per pixel, each axis")])
     for i, (y, x) in enumerate(itertools.product(centers, centers), start=1):
         header.extend(
             [(f"XCTR_{i}", x), (f"YCTR_{i}", y), (f"XWID_{i}", width), (f"YWID_{i}", width)]
         )
-    return fits.ImageHDU(np.tile(plane, (_PSF_ZONES**2, 1, 1)), header, name="PSF")
+    return fits.ImageHDU(np.tile(plane, (CUBE_ZONES**2, 1, 1)), header, name="PSF")
 
 
 def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
     """Return the EPSF extension: the fraction of the flux in a pixel, by offset from the source."""
-    steps = (np.arange(_EPSF_SIZE) - _EPSF_SIZE // 2) / _EPSF_OVERSAMPLING
+    steps = (np.arange(EPSF_SIZE) - EPSF_SIZE // 2) / EPSF_OVERSAMPLING
     fwhm_pixels = exposure.fwhm_pixels
     response = pixel_response(steps, fwhm_pixels)
     epsf = np.outer(response, response).astype(np.float32)
@@ -831,14 +988,28 @@ def _epsf_hdu(exposure: Exposure) -> fits.BinTableHDU:
         }
     )
     hdu = fits.BinTableHDU(table, name="EPSF")
-    hdu.header["OVSMPX"] = hdu.header["OVSMPY"] = _EPSF_OVERSAMPLING
+    hdu.header["OVSMPX"] = hdu.header["OVSMPY"] = EPSF_OVERSAMPLING
     hdu.header["DETCOORD"] = _cards("image")["DETCOORD"]
     return hdu
 
 
-def _wave_hdu(exposure: Exposure) -> fits.BinTableHDU:
-    """Return the WCS-WAVE extension."""
+def wave_hdu(exposure: Exposure, shift_um: float = 0.0) -> fits.BinTableHDU:
+    """Return the WCS-WAVE extension.
+
+    Parameters
+    ----------
+    exposure : Exposure
+        The exposure, of which detector and release matter.
+    shift_um : float
+        Added to the wavelengths, in um.
+
+    Returns
+    -------
+    astropy.io.fits.BinTableHDU
+        A table of one row.
+    """
     x, y, values = exposure.wave_table()
+    values[..., 0] += shift_um
     ny, nx, _ = values.shape
     return fits.BinTableHDU.from_columns(
         [

@@ -5,6 +5,7 @@ Pixel coordinates are 0-based; the centre of the first pixel is (0, 0).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,6 +20,9 @@ SIGMA_PER_FWHM = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
 _PLACEMENT_ROUNDS = 100
 # Number of sources rendered at a time, which limits the memory of their stamps.
 _RENDER_CHUNK = 16384
+
+# Returns the fractions of the flux in the pixels of a stamp around each position.
+StampMaker = Callable[[NDArray[np.float64], NDArray[np.float64], int], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +177,53 @@ def make_sky(
     )
 
 
+def add_neighbours(
+    sky: Sky,
+    separation_arcsec: tuple[float, float],
+    *,
+    flux_ratio: tuple[float, float] = (0.2, 1.0),
+    seed: int = 0,
+) -> Sky:
+    """Give each source a neighbour, which makes a blended pair of it.
+
+    Parameters
+    ----------
+    sky : Sky
+        The sources.
+    separation_arcsec : (float, float)
+        Limits of the uniform distances from the sources, in arcsec.
+    flux_ratio : (float, float)
+        Limits of the uniform ratios of the neighbour's flux to that of its source. Both have the
+        same spectrum otherwise.
+    seed : int
+        Seed of the random generator.
+
+    Returns
+    -------
+    Sky
+        The sources, and behind them their neighbours in the same order.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(sky)
+    distance, angle = rng.uniform(*separation_arcsec, n), rng.uniform(0.0, 2.0 * np.pi, n)
+    places = SkyCoord(sky.ra, sky.dec, unit="deg").directional_offset_by(
+        angle * u.rad, distance * u.arcsec
+    )
+    changed = {
+        "ra": places.ra.deg,
+        "dec": places.dec.deg,
+        "amplitude": sky.amplitude * rng.uniform(*flux_ratio, n),
+    }
+    return Sky(
+        **{
+            field.name: np.concatenate(
+                [getattr(sky, field.name), changed.get(field.name, getattr(sky, field.name))]
+            )
+            for field in fields(sky)
+        }
+    )
+
+
 def psf_half_size(fwhm_pixels: float) -> int:
     """Return the half-width of a stamp that contains the PSF to 5 sigma.
 
@@ -272,7 +323,8 @@ def render_sources(
     y: NDArray[np.float64],
     flux: NDArray[np.float64],
     *,
-    fwhm_pixels: float,
+    make_stamps: StampMaker,
+    half: int,
     shape: tuple[int, int],
 ) -> NDArray[np.float64]:
     """Return an image of point sources.
@@ -281,8 +333,11 @@ def render_sources(
     ----------
     x, y, flux : (n,) float array
         0-based positions, which may lie off the image, and fluxes.
-    fwhm_pixels : float
-        Full width at half maximum of the Gaussian PSF in pixels.
+    make_stamps : callable
+        Takes x, y and an odd size, and returns the fractions of the flux in the pixels of a stamp
+        of that size around each position, as `pixel_integrated_psf` does.
+    half : int
+        Half-width of the stamps: pixels on each side of the middle one.
     shape : (int, int)
         Shape (ny, nx) of the image.
 
@@ -291,7 +346,6 @@ def render_sources(
     (ny, nx) float array
         The flux in each pixel, in the unit of `flux`.
     """
-    half = psf_half_size(fwhm_pixels)
     padded, pad = _padded(shape, half, float)
     width, size = padded.shape[1], 2 * half + 1
     stamp = (np.arange(size)[:, np.newaxis] * width + np.arange(size)).ravel()
@@ -299,7 +353,7 @@ def render_sources(
     for start in range(0, near.size, _RENDER_CHUNK):
         part = near[start : start + _RENDER_CHUNK]
         corner = _corner(x[part], y[part], pad - half, width)
-        light = pixel_integrated_psf(x[part], y[part], fwhm_pixels, size)
+        light = make_stamps(x[part], y[part], size)
         light *= flux[part, np.newaxis, np.newaxis]
         np.add.at(padded.reshape(-1), (corner[:, np.newaxis] + stamp).ravel(), light.ravel())
     return padded[pad:-pad, pad:-pad]

@@ -23,6 +23,7 @@ from spxdask.simulate.frames import (
     Exposure,
     SceneOptions,
     Sky,
+    add_neighbours,
     make_planes,
     make_sky,
     pixel_integrated_psf,
@@ -111,6 +112,23 @@ def test_sky_without_room_is_refused():
 def test_sky_with_ragged_arrays_is_refused(sky):
     with pytest.raises(ValueError, match="equal length"):
         replace(sky, slope=sky.slope[:-1])
+
+
+def test_neighbours_are_at_their_distance(sky):
+    pairs = add_neighbours(sky, (6.0, 18.0), flux_ratio=(0.5, 2.0), seed=4)
+    n = len(sky)
+    assert len(pairs) == 2 * n
+    np.testing.assert_array_equal(pairs.take(slice(n)).ra, sky.ra)
+    first, second = (
+        SkyCoord(pairs.ra[s], pairs.dec[s], unit="deg") for s in (slice(n), slice(n, None))
+    )
+    distance = first.separation(second).arcsec
+    assert 6.0 <= distance.min() < 9.0
+    assert 15.0 < distance.max() <= 18.0
+    ratio = pairs.flux(3.1)[n:] / sky.flux(3.1)
+    assert 0.5 <= ratio.min() < ratio.max() <= 2.0
+    same = add_neighbours(sky, (6.0, 18.0), flux_ratio=(0.5, 2.0), seed=4)
+    np.testing.assert_array_equal(same.dec, pairs.dec)
 
 
 def test_flux_is_power_law_times_line():
