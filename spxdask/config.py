@@ -67,6 +67,7 @@ class LiteralPath(str):
     """A path that is not expanded: a dollar sign in it is a dollar sign."""
 
 
+PRODUCT_FAMILIES = ("spectral_wcs", "solid_angle_pixel_map", "epsf", "l3_flux_corrections")
 _TOKEN = re.compile(r"cal-[0-9a-z.-]{1,60}")
 _VARIABLE = re.compile(r"\$(?:(?P<escape>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\})")
 
@@ -190,25 +191,18 @@ def _check_calibration(value: Any) -> str:
 
 def _check_pins(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the tokens of each family, sorted."""
-    from spxdask.science.calibration import FAMILIES
-
-    if isinstance(value, Mapping):
-        pairs = [*value.items()]
-    elif isinstance(value, list | tuple):
-        pairs = [
-            tuple(item.split("=", 1)) if isinstance(item, str) and "=" in item else item
-            for item in value
-        ]
-    else:
-        pairs = [None]
+    pairs: list[Any] = [*value.items()] if isinstance(value, Mapping) else value or []
+    if not isinstance(pairs, list | tuple):
+        raise ValueError("{rule}")
     pins: dict[str, set[str]] = {}
-    for pair in pairs if value is not None else []:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+    for pair in pairs:
+        split = tuple(pair.split("=", 1)) if isinstance(pair, str) else pair
+        if not isinstance(split, list | tuple) or len(split) != 2:
             raise ValueError("{rule}")
-        family, tokens = pair
+        family, tokens = split
+        if family not in PRODUCT_FAMILIES:
+            raise ValueError(f"{{rule}}; families are {', '.join(PRODUCT_FAMILIES)}")
         tokens = [tokens] if isinstance(tokens, str) else tokens
-        if family not in FAMILIES:
-            raise ValueError(f"{{rule}}; families are {', '.join(FAMILIES)}")
         if not isinstance(tokens, list | tuple) or not all(
             isinstance(token, str) and _TOKEN.fullmatch(token) for token in tokens
         ):

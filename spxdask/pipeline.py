@@ -23,6 +23,7 @@ from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
+from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.context import open_stages
 from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
 
@@ -171,6 +172,9 @@ class BatchPipeline:
                 may_be_mistaken=not self.folder.has_query(),
             )
             query.record_query(self.folder, config, catalogue, field, found, report)
+            calibration = prepare_calibration(self.folder, config, found, is_new=True)
+            report.products = calibration.tokens
+            report.missing_products = dict(calibration.missing)
             self._progress.advance()
         return found
 
@@ -235,7 +239,7 @@ class BatchPipeline:
             if observations is not None:
                 catalogue = self.catalogue
                 self.folder.require_observations(self.config, catalogue)
-            run.choose_tables(observations, catalogue)
+            run.choose_tables(observations, catalogue, self._sources.read_contaminants())
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -290,6 +294,11 @@ class BatchPipeline:
                 progress=self._progress,
                 outage_policy=self._outage_policy,
             )
+            if "extract" in stages:
+                run.contaminants = self._sources.read_contaminants()
+                run.calibration = prepare_calibration(
+                    self.folder, self.config, run.observations, is_new=False
+                )
             self.folder.save_config(self.config)
             if self.config.lightcurve_format == "csv" and "extract" in stages:
                 # Long before the first light curve is written.

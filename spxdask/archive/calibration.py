@@ -143,15 +143,15 @@ class CalibrationSet:
     missing: Mapping[str, str] = field(default_factory=dict)
     source: ProductSource | None = None
 
-    def choose(self, band: str, release: str) -> dict[str, Product]:
+    def choose(self, band: str, is_early: bool) -> dict[str, Product]:
         """Return the products for a frame.
 
         Parameters
         ----------
         band : str
             Of the frame.
-        release : str
-            Of the frame; those before QR3 have another flux scale, which a product corrects.
+        is_early : bool
+            Whether it has the flux scale of before QR3, which a product corrects.
 
         Returns
         -------
@@ -161,9 +161,21 @@ class CalibrationSet:
         return {
             product.family: product
             for product in self.products
-            if product.band == band
-            and (product.family != FLUX_CORRECTION or release in EARLY_RELEASES)
+            if product.band == band and (is_early or product.family != FLUX_CORRECTION)
         }
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """The tokens of each family, such as ``cal-epsf-v1-2026-191 (D3: ...)``."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for product in self.products:
+            found.setdefault(product.family, {}).setdefault(product.token, []).append(product.band)
+        texts = {}
+        for family, bands in found.items():
+            most, *others = sorted(bands, key=lambda token: (-len(bands[token]), token))
+            rest = ", ".join(f"{' '.join(bands[token])}: {token}" for token in others)
+            texts[family] = f"{most} ({rest})" if rest else most
+        return texts
 
     def to_json(self) -> str:
         """Return the products and what is missing as a text that `from_json` reads.
@@ -305,6 +317,7 @@ def obtain_calibration(
     bands: Collection[str],
     releases: Collection[str],
     pins: Mapping[str, Collection[str]],
+    skipped: Collection[str] = (),
     folder: Path | None = None,
 ) -> CalibrationSet:
     """Find and fetch the newest products for the frames of a run.
@@ -317,6 +330,8 @@ def obtain_calibration(
         Those of the frames.
     pins : mapping of str to collection of str
         By family, tokens that alone are taken.
+    skipped : collection of str
+        Families that are not needed.
     folder : Path, optional
         The cache; by default that of the user.
 
@@ -336,7 +351,8 @@ def obtain_calibration(
     needed = [
         family
         for family in FAMILIES
-        if family != FLUX_CORRECTION or any(release in EARLY_RELEASES for release in releases)
+        if family not in skipped
+        and (family != FLUX_CORRECTION or any(release in EARLY_RELEASES for release in releases))
     ]
     bands = sorted(bands)
     try:

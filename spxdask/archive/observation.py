@@ -107,6 +107,16 @@ class Observation:
         """
         return self.uri.removeprefix(SERVICE_PREFIX).rpartition("/")[0].partition("/")[0]
 
+    @property
+    def is_early(self) -> bool:
+        """Whether its release has the flux scale of before QR3.
+
+        Returns
+        -------
+        bool
+        """
+        return self.release in EARLY_RELEASES
+
     def is_complete(self, sizes: Mapping[str, int]) -> bool:
         """Return whether the frame is among some files, with the length the archive states.
 

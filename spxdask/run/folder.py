@@ -30,7 +30,7 @@ WAITING_NAME = "waiting.txt"
 CONFIG_NAME = "config.yaml"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
-CATALOGUE_PREFIX = "catalogue-"
+CATALOGUE_PREFIX, CONTAMINANTS_PREFIX = "catalogue-", "contaminants-"
 FILE_NAMES_NAME = "file_names.json"
 # Characters that every file system takes.
 PLAIN_CHARACTERS = f"{string.ascii_letters}{string.digits}._-"
@@ -340,14 +340,22 @@ class RunFolder:
         str
             Path or URL of the file. Its name contains the fingerprint of the catalogue.
         """
-        prints = filter(None, (catalogue.fingerprint, catalogue.motion_fingerprint))
-        name = f"{CATALOGUE_PREFIX}{'-'.join(prints)}.arrow"
-        found = {n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)}
-        if name not in found:
-            with self.state.atomic_path(name) as part:
-                catalogue.save(part)
-        self.state.delete_many(found - {name})
-        return self.state.path_to(name)
+        return self._save_sources(CATALOGUE_PREFIX, catalogue)
+
+    def save_contaminants(self, contaminants: Catalogue) -> str:
+        """Save the sources that get no rows, as `save_catalogue` does the others.
+
+        Parameters
+        ----------
+        contaminants : Catalogue
+            They replace those that were saved before.
+
+        Returns
+        -------
+        str
+            Path or URL of the file.
+        """
+        return self._save_sources(CONTAMINANTS_PREFIX, contaminants)
 
     def saved_catalogue(self) -> Catalogue | None:
         """Return the catalogue of the last query or extraction.
@@ -357,7 +365,29 @@ class RunFolder:
         Catalogue or None
             None when there is none.
         """
-        names = [n for n in self.state.list_sizes() if n.startswith(CATALOGUE_PREFIX)]
+        return self._open_sources(CATALOGUE_PREFIX)
+
+    def saved_contaminants(self) -> Catalogue | None:
+        """Return the sources without rows of the last extraction.
+
+        Returns
+        -------
+        Catalogue or None
+            None when there are none.
+        """
+        return self._open_sources(CONTAMINANTS_PREFIX)
+
+    def _save_sources(self, prefix: str, catalogue: Catalogue) -> str:
+        name = f"{prefix}{catalogue.identity}.arrow"
+        found = {n for n in self.state.list_sizes() if n.startswith(prefix)}
+        if name not in found:
+            with self.state.atomic_path(name) as part:
+                catalogue.save(part)
+        self.state.delete_many(found - {name})
+        return self.state.path_to(name)
+
+    def _open_sources(self, prefix: str) -> Catalogue | None:
+        names = [n for n in self.state.list_sizes() if n.startswith(prefix)]
         # A run in progress may delete a catalogue after it was listed.
         for name in names:
             with suppress(FileNotFoundError):

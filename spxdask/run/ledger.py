@@ -50,9 +50,10 @@ class Outcome:
         Number of sources on the frame without a row, by reason.
     warnings : tuple of str
         Repairs and fallbacks.
-    fingerprint : str or None
-        Of the catalogue, options and code that the rows come from, in ledgers of versions
-        without recipes.
+    psf_empty : dict of str to int
+        Number of rows without a PSF flux, by reason.
+    properties : dict of str to number or text
+        What was found of the frame as a whole; see `spxdask.run.frame_table`.
     sources_fingerprint : str or None
         Of the sources near the frame.
     bounding_circle : tuple of float or None
@@ -88,7 +89,8 @@ class Outcome:
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    fingerprint: str | None = None
+    psf_empty: dict[str, int] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
     sources_fingerprint: str | None = None
     bounding_circle: tuple[float, float, float] | None = None
     checksum: str | None = None

@@ -10,13 +10,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from spxdask.run.recipe import Recipe, legacy_fingerprint, make_recipe
+from spxdask.run.recipe import Recipe, RecipeInputs, make_recipe
 
 if TYPE_CHECKING:
+    from spxdask.archive.calibration import CalibrationSet
     from spxdask.archive.observation import Observation
     from spxdask.run.ledger import Outcome
     from spxdask.science.catalogue import Catalogue
@@ -126,72 +126,85 @@ class MeasurementInputs:
         How a source is measured.
     catalogue : Catalogue or None
         The sources; None if unknown: then every catalogue matches.
+    calibration : CalibrationSet or None
+        The products; None for nothing but what is in the frames.
+    contaminants : Catalogue or None
+        Sources of the solution for PSF fluxes that get no rows.
     """
 
     photometry: PhotometryConfig
     catalogue: Catalogue | None
+    calibration: CalibrationSet | None = None
+    contaminants: Catalogue | None = None
+    _recipes: dict[tuple[str, bool], Recipe] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The recipe that the photometry options stand for."""
-        return make_recipe(self.photometry)
+    def find_recipe(self, observation: Observation) -> Recipe:
+        """Return the recipe for a frame.
 
-    def identify(self) -> dict[str, str | None]:
+        Parameters
+        ----------
+        observation : Observation
+            The frame.
+
+        Returns
+        -------
+        Recipe
+            The same for frames of one detector, but for those of early releases.
+        """
+        key = observation.band, observation.is_early
+        if key not in self._recipes:
+            products = {}
+            if self.calibration is not None:
+                chosen = self.calibration.choose(observation.band, observation.is_early)
+                products = {name: (p.token, p.checksum) for name, p in chosen.items()}
+            contaminants = None if self.contaminants is None else self.contaminants.identity
+            self._recipes[key] = make_recipe(
+                RecipeInputs(
+                    photometry=self.photometry, products=products, contaminants=contaminants
+                )
+            )
+        return self._recipes[key]
+
+    def identify(self, observation: Observation) -> dict[str, str | None]:
         """Return the fields of an outcome that identify what it was made with.
+
+        Parameters
+        ----------
+        observation : Observation
+            The frame.
 
         Returns
         -------
         dict of str to str or None
-            The digest of the recipe and the fingerprint of the catalogue, None without one.
+            The digest of the recipe and the identity of the catalogue, None without one.
         """
-        fingerprint = None if self.catalogue is None else self.catalogue.fingerprint
-        return {"recipe": self.recipe.digest, "catalogue": fingerprint}
+        identity = None if self.catalogue is None else self.catalogue.identity
+        return {"recipe": self.find_recipe(observation).digest, "catalogue": identity}
 
-    def match(self, outcome: Outcome) -> bool:
+    def match(self, observation: Observation, outcome: Outcome) -> bool:
         """Return whether an outcome is of this recipe and of these sources.
 
         Parameters
         ----------
+        observation : Observation
+            The frame.
         outcome : Outcome
-            Of the extraction of a frame.
+            Of its extraction.
 
         Returns
         -------
         bool
             Also true when the catalogue was another one that is the same near the frame.
         """
-        if outcome.recipe is None:
-            return self._match_legacy(outcome)
-        if outcome.recipe != self.recipe.digest:
+        if outcome.recipe != self.find_recipe(observation).digest:
             return False
-        if self.catalogue is None or outcome.catalogue == self.catalogue.fingerprint:
+        if self.catalogue is None or outcome.catalogue == self.catalogue.identity:
             return True
-        near = self._digest_near(outcome)
-        return near is not None and near.hex() == outcome.sources_fingerprint
-
-    def _digest_near(self, outcome: Outcome) -> bytes | None:
-        if outcome.bounding_circle is None or self.catalogue is None:
-            return None
-        return self.catalogue.digest(self.catalogue.within(*outcome.bounding_circle))
-
-    def _match_legacy(self, outcome: Outcome) -> bool:
-        """Compare with an outcome that was recorded before there were recipes."""
-        if self.catalogue is None:
-            return True
-        if outcome.fingerprint is None:
+        # Whether a source that moves comes near depends on the time.
+        if outcome.bounding_circle is None or self.catalogue.has_motions:
             return False
-        if outcome.fingerprint == self._legacy_fingerprint:
-            return True
-        near = self._digest_near(outcome)
-        return near is not None and outcome.sources_fingerprint == legacy_fingerprint(
-            near, self.photometry
-        )
-
-    @cached_property
-    def _legacy_fingerprint(self) -> str | None:
-        if self.catalogue is None:
-            return None
-        return legacy_fingerprint(self.catalogue.fingerprint, self.photometry)
+        near = self.catalogue.within(*outcome.bounding_circle)
+        return self.catalogue.digest(near).hex() == outcome.sources_fingerprint
 
 
 def table_name(filename: str, table_format: str) -> str:
@@ -296,7 +309,7 @@ def plan_frames(
                 measured = outcomes.get_done("extract", filename)
             if measured is not None and not (
                 measured.bytes == table
-                and inputs.match(measured)
+                and inputs.match(observation, measured)
                 and not _was_replaced(observation, measured, outcomes)
                 # Where the frame is kept, its content decides, once it is fetched.
                 and (keep_images or filename not in replaced)
@@ -358,7 +371,7 @@ def _decide(
             to_measure
             and extracted is not None
             and extracted.status == "failed"
-            and inputs.match(extracted)
+            and inputs.match(observation, extracted)
         )
         fetched = outcomes.get("download", observation.filename) if to_fetch else None
         if failed_here or (fetched is not None and fetched.status == "failed"):
@@ -450,12 +463,15 @@ def choose_tables(
         earlier = outcomes.get_done("extract", observation.filename)
         if name in table_sizes or earlier is not None:
             if not choice.stale:
-                choice.stale_reason = _explain(earlier, inputs, recipes, table_sizes.get(name))
+                choice.stale_reason = _explain(
+                    observation, earlier, inputs, recipes, table_sizes.get(name)
+                )
             choice.stale.append(name)
     return choice
 
 
 def _explain(
+    observation: Observation,
     outcome: Outcome | None,
     inputs: MeasurementInputs,
     recipes: Mapping[str, dict],
@@ -464,11 +480,14 @@ def _explain(
     """Describe why a table is stale."""
     if outcome is None:
         return "no record says how it was made"
-    if outcome.recipe is not None and outcome.recipe != inputs.recipe.digest:
+    recipe = inputs.find_recipe(observation)
+    if outcome.recipe is None:
+        return "it was made by an earlier version"
+    if outcome.recipe != recipe.digest:
         steps = recipes.get(outcome.recipe)
-        differences = inputs.recipe.compare(Recipe(steps)) if steps is not None else []
+        differences = recipe.compare(Recipe(steps)) if steps is not None else []
         return "; ".join(differences) or "it was made with other options"
-    if not inputs.match(outcome):
+    if not inputs.match(observation, outcome):
         return "it was made with other sources or options"
     if size is None:
         return "it was removed"

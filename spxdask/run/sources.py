@@ -41,6 +41,7 @@ class RunSources:
         self._folder = folder
         self._target: Catalogue | None = None
         self._reader: CatalogueReader | None = None
+        self._contaminants: CatalogueReader | None = None
         if config.target is not None:
             self._target = make_target_catalogue(config.target)
             return
@@ -77,6 +78,27 @@ class RunSources:
         assert self.config.catalog_path is not None
         self._folder.refuse_within(self.config.catalog_path)
         return self._reader.read()
+
+    def read_contaminants(self) -> Catalogue | None:
+        """Return the sources that take part in the solution for PSF fluxes and get no rows.
+
+        Returns
+        -------
+        Catalogue or None
+            None if the configuration names none, or no PSF fluxes are measured.
+
+        Raises
+        ------
+        CatalogueError
+            If the catalogue cannot be used.
+        """
+        path = self.config.contaminants_path
+        if path is None or self.config.photometry.psf == "none":
+            return None
+        if self._contaminants is None:
+            self._folder.refuse_within(path)
+            self._contaminants = CatalogueReader(path)
+        return self._contaminants.read()
 
     def choose(self, stages: Collection[str]) -> Catalogue | None:
         """Return the sources that stages which go frame by frame depend on.

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from spxdask.progress import RATE_WINDOW_S
 from spxdask.run.aggregation import load_aggregation
+from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, plan_frames
 from spxdask.storage import Store
@@ -221,7 +222,12 @@ def _read(folder: RunFolder) -> RunStatus:
     planned = plan_frames(
         observations,
         folder.ledger,
-        MeasurementInputs(photometry=config.photometry, catalogue=folder.saved_catalogue()),
+        MeasurementInputs(
+            photometry=config.photometry,
+            catalogue=folder.saved_catalogue(),
+            calibration=load_calibration(folder.state, config),
+            contaminants=folder.saved_contaminants(),
+        ),
         image_sizes=image_sizes,
         table_sizes=folder.per_image.list_sizes(),
         keep_images=config.keep_images,

@@ -50,6 +50,11 @@ class StageReport:
         Rows in all tables, those of earlier runs included.
     skipped : Counter
         How many sources that lie on a frame have no row for it, by reason.
+    psf_empty : Counter
+        Rows without a PSF flux, by reason.
+    products, missing_products : dict of str to str
+        For query, by family of calibration products, the tokens of those that are used, and
+        why others are not.
     warnings : dict of str to tuple of str
         Warnings by file name of the frame.
     bytes : int
@@ -74,6 +79,9 @@ class StageReport:
     removed: int = 0
     rows: int = 0
     skipped: Counter = field(default_factory=Counter)
+    psf_empty: Counter[str] = field(default_factory=Counter)
+    products: dict[str, str] = field(default_factory=dict)
+    missing_products: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bytes: int = 0
     seconds: float = 0.0
@@ -194,10 +202,16 @@ def _list_notes(report: StageReport) -> list[str]:
     """Return a line for each thing that users should know of the results of a stage."""
     notes = []
     early = EARLY_RELEASES & report.releases.keys()
-    if early and report.releases.keys() - early:
+    is_corrected = "l3_flux_corrections" in report.products
+    if early and report.releases.keys() - early and not is_corrected:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
         notes.append(f"{counts}: {scale}")
+    if report.products:
+        names = ", ".join(tokens for _, tokens in sorted(report.products.items()))
+        notes.append(f"calibrated with {names}")
+    for family, reason in sorted(report.missing_products.items()):
+        notes.append(f"not calibrated with {family}: {reason}")
     for reason, count in sorted(report.excluded.items()):
         verb = "measured" if report.stage == "extract" else "fetched"
         notes.append(f"{format_count(count, 'frame')} not {verb}: {reason}")
@@ -219,6 +233,8 @@ def _list_notes(report: StageReport) -> list[str]:
         notes.append(f"{curves} removed: no row of the source in the tables")
     for reason, count in sorted(report.skipped.items()):
         notes.append(f"{format_count(count, 'measurement')} left out: {reason}")
+    for reason, count in sorted(report.psf_empty.items()):
+        notes.append(f"{format_count(count, 'row')} without psf_flux: {reason}")
     frames = Counter(text for warnings in report.warnings.values() for text in warnings)
     for text, count in frames.most_common(MAX_WARNINGS_SHOWN):
         notes.append(f"{format_count(count, 'frame')}: {text}")

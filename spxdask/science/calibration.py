@@ -16,6 +16,7 @@ import numpy as np
 
 from spxdask.errors import FrameError
 from spxdask.science.level2.fits import Hdu, Header, map_image, scan, verify
+from spxdask.science.maps import USABLE_FACTORS, apply_factors, interpolate_map, repair_factors
 from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_epsf
 
@@ -50,8 +51,6 @@ USABLE_WAVELENGTH_UM = {
     "D6": (4.30, 5.20),
 }
 USABLE_BANDWIDTH_UM = (1e-3, 0.5)
-# A factor outside of these limits, of which a map has a few, is replaced by that of its row.
-USABLE_FACTOR = (0.5, 2.0)
 # This share of the pixels must have a usable value.
 LEAST_USABLE = 0.9
 _TYPES = {-32: ">f4", -64: ">f8"}
@@ -81,19 +80,8 @@ class DetectorCalibration:
 
     @cached_property
     def factors(self) -> np.ndarray | None:
-        """The factors with which IMAGE is multiplied: wild ones replaced, float32."""
-        if self.flux_correction is None:
-            return None
-        factors = self.flux_correction.astype(np.float32)
-        low, high = USABLE_FACTOR
-        with np.errstate(invalid="ignore"):
-            wild = ~((factors >= low) & (factors <= high))
-        good = np.where(wild, np.nan, factors)
-        for row in np.flatnonzero(wild.any(axis=1)):
-            usable = good[row][~wild[row]]
-            # A row without any usable factor is left as it was measured.
-            factors[row, wild[row]] = np.median(usable) if len(usable) else 1.0
-        return factors
+        """The factors with which IMAGE is multiplied, wrong ones replaced."""
+        return None if self.flux_correction is None else repair_factors(self.flux_correction)
 
     def solid_angle_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
         """Return the solid angle of the pixels at some positions.
@@ -129,7 +117,7 @@ class DetectorCalibration:
         """
         if self.wavelength is None or self.bandwidth is None:
             return None
-        return _interpolate(self.wavelength, x, y), _interpolate(self.bandwidth, x, y)
+        return interpolate_map(self.wavelength, x, y), interpolate_map(self.bandwidth, x, y)
 
     def correct(
         self, image: np.ndarray, variance: np.ndarray, origin: tuple[float, float]
@@ -154,9 +142,7 @@ class DetectorCalibration:
         (ny, nx), x0, y0 = image.shape, round(origin[0]), round(origin[1])
         if not (0 <= x0 <= DETECTOR_PIXELS - nx and 0 <= y0 <= DETECTOR_PIXELS - ny):
             raise FrameError("the frame is not a part of the detector, as its origin has it")
-        part = factors[y0 : y0 + ny, x0 : x0 + nx]
-        with np.errstate(invalid="ignore", over="ignore"):
-            return (image * part).astype(">f4"), (variance * part * part).astype(">f4")
+        return apply_factors(image, variance, factors[y0 : y0 + ny, x0 : x0 + nx])
 
 
 NO_CALIBRATION = DetectorCalibration()
@@ -165,16 +151,6 @@ NO_CALIBRATION = DetectorCalibration()
 def _round(position: np.ndarray) -> np.ndarray:
     """Return the pixel that a coordinate is in."""
     return np.clip(np.rint(position), 0, DETECTOR_PIXELS - 1).astype(int)
-
-
-def _interpolate(plane: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    last = DETECTOR_PIXELS - 1
-    x, y = np.clip(x, 0, last), np.clip(y, 0, last)
-    i, j = np.minimum(x.astype(int), last - 1), np.minimum(y.astype(int), last - 1)
-    u, v = x - i, y - j
-    low = (1 - u) * plane[j, i] + u * plane[j, i + 1]
-    high = (1 - u) * plane[j + 1, i] + u * plane[j + 1, i + 1]
-    return (1 - v) * low + v * high
 
 
 def check_product(family: str, band: str, content: memoryview) -> None:
@@ -263,7 +239,7 @@ def _read_flux_correction(
         raise FrameError("no extension is an image")
     plane = _map_plane(content, planes[0], ())
     if not is_checked:
-        _check_values(plane, planes[0].name, USABLE_FACTOR)
+        _check_values(plane, planes[0].name, USABLE_FACTORS)
     return {"flux_correction": plane}
 
 

@@ -22,6 +22,8 @@ __all__ = ["Catalogue"]
 ZONES = 180
 # Zones are laid one after the other on a line, so many degrees apart, without an overlap.
 ZONE_STEP_DEG = 400.0
+# Catalogues and frames are at most so many years apart.
+MOST_YEARS = 50.0
 # What a source may have besides a position.
 MOTION_COLUMNS = ("pmra", "pmdec", "parallax", "ref_epoch")
 
@@ -49,7 +51,7 @@ class Catalogue:
     ref_epoch : (n,) float array or None
         Julian year of the positions; NaN where unknown.
     motion_fingerprint : str
-        Hash of the motions, empty without any. Measurements do not depend on it.
+        Hash of the motions, empty without any.
     """
 
     target_id: pa.Array
@@ -86,11 +88,29 @@ class Catalogue:
         found = {name: getattr(self, name) for name in MOTION_COLUMNS}
         return {name: values for name, values in found.items() if values is not None}
 
-    @property
+    @cached_property
     def has_motions(self) -> bool:
         """Whether any source has a proper motion or a parallax other than zero."""
         moving = (self.pmra, self.pmdec, self.parallax)
         return any(bool(np.nan_to_num(v).any()) for v in moving if v is not None)
+
+    @property
+    def identity(self) -> str:
+        """Hash of ids, positions and motions."""
+        prints = (self.fingerprint, self.motion_fingerprint if self.has_motions else "")
+        return "-".join(filter(None, prints))
+
+    @cached_property
+    def largest_shift_deg(self) -> float:
+        """How far a source may be from its position, deg; of motions, over half a century."""
+        if not self.has_motions:
+            return 0.0
+        none = np.zeros(1)
+        pmra, pmdec, parallax = (
+            np.nan_to_num(none if v is None else v) for v in (self.pmra, self.pmdec, self.parallax)
+        )
+        per_year = float(np.hypot(np.abs(pmra).max(), np.abs(pmdec).max()))
+        return (per_year * MOST_YEARS + float(parallax.max())) / 3.6e6
 
     @classmethod
     def from_arrays(

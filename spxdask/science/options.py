@@ -553,7 +553,7 @@ class PhotometryConfig(CheckedOptions):
             nargs="*",
         ),
         BeforeValidator(_as_bits),
-    ] = PSF_BAD_FLAGS
+    ] = tuple(sorted(FLAG_BITS[name] for name in PSF_BAD_FLAGS))
     background_method: Annotated[
         Literal["window", "annulus"],
         option(

@@ -304,8 +304,7 @@ def ab_magnitude(flux: np.ndarray, flux_error: np.ndarray) -> tuple[np.ndarray, 
 
 def _choose_pixel_scale(frame: Frame, config: PhotometryConfig, warnings: list[str]) -> float:
     """Return the scale at the centre in arcsec: the header's, or the fallback with a warning."""
-    ny, nx = frame.shape
-    scale = math.sqrt(float(frame.wcs.solid_angle_at((nx - 1) / 2, (ny - 1) / 2)))
+    scale = frame.pixel_scale
     if USABLE_SCALE_ARCSEC[0] <= scale <= USABLE_SCALE_ARCSEC[1]:
         return scale
     warnings.append(
@@ -396,7 +395,7 @@ def _choose_psf(
         np.clip(np.append(y, others.y), 0, ny - 1) + frame.origin[1],
     )
     try:
-        model = read_frame_psf(frame.psf, *at, is_bilinear=is_bilinear)
+        model = read_frame_psf(frame.psf, at, is_bilinear=is_bilinear)
     except FrameError as error:
         warnings.append(f"no usable PSF, so that PSF fluxes are empty: {error}")
         return None, ""

@@ -19,6 +19,7 @@ from spxdask.run.aggregation import (
     load_aggregation,
     save_aggregation,
 )
+from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
 from spxdask.run.observations import Observations
 from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
@@ -70,7 +71,12 @@ class Aggregation:
     def _n_partitions(self) -> int:
         return light_curves.count_partitions(self._tables, self._config.num_buckets)
 
-    def choose_tables(self, observations: Observations | None, catalogue: Catalogue | None) -> None:
+    def choose_tables(
+        self,
+        observations: Observations | None,
+        catalogue: Catalogue | None,
+        contaminants: Catalogue | None = None,
+    ) -> None:
         """Choose the per-image tables.
 
         Parameters
@@ -79,6 +85,8 @@ class Aggregation:
             The frames of the last query; None to take every table in per_image/.
         catalogue : Catalogue or None
             The sources that the tables of a query's frames have to be made with.
+        contaminants : Catalogue, optional
+            Those that take part in the solution for PSF fluxes and get no rows.
 
         Raises
         ------
@@ -99,7 +107,12 @@ class Aggregation:
                 )
             self._tables = [light_curves.describe_table(name, sizes[name], None) for name in names]
             return
-        inputs = MeasurementInputs(photometry=self._config.photometry, catalogue=catalogue)
+        inputs = MeasurementInputs(
+            photometry=self._config.photometry,
+            catalogue=catalogue,
+            calibration=load_calibration(folder.state, self._config),
+            contaminants=contaminants,
+        )
         planned = plan_frames(
             observations,
             folder.ledger,

@@ -15,15 +15,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from spxdask.archive.calibration import Product, ProductSource, open_in_cache
 from spxdask.archive.observation import is_level2_name, parse_filename
-from spxdask.errors import DiskFullError, FrameError, StoreError
+from spxdask.errors import ArchiveError, DiskFullError, FrameError, InputError, StoreError
 from spxdask.run.ledger import Outcome
 from spxdask.run.plan import table_name
+from spxdask.science.astrometry import (
+    DEFAULT_REF_EPOCH,
+    Observer,
+    find_bjd_tdb,
+    locate_observer,
+    move_to_epoch,
+)
+from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration, open_products
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.fits import verify
 from spxdask.science.level2.frame import Frame, map_file, open_frame
 from spxdask.science.options import PhotometryConfig
-from spxdask.science.photometry import measure
+from spxdask.science.photometry import Measurement, measure
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
 
@@ -51,6 +60,12 @@ class ExtractOptions:
         embedded cluster, whose workers have threads to spare for downloads.
     format : str
         Of the tables, ``csv`` or ``parquet``.
+    products : tuple of Product
+        Calibration products of the frame's detector.
+    product_source : ProductSource or None
+        Where a machine that does not have them fetches them.
+    contaminants : str or None
+        File of a catalogue whose sources get no rows.
     """
 
     catalogue: str
@@ -59,6 +74,9 @@ class ExtractOptions:
     catalogue_fingerprint: str
     serial: bool
     format: str = "csv"
+    products: tuple[Product, ...] = ()
+    product_source: ProductSource | None = None
+    contaminants: str | None = None
 
 
 def extract(
@@ -119,13 +137,13 @@ def _extract(
     started = time.monotonic()
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            measured = _measure(open_it(), _open_catalogue(options.catalogue), options)
+            measured = _measure(open_it(), options)
         name = table_name(filename, options.format)
         open_store(per_image).put(name, measured.pop("content"))
         result: dict[str, Any] = {"status": "done", **measured}
     except DiskFullError:
         raise
-    except (FrameError, StoreError, OSError) as error:
+    except (ArchiveError, FrameError, InputError, StoreError, OSError) as error:
         result = {"status": "failed", "reason": str(error)}
     except Exception as error:
         # One frame must not cost the run, whatever is in it; the log has the traceback.
@@ -142,23 +160,49 @@ def _extract(
     )
 
 
-def _measure(frame: Frame, catalogue: Catalogue, options: ExtractOptions) -> dict[str, Any]:
+def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     """Return the content of a frame's table, and the fields of its outcome that go with it."""
-    near = catalogue.within(*frame.bounding_circle)
-    columns, skipped, warnings = measure_catalogue(frame, catalogue, near, options.photometry)
-    content = encode_rows(columns, options.format)
+    catalogue = _open_catalogue(options.catalogue)
+    others = None if options.contaminants is None else _open_catalogue(options.contaminants)
+    calibration = _open_calibration(options.products, options.product_source, frame.band)
+    ra, dec, radius = frame.bounding_circle
+    circle = ra, dec, radius + catalogue.largest_shift_deg
+    near = catalogue.within(*circle)
+    found = measure_catalogue(
+        frame, catalogue, near, options.photometry, calibration, contaminants=others
+    )
+    content = encode_rows(found.columns, options.format)
+    measured = found.measured
+    levels = measured.columns["bg_level"]
+    spread = np.percentile(levels, (16, 50, 84)) if len(levels) else np.full(3, np.nan)
     return {
         "content": content,
         "bytes": len(content),
-        "rows": len(columns["target_id"]),
-        "skipped": skipped,
-        "warnings": warnings,
+        "rows": len(found.columns["target_id"]),
+        "skipped": measured.skipped,
+        "warnings": found.warnings,
+        "psf_empty": measured.psf_empty,
         "sources_fingerprint": catalogue.digest(near).hex(),
-        "bounding_circle": frame.bounding_circle,
+        "bounding_circle": circle,
         "frame_bytes": frame.file_bytes,
         "frame_checksum": frame.checksum,
         "checksum": hash_table(content),
+        "properties": {
+            "mjd": frame.mjd,
+            "zodi_scale": measured.zodi_scale,
+            "is_zodi_fitted": measured.is_zodi_fitted,
+            "aperture_radius": measured.radius,
+            "psf": measured.psf_name,
+            "n_sources": len(near),
+            "background": _round_off(spread[1]),
+            "background_scatter": _round_off((spread[2] - spread[0]) / 2),
+        },
     }
+
+
+def _round_off(value: float) -> float | None:
+    """Return a number with six digits, None for NaN, which JSON does not have."""
+    return None if np.isnan(value) else float(f"{value:.6g}")
 
 
 def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:
@@ -184,9 +228,34 @@ def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:
         raise FrameError(f"{error}; set aside as {aside}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCatalogue:
+    """The sources of a catalogue on a frame.
+
+    Attributes
+    ----------
+    columns : dict of str to (n,) array or to one value for all rows
+        The per-image table, in the order of the catalogue's file.
+    measured : Measurement
+        What was measured.
+    warnings : tuple of str
+        Repairs and fallbacks.
+    """
+
+    columns: dict[str, Any]
+    measured: Measurement
+    warnings: tuple[str, ...]
+
+
 def measure_catalogue(
-    frame: Frame, catalogue: Catalogue, near: np.ndarray, photometry: PhotometryConfig
-) -> tuple[dict[str, Any], dict[str, int], tuple[str, ...]]:
+    frame: Frame,
+    catalogue: Catalogue,
+    near: np.ndarray,
+    photometry: PhotometryConfig,
+    calibration: DetectorCalibration = NO_CALIBRATION,
+    *,
+    contaminants: Catalogue | None = None,
+) -> MeasuredCatalogue:
     """Measure those of some sources of a catalogue that are on a frame.
 
     Parameters
@@ -199,23 +268,31 @@ def measure_catalogue(
         Indices of those to measure: all within the bounding circle of the frame.
     photometry : PhotometryConfig
         How a source is measured.
+    calibration : DetectorCalibration, optional
+        Calibration products.
+    contaminants : Catalogue, optional
+        Sources of the solution for PSF fluxes that get no rows.
 
     Returns
     -------
-    columns : dict of str to (n,) array or to one value for all rows
-        The per-image table, in the order of the catalogue's file.
-    skipped : dict of str to int
-        Sources on the frame without a row, by reason.
-    warnings : tuple of str
-        Repairs and fallbacks.
+    MeasuredCatalogue
+        Positions are those at the time of the frame.
 
     Raises
     ------
     FrameError
         If the frame cannot be measured.
     """
-    ra, dec = catalogue.ra[near], catalogue.dec[near]
-    measured = measure(frame, ra, dec, photometry)
+    observer = locate_observer(frame.mjd, frame.observer_km)
+    ra, dec = _find_positions(catalogue, near, observer)
+    others = None
+    if contaminants is not None:
+        circle_ra, circle_dec, radius = frame.bounding_circle
+        reach = radius + contaminants.largest_shift_deg
+        others = _find_positions(
+            contaminants, contaminants.within(circle_ra, circle_dec, reach), observer
+        )
+    measured = measure(frame, ra, dec, photometry, calibration, others)
     warnings = measured.warnings
     if is_level2_name(frame.filename) and parse_filename(frame.filename)[0] != frame.obs_id:
         warnings += (f"the header says that this is {frame.obs_id}",)
@@ -232,10 +309,42 @@ def measure_catalogue(
         "aperture_radius": measured.radius,
         "filename": frame.filename,
     }
-    return columns, measured.skipped, warnings
+    if measured.psf_columns:
+        bjd_tdb = find_bjd_tdb(observer, ra[index], dec[index])
+        columns |= {**measured.psf_columns, "bjd_tdb": bjd_tdb}
+    return MeasuredCatalogue(columns=columns, measured=measured, warnings=warnings)
 
 
-@functools.lru_cache(maxsize=2)
+def _find_positions(
+    catalogue: Catalogue, index: np.ndarray, observer: Observer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where some sources are at the time of a frame, ICRS, deg."""
+    ra, dec = catalogue.ra[index], catalogue.dec[index]
+    if not catalogue.has_motions:
+        return ra, dec
+    none = np.zeros(len(index))
+    found = {name: values[index] for name, values in catalogue.motions.items()}
+    return move_to_epoch(
+        observer,
+        ra,
+        dec,
+        pmra=found.get("pmra", none),
+        pmdec=found.get("pmdec", none),
+        parallax=found.get("parallax", none),
+        ref_epoch=found.get("ref_epoch", DEFAULT_REF_EPOCH),
+    )
+
+
+@functools.lru_cache(maxsize=12)
+def _open_calibration(
+    products: tuple[Product, ...], source: ProductSource | None, band: str
+) -> DetectorCalibration:
+    """Map the products of a detector once in a process; a file of a product never changes."""
+    paths = {product.family: open_in_cache(product, source) for product in products}
+    return open_products(paths, band) if paths else NO_CALIBRATION
+
+
+@functools.lru_cache(maxsize=4)
 def _open_catalogue(path: str) -> Catalogue:
     """Map the catalogue once in a process; a file of this name never changes."""
     store, name = locate_file(path)

@@ -8,7 +8,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ import dask
 import dask.bag as db
 from dask.delayed import Delayed
 
+from spxdask.archive.calibration import CalibrationSet
 from spxdask.archive.observation import Observation
 from spxdask.archive.outage import ArchiveQueue, OutagePolicy, Request
 from spxdask.archive.received import FileVersion
@@ -69,6 +70,10 @@ class FrameRun:
         Receives each frame that has ended.
     outage_policy : OutagePolicy
         Patience with an archive that does not answer.
+    calibration : CalibrationSet
+        The products that frames are measured with.
+    contaminants : Catalogue or None
+        Sources of the solution for PSF fluxes that get no rows.
     """
 
     folder: RunFolder
@@ -78,15 +83,24 @@ class FrameRun:
     reports: dict[str, StageReport]
     progress: ProgressPublisher
     outage_policy: OutagePolicy
+    calibration: CalibrationSet = field(default_factory=CalibrationSet)
+    contaminants: Catalogue | None = None
 
     @cached_property
     def inputs(self) -> MeasurementInputs:
         """What tables are made with."""
-        return MeasurementInputs(photometry=self.config.photometry, catalogue=self.catalogue)
+        return MeasurementInputs(
+            photometry=self.config.photometry,
+            catalogue=self.catalogue,
+            calibration=self.calibration,
+            contaminants=self.contaminants,
+        )
 
     def __post_init__(self) -> None:
         # Frames that were fetched for their image, and turned out to be others than were measured.
         self._other_frames: list[Job] = []
+        # Options of the tasks for each recipe that is in the ledger, and detector.
+        self._announced: dict[tuple[str, str], extract.ExtractOptions] = {}
 
     @cached_property
     def _bag(self) -> db.Bag:
@@ -251,7 +265,7 @@ class FrameRun:
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""
         discard_aggregation(self.folder.state)
-        self.folder.ledger.add_recipe(self.inputs.recipe.digest, self.inputs.recipe.steps)
+        self._announced.clear()
 
     def _collect(
         self,
@@ -368,6 +382,7 @@ class FrameRun:
         report.rows -= measured.rows
         report.bytes -= measured.bytes
         report.skipped -= Counter(measured.skipped)
+        report.psf_empty -= Counter(measured.psf_empty)
         report.warnings.pop(fetched.filename, None)
         return True
 
@@ -394,7 +409,7 @@ class FrameRun:
     def _fail(self, stage: str, observation: Observation, reason: str) -> Outcome:
         inputs: dict[str, Any] = {}
         if stage == "extract":
-            inputs = self.inputs.identify()
+            inputs = self.inputs.identify(observation)
         return Outcome(
             stage=stage, filename=observation.filename, status="failed", reason=reason, **inputs
         )
@@ -405,6 +420,7 @@ class FrameRun:
         report.rows += outcome.rows
         report.bytes += outcome.bytes
         report.skipped.update(outcome.skipped)
+        report.psf_empty.update(outcome.psf_empty)
         # The measurement of a frame repeats the warnings of its download.
         if outcome.warnings and (outcome.stage == "extract" or "extract" not in self.reports):
             report.warnings[outcome.filename] = outcome.warnings
@@ -431,17 +447,35 @@ class FrameRun:
                 "them (keep_images=False, --no-keep-images)"
             )
 
-    def _make_extract_options(self, serial: bool) -> extract.ExtractOptions:
-        catalogue = self.inputs.catalogue
+    def _make_extract_options(
+        self, serial: bool
+    ) -> Callable[[Observation], extract.ExtractOptions]:
+        """Return what gives the options of a frame's task, and records its recipe."""
+        catalogue, contaminants = self.inputs.catalogue, self.inputs.contaminants
         assert catalogue is not None
-        return extract.ExtractOptions(
+        others = None if contaminants is None else self.folder.save_contaminants(contaminants)
+        common = extract.ExtractOptions(
             catalogue=self.folder.save_catalogue(catalogue),
             photometry=self.inputs.photometry,
-            recipe=self.inputs.recipe.digest,
-            catalogue_fingerprint=catalogue.fingerprint,
+            recipe="",
+            catalogue_fingerprint=catalogue.identity,
             serial=serial,
             format=self.config.per_image_format,
+            product_source=self.calibration.source,
+            contaminants=others,
         )
+
+        def choose(observation: Observation) -> extract.ExtractOptions:
+            recipe = self.inputs.find_recipe(observation)
+            if (recipe.digest, observation.band) not in self._announced:
+                self.folder.ledger.add_recipe(recipe.digest, recipe.steps)
+                products = self.calibration.choose(observation.band, observation.is_early)
+                self._announced[recipe.digest, observation.band] = replace(
+                    common, recipe=recipe.digest, products=tuple(products.values())
+                )
+            return self._announced[recipe.digest, observation.band]
+
+        return choose
 
 
 def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
@@ -494,7 +528,7 @@ class _TaskFactory:
     per_image: str
     keep_images: bool
     fetch: download.FetchOptions
-    measure: extract.ExtractOptions | None
+    measure: Callable[[Observation], extract.ExtractOptions] | None
     find_fetched: Callable[[str], Outcome | None]
 
     def __call__(self, request: Request[Job]) -> Delayed:
@@ -505,6 +539,7 @@ class _TaskFactory:
             fetch = replace(fetch, retry=replace(fetch.retry, max_retries=0))
         if request.purpose == "reference":
             return _as_frame_task("probe", observation, download.probe, observation, fetch)
+        measure = None if self.measure is None else self.measure(observation)
         if state == FrameState.MEASURE:
             image = f"{self.images}/{observation.filename}"
             fetched = self.find_fetched(observation.filename)
@@ -514,7 +549,7 @@ class _TaskFactory:
                 extract.extract,
                 image,
                 self.per_image,
-                self.measure,
+                measure,
                 fetched,
             )
         if state == FrameState.FETCH:
@@ -529,7 +564,7 @@ class _TaskFactory:
             self.images if self.keep_images else None,
             self.per_image,
             fetch,
-            self.measure,
+            measure,
         )
 
 

@@ -16,7 +16,7 @@ __all__ = ["read_cube", "read_epsf", "read_frame_psf"]
 
 
 def read_frame_psf(
-    extension: PsfExtension, x: ArrayLike, y: ArrayLike, *, is_bilinear: bool
+    extension: PsfExtension, at: tuple[ArrayLike, ArrayLike], *, is_bilinear: bool
 ) -> PsfModel:
     """Read the PSF that a frame has.
 
@@ -24,8 +24,8 @@ def read_frame_psf(
     ----------
     extension : PsfExtension
         Of the frame.
-    x, y : (n,) float array
-        Positions of the sources, 0-based pixels of the full frame.
+    at : ((n,) float array, (n,) float array)
+        Positions of the sources (x, y), 0-based pixels of the full frame.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones.
 
@@ -41,11 +41,17 @@ def read_frame_psf(
     """
     content, hdu = extension.content, extension.hdu
     if hdu.name == "EPSF":
-        return read_epsf(content, hdu).interpolated(is_bilinear)
-    return read_cube(content, hdu, x=x, y=y, is_bilinear=is_bilinear)
+        return read_epsf(content, hdu, at=at, is_bilinear=is_bilinear)
+    return read_cube(content, hdu, at=at, is_bilinear=is_bilinear)
 
 
-def read_epsf(content: memoryview, hdu: Hdu) -> PsfModel:
+def read_epsf(
+    content: memoryview,
+    hdu: Hdu,
+    *,
+    at: tuple[ArrayLike, ArrayLike] | None = None,
+    is_bilinear: bool = False,
+) -> PsfModel:
     """Read an effective PSF from a table with a row for each zone.
 
     Parameters
@@ -54,6 +60,11 @@ def read_epsf(content: memoryview, hdu: Hdu) -> PsfModel:
         The whole file.
     hdu : Hdu
         The extension EPSF.
+    at : ((n,) float array, (n,) float array), optional
+        Positions of the sources (x, y), 0-based pixels of the full frame; only their zones are
+        of use.
+    is_bilinear : bool
+        Whether the PSF is interpolated between four zones.
 
     Returns
     -------
@@ -67,7 +78,10 @@ def read_epsf(content: memoryview, hdu: Hdu) -> PsfModel:
     rows = _read_table(content, hdu)
     try:
         x, y, samples = (rows[name] for name in ("XCENTER", "YCENTER", "EPSF"))
-        return make_epsf_model(x, y, samples, hdu.header.integer("OVSMPX", 5))
+        oversampling = hdu.header.integer("OVSMPX", 5)
+        return make_epsf_model(
+            x, y, samples, oversampling=oversampling, at=at, is_bilinear=is_bilinear
+        )
     except ValueError as error:
         raise FrameError(f"the table EPSF is not one of a PSF: {error}") from error
 
@@ -76,8 +90,7 @@ def read_cube(
     content: memoryview,
     hdu: Hdu,
     *,
-    x: ArrayLike | None = None,
-    y: ArrayLike | None = None,
+    at: tuple[ArrayLike, ArrayLike] | None = None,
     is_bilinear: bool = False,
 ) -> PsfModel:
     """Read an optical PSF from a cube with a plane for each zone.
@@ -88,8 +101,9 @@ def read_cube(
         The whole file.
     hdu : Hdu
         The extension PSF.
-    x, y : (n,) float array, optional
-        Positions of the sources, 0-based pixels of the full frame; only their zones are read.
+    at : ((n,) float array, (n,) float array), optional
+        Positions of the sources (x, y), 0-based pixels of the full frame; only their zones are
+        read.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones.
 
@@ -112,8 +126,7 @@ def read_cube(
             arrange_cube_zones(*read_centres(header, shape[0])),
             samples,
             oversampling=header.integer("OVERSAMP", 10),
-            x=x,
-            y=y,
+            at=at,
             is_bilinear=is_bilinear,
         )
     except ValueError as error:

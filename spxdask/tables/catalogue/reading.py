@@ -309,10 +309,6 @@ def _check(table: RawTable, choice: CatalogueColumns, *, skip: bool) -> _Content
         warnings.append(f"{len(skipped):,} {rows_are} skipped (on_bad_row): {skipped[0].reason}")
     right_ascension, declination = _wrap(values.pop("ra")), values.pop("dec")
     catalogue = Catalogue.from_arrays(_own(ids), right_ascension, declination, values)
-    if catalogue.has_motions:
-        warnings.append(
-            "proper motions and parallaxes are kept, but positions are used as they are"
-        )
     return _Contents(catalogue=catalogue, skipped=skipped, warnings=warnings)
 
 

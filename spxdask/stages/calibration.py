@@ -1,0 +1,75 @@
+"""Calibration: the products that the frames of a query are measured with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from spxdask.archive.calibration import CalibrationSet, obtain_calibration
+from spxdask.archive.observation import Observation
+from spxdask.config import BatchConfig
+from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
+from spxdask.run.folder import RunFolder
+from spxdask.science.calibration import EPSF
+
+__all__ = ["prepare_calibration"]
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_calibration(
+    folder: RunFolder,
+    config: BatchConfig,
+    observations: Iterable[Observation],
+    *,
+    is_new: bool,
+) -> CalibrationSet:
+    """Return the products of a run; find, fetch and record them if need be.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Locked by the caller.
+    config : BatchConfig
+        The run.
+    observations : iterable of Observation
+        Its frames.
+    is_new : bool
+        Whether the archive is asked for its newest products, although some are recorded.
+
+    Returns
+    -------
+    CalibrationSet
+        The same for all frames, which are measured alike.
+
+    Raises
+    ------
+    InputError
+        If a product that is to be used is not there, or the cache cannot be written.
+    DiskFullError
+        If there is no room for the products.
+    """
+    recorded = load_calibration(folder.state, config)
+    source = make_product_source(config)
+    if source is None or (recorded is not None and not is_new):
+        return recorded or CalibrationSet()
+    bands, releases = set(), set()
+    for observation in observations:
+        bands.add(observation.band)
+        releases.add(observation.release)
+    if not bands:
+        return recorded or CalibrationSet(source=source)
+    skipped = {EPSF} if config.photometry.psf == "none" else set()
+    found = obtain_calibration(
+        source,
+        bands=bands,
+        releases=releases,
+        pins={name: tokens for name, tokens in config.calibration_pins if name not in skipped},
+        skipped=skipped,
+    )
+    for family, reason in found.missing.items():
+        logger.warning(
+            "calibration: %s is not to be had, the frames' own values are used: %s", family, reason
+        )
+    save_calibration(folder.state, config, found)
+    return found
