@@ -62,7 +62,7 @@ def _parse_retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     if value.strip().isdecimal():
-        return float(value)
+        return float(value.strip())
     try:
         when = parsedate_to_datetime(value)
     # OverflowError: a year or a time zone beyond the range of datetime.

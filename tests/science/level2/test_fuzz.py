@@ -559,7 +559,7 @@ HARMLESS = st.one_of(
     st.tuples(
         st.sampled_from(("COMMENT", "HISTORY", "")), st.text(st.characters(max_codepoint=255))
     ).map(lambda pair: f"{pair[0]:8}{pair[1]}"),
-    st.tuples(st.sampled_from(("ZZTOP", "CHECKSUM", "DATASUM", "VX_SC", "AP_1_0")), TEXTS).map(
+    st.tuples(st.sampled_from(("ZZTOP", "DATASUMS", "VX_SC", "AP_1_0")), TEXTS).map(
         lambda pair: f"{pair[0]:8}= {pair[1]}"
     ),
 )
