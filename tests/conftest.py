@@ -82,6 +82,14 @@ def _clusters_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_is_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep calibration products out of the user's cache, in the processes of tests as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPXDASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _records_reach_caplog(caplog: pytest.LogCaptureFixture) -> None:
     """Undo what clusters of earlier tests did to pytest's handler: Dask raises its level."""

@@ -17,9 +17,24 @@ UNIT = (1 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
 
 
 def measure(
-    image, variance, zodi, flags, x, y, *, pixel_area, fwhm, wavelengths, config, source_bit=21
+    image,
+    variance,
+    zodi,
+    flags,
+    x,
+    y,
+    *,
+    solid_angle,
+    pixel_scale,
+    fwhm,
+    wavelengths,
+    config,
+    source_bit=21,
 ):
-    """Return a dict for each source, None for one without a row, and the zodiacal scale."""
+    """Return a dict for each source, None for one without a row, and the zodiacal scale.
+
+    Each source has a solid angle of its pixel, arcsec^2; the pixel scale is in arcsec.
+    """
     image, variance, zodi = (np.asarray(p, float) for p in (image, variance, zodi))
     flags = np.asarray(flags).astype(np.int64)
     bad = (flags & sum(1 << b for b in config.bad_flags)) != 0
@@ -46,11 +61,11 @@ def measure(
     if config.aperture_method == "fixed":
         r = config.aperture_diameter / 2
     else:
-        r = fwhm / math.sqrt(pixel_area) * config.fwhm_multiplier / 2
+        r = fwhm / pixel_scale * config.fwhm_multiplier / 2
     rows = []
-    for xs, ys in zip(x, y, strict=True):
+    for xs, ys, area in zip(x, y, solid_angle, strict=True):
         rows.append(
-            _one(image, variance, flags, bad, source, xs, ys, r, pixel_area, wavelengths, config)
+            _one(image, variance, flags, bad, source, xs, ys, r, area, wavelengths, config)
         )
     return rows, scale
 

@@ -132,7 +132,10 @@ def small_survey(folder: Path, number: int) -> tuple[Path, list[ArchivedFrame]]:
 
 
 def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) -> dict:
-    """Return the options of a run over the field, with few buckets and without retries."""
+    """Return the options of a run over the field, with few buckets and without retries.
+
+    The archive has no calibration products, so none are looked for.
+    """
     return {
         "catalog_path": str(catalogue),
         "center_ra": CENTER[0],
@@ -143,4 +146,5 @@ def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) 
         "max_retries": 0,
         "tap_url": archive.tap_url,
         "archive_url": archive.archive_url,
+        "calibration": "frame",
     }

@@ -136,7 +136,10 @@ class MeasurementInputs:
     catalogue: Catalogue | None
     calibration: CalibrationSet | None = None
     contaminants: Catalogue | None = None
-    _recipes: dict[tuple[str, bool], Recipe] = field(default_factory=dict, repr=False)
+    # A copy with other inputs has other recipes.
+    _recipes: dict[tuple[str, bool], Recipe] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     def find_recipe(self, observation: Observation) -> Recipe:
         """Return the recipe for a frame.

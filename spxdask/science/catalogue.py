@@ -214,7 +214,7 @@ class Catalogue:
         )
 
     def digest(self, index: np.ndarray) -> bytes:
-        """Hash the ids and positions of some sources.
+        """Hash the ids, positions and motions of some sources.
 
         Parameters
         ----------
@@ -232,6 +232,8 @@ class Catalogue:
         digest = hashlib.blake2b(np.asarray(offsets).tobytes()[:size], digest_size=16)
         for part in ((ids.buffers()[2] or b"")[: offsets[-1]], self.ra[index], self.dec[index]):
             digest.update(part)
+        for name, values in self.motions.items() if self.has_motions else ():
+            digest.update(name.encode() + values[index].tobytes())
         return digest.digest()
 
     def within(self, ra: float, dec: float, radius: float) -> np.ndarray:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from spxdask import PhotometryConfig
+from spxdask.archive.calibration import CalibrationSet, Product
 from spxdask.archive.observation import Observation
 from spxdask.run.ledger import Outcome
 from spxdask.run.plan import (
@@ -19,7 +20,7 @@ from spxdask.run.plan import (
     plan_frames,
     table_name,
 )
-from spxdask.run.recipe import legacy_fingerprint, make_recipe
+from spxdask.run.recipe import RecipeInputs, make_recipe
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.footprint import pack_footprint
 
@@ -83,7 +84,7 @@ def measured(inputs, catalogue):
         status="done",
         bytes=77,
         rows=3,
-        recipe=inputs.recipe.digest,
+        recipe=inputs.find_recipe(FRAME).digest,
         catalogue=catalogue.fingerprint,
         sources_fingerprint=near.hex(),
         bounding_circle=CIRCLE,
@@ -258,26 +259,86 @@ def test_only_sources_near_the_frame_count(inputs, measured):
     )
 
 
-def test_outcomes_of_earlier_versions_still_count(inputs, catalogue):
-    old = outcome(
-        "extract",
-        "done",
-        bytes=77,
-        fingerprint=legacy_fingerprint(catalogue.fingerprint, inputs.photometry),
-        sources_fingerprint=legacy_fingerprint(
-            catalogue.digest(catalogue.within(*CIRCLE)), inputs.photometry
-        ),
-        bounding_circle=CIRCLE,
+def test_tables_of_versions_without_recipes_are_measured_again(inputs, measured):
+    """Their numbers are others by now."""
+    old = replace(measured, recipe=None, catalogue=None)
+    assert decide(inputs, old, on_disk=True, table=77) == FrameState.MEASURE
+    # An image that is there is not fetched again.
+    fetched = outcome("download", "done", bytes=SIZE)
+    assert decide(inputs, old, fetched, on_disk=True, table=77) == FrameState.MEASURE
+    assert decide(inputs, old, fetched, table=77) == FrameState.FETCH_AND_MEASURE
+
+
+def make_product(family="epsf", band="D3", token="cal-epsf-v1-2026-001", checksum="0") -> Product:
+    url = f"https://archive/{token}.fits"
+    return Product(
+        family=family,
+        band=band,
+        release="qr3",
+        token=token,
+        url=url,
+        size=1,
+        checksum=checksum * 32,
     )
-    assert decide(inputs, old, on_disk=True, table=77) == FrameState.DONE
-    grown = make_catalogue(["a", "c"], [270.0, 50.0], [66.0, 1.0])
-    assert decide(replace(inputs, catalogue=grown), old, on_disk=True, table=77) == FrameState.DONE
-    other = replace(inputs, photometry=PhotometryConfig(fwhm_multiplier=3.0))
-    assert decide(other, old, on_disk=True, table=77) == FrameState.MEASURE
+
+
+def test_another_product_of_its_detector_makes_a_table_stale(inputs, measured):
+    def with_products(*products):
+        return replace(inputs, calibration=CalibrationSet(products=products))
+
+    made_with = with_products(make_product(), make_product(band="D4"))
+    table = replace(measured, recipe=made_with.find_recipe(FRAME).digest)
+    assert decide(made_with, table, on_disk=True, table=77) == FrameState.DONE
+    elsewhere = with_products(make_product(), make_product(band="D4", checksum="1"))
+    assert decide(elsewhere, table, on_disk=True, table=77) == FrameState.DONE
+    for products in (
+        [make_product(checksum="1")],
+        [make_product(token="cal-epsf-v1-2026-002")],
+        [make_product(), make_product("spectral_wcs")],
+        [],
+    ):
+        assert decide(with_products(*products), table, on_disk=True, table=77) == (
+            FrameState.MEASURE
+        )
+
+
+def test_a_flux_correction_counts_for_early_frames_alone(inputs):
+    late = replace(FRAME, uri=FRAME.uri.replace("/qr2/", "/qr3/"))
+    assert (FRAME.is_early, late.is_early) == (True, False)
+    calibration = CalibrationSet(products=(make_product("l3_flux_corrections"),))
+    corrected = replace(inputs, calibration=calibration)
+    assert corrected.find_recipe(late) == inputs.find_recipe(late) == inputs.find_recipe(FRAME)
+    assert corrected.find_recipe(FRAME).steps["flux_scale"]["product"][1] == "0" * 32
+
+
+def test_contaminants_make_a_table_stale(inputs, measured):
+    others = replace(inputs, contaminants=make_catalogue(["c"], [270.0], [66.0]))
+    assert decide(others, measured, on_disk=True, table=77) == FrameState.MEASURE
+    without_psf = replace(inputs, photometry=PhotometryConfig(psf="none"))
+    same = replace(without_psf, contaminants=others.contaminants)
+    assert without_psf.find_recipe(FRAME) == same.find_recipe(FRAME)
+
+
+def test_sources_that_move_are_compared_as_a_whole(inputs, measured):
+    """Whether one comes near the frame depends on the time."""
+    ids, places = pa.array(["a", "b"], pa.large_string()), np.array([[270.0, 10.0], [66.0, -30.0]])
+    motions = {"pmra": np.array([1000.0, 0.0])}
+    moving = Catalogue.from_arrays(ids, *places, motions)
+    now = replace(inputs, catalogue=moving)
+    assert decide(now, measured, on_disk=True, table=77) == FrameState.MEASURE
+    same = replace(measured, catalogue=moving.identity)
+    assert decide(now, same, on_disk=True, table=77) == FrameState.DONE
+    # One without motions has the same positions, and other rows.
+    moved = replace(same, sources_fingerprint=moving.digest(moving.within(*CIRCLE)).hex())
+    assert decide(inputs, moved, on_disk=True, table=77) == FrameState.MEASURE
+    grown = Catalogue.from_arrays(ids, places[0] + [0, 40], places[1], motions)
+    assert decide(replace(inputs, catalogue=grown), same, on_disk=True, table=77) == (
+        FrameState.MEASURE
+    )
 
 
 def test_failures_are_tried_again_unless_told_otherwise(inputs, catalogue):
-    present = {"recipe": inputs.recipe.digest, "catalogue": catalogue.fingerprint}
+    present = {"recipe": inputs.find_recipe(FRAME).digest, "catalogue": catalogue.fingerprint}
     unmeasurable = outcome("extract", "failed", reason="no WCS", **present)
     assert decide(inputs, unmeasurable, on_disk=True) == FrameState.MEASURE
     assert decide(inputs, unmeasurable, on_disk=True, retry_failed=False) == FrameState.FAILED
@@ -416,7 +477,7 @@ class TestChoiceOfTables:
         assert (choice.tables, choice.stale, choice.left_out) == ([], [], 1)
 
     def test_a_failed_frame_makes_nothing_stale(self, inputs, catalogue):
-        present = {"recipe": inputs.recipe.digest, "catalogue": catalogue.fingerprint}
+        present = {"recipe": inputs.find_recipe(FRAME).digest, "catalogue": catalogue.fingerprint}
         failed = outcome("extract", "failed", reason="no WCS", **present)
         choice = self.choose(inputs, failed, table_sizes={TABLE: 77})
         assert (choice.tables, choice.stale, choice.left_out) == ([], [], 1)
@@ -428,7 +489,7 @@ class TestChoiceOfTables:
             ({}, {}, "it was removed"),
             ({"catalogue": "0", "sources_fingerprint": "0"}, {TABLE: 77}, "other sources"),
             ({"recipe": "unknown"}, {TABLE: 77}, "other options"),
-            ({"recipe": None, "fingerprint": "0"}, {TABLE: 77}, "other sources or options"),
+            ({"recipe": None}, {TABLE: 77}, "it was made by an earlier version"),
         ],
     )
     def test_a_stale_table_is_explained(self, inputs, measured, changes, table_sizes, reason):
@@ -437,7 +498,7 @@ class TestChoiceOfTables:
         assert reason in choice.stale_reason
 
     def test_the_option_that_differs_is_named(self, inputs, measured):
-        earlier = make_recipe(PhotometryConfig(fwhm_multiplier=3.0))
+        earlier = make_recipe(RecipeInputs(photometry=PhotometryConfig(fwhm_multiplier=3.0)))
         choice = self.choose(
             inputs,
             replace(measured, recipe=earlier.digest),

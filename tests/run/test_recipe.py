@@ -10,9 +10,14 @@ from dataclasses import replace
 import pytest
 
 from spxdask import PhotometryConfig
-from spxdask.run.recipe import STEPS, Recipe, StepDefinition, legacy_fingerprint, make_recipe
+from spxdask.run.recipe import STEPS, Recipe, RecipeInputs, StepDefinition
+from spxdask.run.recipe import make_recipe as make_recipe_of_inputs
 
 DEFAULT = PhotometryConfig()
+
+
+def make_recipe(photometry: PhotometryConfig, steps=STEPS, **inputs) -> Recipe:
+    return make_recipe_of_inputs(RecipeInputs(photometry=photometry, **inputs), steps)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,8 @@ DEFAULT = PhotometryConfig()
         ({"zodi_scale_max": 2.0}, "zodi"),
         ({"max_outer_radius": 30.0}, "selection"),
         ({"aperture_diameter": 60.0}, "selection"),
+        ({"psf": "bilinear"}, "psf"),
+        ({"psf_bad_flags": [0]}, "psf"),
     ],
 )
 def test_an_option_that_is_read_changes_its_step(options, step):
@@ -86,17 +93,55 @@ def test_a_recipe_survives_the_ledger():
     assert Recipe(json.loads(json.dumps(recipe.steps))).digest == recipe.digest
 
 
-def psf_step(value: str) -> StepDefinition:
+def later_step(value: str) -> StepDefinition:
     return StepDefinition(
-        name="psf", version=1, read_options=lambda _: {"psf": value}, neutral={"psf": "none"}
+        name="later", version=1, read_options=lambda _: {"how": value}, neutral={"how": "none"}
     )
 
 
 def test_a_new_option_with_its_neutral_value_leaves_old_tables_valid():
-    assert make_recipe(DEFAULT, (*STEPS, psf_step("none"))) == make_recipe(DEFAULT)
-    changed = make_recipe(DEFAULT, (*STEPS, psf_step("epsf")))
+    assert make_recipe(DEFAULT, (*STEPS, later_step("none"))) == make_recipe(DEFAULT)
+    changed = make_recipe(DEFAULT, (*STEPS, later_step("fast")))
     assert changed != make_recipe(DEFAULT)
-    assert changed.compare(make_recipe(DEFAULT)) == ["psf: not done then"]
+    assert changed.compare(make_recipe(DEFAULT)) == ["later: not done then"]
+
+
+def test_without_psf_its_options_and_product_change_nothing():
+    without = replace(DEFAULT, psf="none")
+    assert "psf" not in make_recipe(without).steps
+    assert make_recipe(replace(without, psf_bad_flags=[0])) == make_recipe(without)
+    products = {"epsf": ("cal-epsf-v1-2026-001", "0" * 32)}
+    same = make_recipe(without, products=products, contaminants="abc")
+    assert same == make_recipe(without)
+
+
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [
+        ("solid_angle_pixel_map", "solid_angle"),
+        ("spectral_wcs", "wavelength"),
+        ("l3_flux_corrections", "flux_scale"),
+        ("epsf", "psf"),
+    ],
+)
+def test_a_recipe_names_the_product_of_a_step(family, step):
+    token = f"cal-{family}-v1-2026-001"
+    without = make_recipe(DEFAULT)
+    first, second = (make_recipe(DEFAULT, products={family: (token, c * 32)}) for c in "01")
+    assert first.steps[step]["product"] == [token, "0" * 32]
+    assert "product" not in without.steps.get(step, {})
+    assert len({recipe.digest for recipe in (without, first, second)}) == 3
+    # No other step is another one.
+    steps = without.steps.keys() | first.steps.keys()
+    assert {s for s in steps if without.steps.get(s) != first.steps.get(s)} == {step}
+    [line] = second.compare(first)
+    assert line == f"{step}: product was ['{token}', '{'0' * 32}'], is ['{token}', '{'1' * 32}']"
+
+
+def test_contaminants_change_psf_fluxes():
+    one, other = (make_recipe(DEFAULT, contaminants=name) for name in ("abc", "def"))
+    assert one.compare(other) == ["psf: contaminants was def, is abc"]
+    assert make_recipe(DEFAULT).compare(one) == ["psf: contaminants was abc"]
 
 
 def test_a_new_option_of_an_old_step_with_its_neutral_value_changes_nothing():
@@ -115,32 +160,6 @@ def test_a_new_version_of_a_step_makes_all_tables_stale():
     assert make_recipe(DEFAULT, steps).compare(make_recipe(DEFAULT)) == [
         "zodi: version was 1, is 2"
     ]
-
-
-def test_fingerprints_of_earlier_runs_are_known_again():
-    # Made by the program as it was before there were recipes.
-    assert legacy_fingerprint("abc", DEFAULT) == "0bbc356baaa45986c260e38ae8f4b11d"
-    other = replace(DEFAULT, window_size=(30, 40), bad_flags=[3, 1], subtract_zodi=False)
-    assert legacy_fingerprint(b"\x00\x01'", other) == "7758e82beab20b188228e459bec73159"
-
-
-@pytest.mark.parametrize(
-    ("options", "digest"),
-    [
-        ({}, "927806c4d7480eca230c9e7ad7930c13"),
-        (
-            {
-                "window_size": (20, 40),
-                "bad_flags": [3, 0],
-                "aperture_diameter": 4,
-                "aperture_method": "fixed",
-            },
-            "c03ee99403e8b504d4b41085eda4c7a8",
-        ),
-    ],
-)
-def test_fingerprints_of_earlier_versions_still_hold(options, digest):
-    assert legacy_fingerprint("catalogue", PhotometryConfig(**options)) == digest
 
 
 @pytest.mark.parametrize("module", ["spxdask.run.plan", "spxdask.run.recipe"])

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import photometry_reference as reference
 import pytest
+from astropy.wcs import WCS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from photutils.aperture import CircularAperture
@@ -25,7 +26,9 @@ from spxdask.science.sphere import angular_distance
 from spxdask.tables.schema import COLUMNS
 
 SIZE = 160
-MEASURED = tuple(column.name for column in COLUMNS if column.is_measured)
+MEASURED = tuple(
+    column.name for column in COLUMNS if column.is_measured and not column.needs_psf
+)
 
 
 def make_frame(seed=0, *, size=SIZE, source_fraction=0.3, **changes) -> Frame:
@@ -74,6 +77,20 @@ def make_frame(seed=0, *, size=SIZE, source_fraction=0.3, **changes) -> Frame:
     return dataclasses.replace(frame, **changes)
 
 
+def solid_angles(frame: Frame, x, y) -> np.ndarray:
+    """The solid angles of pixels, arcsec^2: areas of the tangent plane, shrunk by cos^3.
+
+    Only for a frame without distortion.
+    """
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
+    wcs.wcs.crpix, wcs.wcs.crval = frame.wcs.crpix + 1, frame.wcs.crval
+    wcs.wcs.cd = frame.wcs.matrix
+    center = wcs.pixel_to_world(*frame.wcs.crpix)
+    separation = wcs.pixel_to_world(x, y).separation(center)
+    return abs(np.linalg.det(frame.wcs.matrix)) * 3600**2 * np.cos(separation.rad) ** 3
+
+
 def compare(frame: Frame, x, y, config: PhotometryConfig) -> photometry.Measurement:
     ra, dec = frame.wcs.pixel_to_sky(x, y)
     # What the round trip leaves of x and y decides which pixel an edge falls on.
@@ -96,7 +113,8 @@ def compare(frame: Frame, x, y, config: PhotometryConfig) -> photometry.Measurem
         frame.flags,
         x[inside],
         y[inside],
-        pixel_area=frame.wcs.pixel_area_arcsec2,
+        solid_angle=solid_angles(frame, x[inside], y[inside]),
+        pixel_scale=np.sqrt(solid_angles(frame, (nx - 1) / 2, (ny - 1) / 2)),
         fwhm=frame.psf_fwhm,
         wavelengths=wavelengths,
         config=config,
@@ -260,7 +278,8 @@ def test_fallbacks_are_used_and_said():
     frame = make_frame(8, psf_fwhm=None)
     ra, dec = frame.wcs.pixel_to_sky(*positions(8, 5))
     got = photometry.measure(frame, ra, dec, PhotometryConfig())
-    scale = np.sqrt(frame.wcs.pixel_area_arcsec2)
+    center = (SIZE - 1) / 2
+    scale = np.sqrt(solid_angles(frame, center, center))
     np.testing.assert_allclose(got.columns["aperture_radius"], 6.0 / scale * 1.25)
     assert any("PSF_FWHM" in w for w in got.warnings)
 

@@ -27,7 +27,7 @@ from spxdask.tables.schema import PER_IMAGE
 
 def measured(frame, catalogue):
     near = catalogue.within(*frame.bounding_circle)
-    return measure_catalogue(frame, catalogue, near, PhotometryConfig())[0]
+    return measure_catalogue(frame, catalogue, near, PhotometryConfig()).columns
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_what_its_download_has_checked_is_not_summed_again(in_images, options, t
 
 
 def test_unexpected_error_is_a_failure_of_the_frame(frames, options, tmp_path, monkeypatch, caplog):
-    def raise_unexpected(*arguments):
+    def raise_unexpected(*arguments, **options):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("spxdask.stages.extract.measure_catalogue", raise_unexpected)
