@@ -64,6 +64,7 @@ def main(n_sources: int) -> None:
                     num_buckets=4,
                     tap_url=archive.tap_url,
                     archive_url=archive.archive_url,
+                    calibration="frame",
                     **options,
                 )
                 pipeline = BatchPipeline(config, client=client)

@@ -54,6 +54,7 @@ def main() -> None:
             output_dir=output,
             tap_url=archive.tap_url,
             archive_url=archive.archive_url,
+            calibration="frame",
         )
         before = client.run(os.getpid)
         summary = BatchPipeline(config, client=client).run_all()

@@ -94,7 +94,7 @@ class Stubs(WorkerPlugin):
                 "band": observation.band,
                 "mjd": observation.mjd,
             }
-            for name in PER_IMAGE[6:-1]:
+            for name in PER_IMAGE[6:]:
                 whole = name == "flag"
                 columns[name] = (
                     rng.integers(0, 1 << 22, rows) if whole else rng.lognormal(size=rows)
@@ -246,6 +246,7 @@ def config(work: Path, archive: SimulatedArchive, catalogue: Path, **options) ->
         max_images=10_000_000,
         tap_url=archive.tap_url,
         archive_url=archive.archive_url,
+        calibration="frame",
         **options,
     )
 

@@ -12,7 +12,7 @@ import pyarrow.csv as pa_csv
 from spxdask.simulate.archive import ArchivedFrame
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 from spxdask.tables.csv import render_header, render_lines, slice_lines
-from spxdask.tables.schema import PER_IMAGE
+from spxdask.tables.schema import APERTURE_ONLY
 
 CENTER = (270.0, 66.56)
 FIRST_ID = 39633458707826492
@@ -81,7 +81,7 @@ def catalogue(folder: Path, on_frame: int, all_sky: int = 0) -> Path:
 
 
 def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int) -> Path:
-    """Return a folder of per-image tables with `rows` rows in total."""
+    """Return a folder of per-image tables with `rows` rows in total, of columns the peer has."""
     parent = folder / f"tables-{rows}-{sources}"
     done = parent / "done"
     target = parent / "per_image"
@@ -101,12 +101,12 @@ def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int)
             "band": pa.repeat(one.band, n),
             "mjd": np.full(n, one.mjd_begin),
         }
-        for name in PER_IMAGE[6:-1]:
+        for name in APERTURE_ONLY.per_image[6:-1]:
             columns[name] = rng.integers(0, 1 << 22, n) if name == "flag" else rng.lognormal(size=n)
         columns["filename"] = pa.repeat(one.filename, n)
         text = bytes(slice_lines(render_lines(columns)))
         name = f"{Path(one.filename).stem}_photometry.csv"
-        (target / name).write_bytes(render_header(PER_IMAGE) + text)
+        (target / name).write_bytes(render_header(APERTURE_ONLY.per_image) + text)
     done.touch()
     return target
 

@@ -25,7 +25,7 @@ POINTS = {
     "begin": ("spxdask.stages.stream", "fetch_frame"),
     "fetch": ("spxdask.stages.download", "_open_verified"),
     "extract": ("spxdask.stages.extract", "measure_catalogue"),
-    "read": ("spxdask.stages.aggregate", "read_lines"),
+    "read": ("spxdask.stages.light_curves", "read_lines"),
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
     "receive": ("distributed.shuffle._shuffle", "DataFrameShuffleRun._receive"),
     "unpack": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.get_output_partition"),

@@ -38,6 +38,7 @@ FULL = Outcome(
     etag='"abc"',
     modified="Thu, 26 Nov 2026 05:00:00 GMT",
     frame_checksum="xxh64:0",
+    blame="archive",
     time="2026-11-26T05:00:00+00:00",
 )
 

@@ -106,7 +106,11 @@ def test_both_layouts_give_the_same_numbers(frames, catalogue):
     columns = [measured(open_frame(f.path), catalogue) for f in frames[1]]
     assert len(columns[0]["x"]) > 5
     for name in PER_IMAGE:
-        if name in ("filename", "wavelength", "bandwidth"):
+        if name in ("filename", "wavelength", "bandwidth", "psf_chi2"):
+            continue
+        if name in ("aperture_correction", "psf_flux", "psf_flux_error"):
+            # The PSF of QR2 is in samples of a tenth of a pixel, that of QR3 is integrated.
+            np.testing.assert_allclose(columns[0][name], columns[1][name], rtol=0.004)
             continue
         np.testing.assert_array_equal(columns[0][name], columns[1][name], err_msg=name)
     # The lattices differ between the releases, the wavelengths hardly.

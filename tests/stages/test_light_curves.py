@@ -29,7 +29,7 @@ def make_rows(rng, ids, number) -> pd.DataFrame:
     rows = {"target_id": ids, "ra": rng.uniform(0, 360, n), "dec": rng.uniform(-90, 90, n)}
     rows |= {"obs_id": f"2025W51_1A_{number % 7:04d}_1", "band": f"D{1 + number % 6}"}
     rows |= {"mjd": 61000.0 + number // 3}
-    for name in PER_IMAGE[6:-1]:
+    for name in PER_IMAGE[6:]:
         rows[name] = rng.integers(0, 1 << 30, n) if name == "flag" else rng.standard_normal(n)
     rows["filename"] = f"level2_{number}.fits"
     frame = pd.DataFrame(rows)
