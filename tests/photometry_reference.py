@@ -64,9 +64,7 @@ def measure(
         r = fwhm / pixel_scale * config.fwhm_multiplier / 2
     rows = []
     for xs, ys, area in zip(x, y, solid_angle, strict=True):
-        rows.append(
-            _one(image, variance, flags, bad, source, xs, ys, r, area, wavelengths, config)
-        )
+        rows.append(_one(image, variance, flags, bad, source, xs, ys, r, area, wavelengths, config))
     return rows, scale
 
 

@@ -62,6 +62,8 @@ PHOTOMETRY_DEFAULTS = {
     "annulus_expansion_step": 0.5,
     "pixel_scale_fallback": 6.2,
     "bad_flags": (0, 1, 2, 6, 7, 9, 10, 11, 14, 15, 17, 19),
+    "psf": "nearest",
+    "psf_bad_flags": (2, 6, 9, 10, 11, 14, 15, 17),
 }
 BATCH_DEFAULTS = {
     "target": None,
@@ -89,6 +91,9 @@ BATCH_DEFAULTS = {
     "archive_url": IRSA_ARCHIVE_URL,
     "archive_endpoint": None,
     "outage_patience": 12 * 3600,
+    "calibration": "archive",
+    "calibration_pins": (),
+    "contaminants_path": None,
     "photometry": PHOTOMETRY_DEFAULTS,
 }
 
@@ -112,8 +117,9 @@ def test_defaults():
     assert PhotometryConfig().window_shape == (50, 50)
     photometry = PhotometryConfig()
     assert as_written(batch()) == REQUIRED | BATCH_DEFAULTS | {"photometry": photometry}
-    plain = PHOTOMETRY_DEFAULTS | {"bad_flags": list(PHOTOMETRY_DEFAULTS["bad_flags"])}
-    assert batch().to_dict() == REQUIRED | BATCH_DEFAULTS | {"photometry": plain}
+    lists = {name: list(PHOTOMETRY_DEFAULTS[name]) for name in ("bad_flags", "psf_bad_flags")}
+    plain = {"photometry": PHOTOMETRY_DEFAULTS | lists, "calibration_pins": {}}
+    assert batch().to_dict() == REQUIRED | BATCH_DEFAULTS | plain
 
 
 def test_default_types():
@@ -840,7 +846,7 @@ def test_template_names_every_option():
     assert list(parsed["photometry"]) == [option.name for option in fields(PhotometryConfig)]
     assert {name for name, value in parsed.items() if value is None} == {
         *REQUIRED, "target", "id_column", "ra_column", "dec_column", "archive_endpoint", "bands",
-        "mjd_range",
+        "mjd_range", "contaminants_path",
     }  # fmt: skip
 
 
@@ -853,7 +859,7 @@ def test_every_option_of_the_template_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 2)], ids=["run", "photometry"]
+    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 3)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
     found = {

@@ -26,9 +26,7 @@ from spxdask.science.sphere import angular_distance
 from spxdask.tables.schema import COLUMNS
 
 SIZE = 160
-MEASURED = tuple(
-    column.name for column in COLUMNS if column.is_measured and not column.needs_psf
-)
+MEASURED = tuple(column.name for column in COLUMNS if column.is_measured and not column.needs_psf)
 
 
 def make_frame(seed=0, *, size=SIZE, source_fraction=0.3, **changes) -> Frame:
