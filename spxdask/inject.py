@@ -1,4 +1,4 @@
-"""Injection and recovery: how well are sources measured on the frames of a run?
+"""Injection and recovery on the frames of a run: artificial sources of known flux, measured.
 
 Artificial sources of known flux are added to frames in memory, next to sources of the catalogue
 and with the PSF of the frame, and measured together with the catalogue by the code of the
@@ -78,6 +78,8 @@ class InjectionReport:
         Why a frame could not be used, by file name.
     notes : dict of str to int
         Numbers of what else was left out, by reason.
+    magnitudes : (float, float)
+        AB magnitude of the brightest and the faintest that were asked for.
     min_snr : float
         Flux over error of a source that counts as detected.
     table, figure : str
@@ -88,6 +90,7 @@ class InjectionReport:
     n_frames: int
     failed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    magnitudes: tuple[float, float] = MAGNITUDES
     min_snr: float = MIN_SNR
     table: str = ""
     figure: str = ""
@@ -195,6 +198,7 @@ def run_injection(
         n_frames=len(tables),
         failed=failed,
         notes=dict(notes),
+        magnitudes=(bright, faint),
         min_snr=min_snr,
         table=folder.root.path_to(INJECTION_TABLE_NAME),
         figure=folder.root.path_to(INJECTION_FIGURE_NAME),
@@ -481,15 +485,15 @@ _HEADING = """\
 
 def _format_report(report: InjectionReport) -> str:
     rows = report.rows
-    limits = rows["magnitude"].min(), rows["magnitude"].max()
     lines = [
-        f"{format_count(len(rows), 'artificial source')} on {format_count(report.n_frames, 'frame')}"
+        f"{format_count(len(rows), 'artificial source')} on "
+        f"{format_count(report.n_frames, 'frame')}"
         f"; complete: S/N > {report.min_snr:g}",
         "total: aperture flux times aperture correction; psf: flux of the PSF",
         "",
         _HEADING,
     ]
-    bins = _bin_magnitudes(rows, (np.floor(limits[0]), np.ceil(limits[1])))
+    bins = _bin_magnitudes(rows, report.magnitudes)
     names = bins.map(lambda b: f"{b.mid - b.length / 2:.1f} - {b.mid + b.length / 2:.1f}")
     for title, by in (
         ("magnitude", names),
@@ -529,9 +533,9 @@ def _draw_figure(rows: pd.DataFrame, limits: tuple[float, float], min_snr: float
         for name, style in (("psf", "-"), ("total", ":")):
             how = {"color": f"C{number}", "linestyle": style, "marker": "o", "markersize": 3}
             bias.plot(middle, 100 * found[f"bias_{name}"], **how)
-            label = str(band) if name == "psf" else None
-            scatter.plot(middle, found[f"scatter_{name}"], **how, label=label)
-        completeness.plot(middle, 100 * found["completeness"], color=f"C{number}", marker="o")
+            scatter.plot(middle, found[f"scatter_{name}"], **how)
+        how = {"color": f"C{number}", "marker": "o", "markersize": 3}
+        completeness.plot(middle, 100 * found["completeness"], **how, label=str(band))
     bias.axhline(0.0, color="0.7", zorder=0)
     # Relative errors of what is fainter than the noise would hide all others.
     bias.set_yscale("symlog", linthresh=1.0)
@@ -541,7 +545,7 @@ def _draw_figure(rows: pd.DataFrame, limits: tuple[float, float], min_snr: float
     completeness.set(ylabel=f"S/N > {min_snr:g} [%]", title="completeness", ylim=(-3, 103))
     for axes in (bias, scatter, completeness):
         axes.set_xlabel("injected AB magnitude")
-    scatter.legend(title="PSF; dotted: aperture", fontsize="small")
+    completeness.legend(title="band; dotted: aperture", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
