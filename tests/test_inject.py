@@ -47,7 +47,8 @@ def make_folder(path, survey, **options) -> RunFolder:
     folder = RunFolder(config.output_dir)
     observations = [as_observation(frame) for frame in survey.frames]
     with folder.locked():
-        field = Field("circle", [Circle(*simulated.CENTER, 0.05)], len(survey.ids))
+        circle = Circle(*simulated.CENTER, 0.05)
+        field = Field(mode="circle", circles=[circle], n_sources=len(survey.ids))
         empty = [False] * len(observations)
         folder.save_query(observations, config, field, "0", empty)
         folder.save_config(config)
