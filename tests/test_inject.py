@@ -13,7 +13,7 @@ from PIL import Image
 from spxdask import BatchConfig
 from spxdask.archive.observation import Observation
 from spxdask.cli import main
-from spxdask.errors import ConfigError, RunFolderError
+from spxdask.errors import ConfigError, InputError, RunFolderError
 from spxdask.inject import run_injection, summarize_injections
 from spxdask.run.folder import RunFolder
 from spxdask.run.query_summary import Field
@@ -132,6 +132,33 @@ def test_a_run_without_psf_fluxes_is_compared_in_total_flux(survey, tmp_path):
     folder = make_folder(tmp_path / "a", survey, photometry={"psf": "none"})
     rows = run_injection(folder.path, frames=1, per_frame=20, magnitudes=(13, 14)).rows
     assert abs((rows["total_flux"] / rows["injected_flux"]).median() - 1) < 0.02
+
+
+def test_a_catalogue_of_the_same_name_is_not_overwritten(folder):
+    for name in ("injection.csv", "injection.png"):
+        with pytest.raises(RunFolderError):
+            folder.refuse_within(folder.root.path_to(name))
+
+
+def test_a_run_at_work_is_not_disturbed(survey, tmp_path):
+    folder = make_folder(tmp_path / "a", survey)
+    with folder.locked(), pytest.raises(RunFolderError):
+        run_injection(folder.path)
+    assert not folder.root.exists("injection.csv")
+
+
+def test_without_a_source_on_any_frame_it_is_one_sentence(survey, tmp_path):
+    folder = make_folder(tmp_path / "a", survey)
+    simulated.write_catalogue(tmp_path / "a" / "sources.csv", ["far"], [10.0], [-30.0])
+    with pytest.raises(InputError, match="no source of the catalogue on the frame"):
+        run_injection(folder.path)
+    assert not folder.root.exists("injection.csv")
+
+
+def test_groups_of_two_keys(report):
+    found = summarize_injections(report.rows, ["band", report.rows["magnitude"].round()])
+    assert found["n"].sum() == len(report.rows)
+    assert found.loc[("D3", 14.0), "completeness"] > 0.8
 
 
 def test_without_frames_it_is_one_sentence(survey, tmp_path):
