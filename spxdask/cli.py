@@ -98,6 +98,11 @@ COMMANDS = {
     "aggregate": _Command(
         "one stage", "write one light curve per source", "[--output DIR] [options]"
     ),
+    "inject": _Command(
+        "checks",
+        "add artificial sources to the frames of a run, in memory, and measure them",
+        "[--output DIR] [options]",
+    ),
 }
 HEAD = "The light of every source you care about, out of every SPHEREx image."
 EPILOG = """\
@@ -301,6 +306,8 @@ def _add_command(commands: Any, name: str) -> None:
         command.add_argument(
             "--output", default="demo_output", metavar="DIR", help="default: %(default)s"
         )
+    elif name == "inject":
+        _add_injection(command)
     else:
         command.add_argument(
             "path", nargs="?", metavar="FILE", help="file to write; standard output without one"
@@ -310,6 +317,29 @@ def _add_command(commands: Any, name: str) -> None:
         "-v", "--verbose", action="count", default=0, help="log more; twice for every frame"
     )
     _add_help(general)
+
+
+def _add_injection(command: argparse.ArgumentParser) -> None:
+    """Add what an injection may be given; it checks the values itself."""
+    group = command.add_argument_group("sources")
+    for flag, metavar, description in (
+        ("--frames", "N", "at most so many frames, evenly over bands and time; default: 12"),
+        ("--per-frame", "N", "sources on each frame, if there is room; default: 200"),
+        ("--min-snr", "RATIO", "flux over error of a source that is detected; default: 5"),
+        ("--seed", "N", "the same seed makes the same sources and noise; default: 1"),
+    ):
+        group.add_argument(
+            flag, type=_value, metavar=metavar, help=description, default=argparse.SUPPRESS
+        )
+    group.add_argument(
+        "--magnitudes",
+        nargs=2,
+        type=_value,
+        metavar=("BRIGHT", "FAINT"),
+        help="AB magnitudes of the brightest and the faintest; default: 13 21",
+        default=argparse.SUPPRESS,
+    )
+    _add_option(command.add_argument_group("folder"), BATCH_OPTIONS["output_dir"])
 
 
 def _add_recheck(group: argparse._ArgumentGroup) -> None:
@@ -512,6 +542,20 @@ def _demo(options: argparse.Namespace) -> int:
     return EXIT_FRAMES_FAILED if run_demo(options.output).failed else EXIT_DONE
 
 
+def _inject(options: argparse.Namespace) -> int:
+    from spxdask.inject import run_injection
+
+    given = vars(options)
+    names = ("frames", "per_frame", "magnitudes", "min_snr", "seed")
+    report = run_injection(
+        expand_path(given.get("output_dir", BATCH_OPTIONS["output_dir"].default)),
+        **{name: given[name] for name in names if name in given},
+        progress=True,
+    )
+    print(report)
+    return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE
+
+
 def _config(options: argparse.Namespace) -> int:
     text = template()
     if options.path is None:
@@ -533,4 +577,5 @@ _RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "demo": _demo,
     "config": _config,
+    "inject": _inject,
 }

@@ -19,7 +19,7 @@ SCIENCE = {"errors", "science"}
 INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
 OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
-EVERYTHING = STAGES | {"stages", "pipeline", "batch", "demo", "cli", "simulate"}
+EVERYTHING = STAGES | {"stages", "pipeline", "batch", "inject", "demo", "cli", "simulate"}
 MAY_IMPORT = {
     "errors": set(),
     "progress": {"errors"},
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "stages": STAGES,
     "pipeline": STAGES | {"stages"},
     "batch": STAGES | {"pipeline"},
+    "inject": STAGES | {"stages"},
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

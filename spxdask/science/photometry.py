@@ -212,7 +212,7 @@ def measure(
     index, x, y = index[kept], x[kept], y[kept]
     total, variance, level, level_error = sums[kept].T
 
-    solid_angle = _find_solid_angles(frame, calibration, x, y, warnings)
+    solid_angle = find_solid_angles(frame, calibration, x, y, warnings)
     circle = math.pi * radius**2
     flux = (total - level * circle) * solid_angle
     flux_error = np.sqrt(variance + (level_error * circle) ** 2) * solid_angle
@@ -223,7 +223,8 @@ def measure(
     psf_name = ""
     if config.psf != "none":
         others = _find_others(frame, ra, dec, index, contaminants)
-        model, psf_name = _choose_psf(frame, calibration, x, y, others, config, warnings)
+        at = np.append(x, others.x), np.append(y, others.y)
+        model, psf_name = choose_psf(frame, calibration, *at, config, warnings)
         found = None
         if model is not None:
             found = measure_psf_fluxes(
@@ -314,14 +315,31 @@ def _choose_pixel_scale(frame: Frame, config: PhotometryConfig, warnings: list[s
     return config.pixel_scale_fallback
 
 
-def _find_solid_angles(
+def find_solid_angles(
     frame: Frame,
     calibration: DetectorCalibration,
     x: np.ndarray,
     y: np.ndarray,
     warnings: list[str],
 ) -> np.ndarray:
-    """Return the solid angle of the pixel at each source, arcsec^2."""
+    """Return the solid angle of the pixel at each source.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame.
+    calibration : DetectorCalibration
+        Calibration products; without a map, the projection of the frame is used.
+    x, y : (n,) float array
+        0-based pixel positions on the frame.
+    warnings : list of str
+        Fallbacks are appended.
+
+    Returns
+    -------
+    (n,) float array
+        arcsec^2.
+    """
     own = frame.wcs.solid_angle_at
     found = calibration.solid_angle_at(x + frame.origin[0], y + frame.origin[1])
     if found is None:
@@ -373,16 +391,36 @@ def _find_others(
     return Contaminants(x=x[near], y=y[near], level=unknown, level_error=unknown)
 
 
-def _choose_psf(
+def choose_psf(
     frame: Frame,
     calibration: DetectorCalibration,
     x: np.ndarray,
     y: np.ndarray,
-    others: Contaminants,
     config: PhotometryConfig,
     warnings: list[str],
 ) -> tuple[PsfModel | None, str]:
-    """Return the PSF and its name: of the product, else the frame's own; None without any."""
+    """Return the PSF of the product, else the frame's own.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame.
+    calibration : DetectorCalibration
+        Calibration products.
+    x, y : (n,) float array
+        0-based pixel positions on the frame of all sources that it is needed for.
+    config : PhotometryConfig
+        Whether it is interpolated between zones.
+    warnings : list of str
+        What is wrong with a PSF that cannot be used is appended.
+
+    Returns
+    -------
+    model : PsfModel or None
+        Of use for these sources; None if there is none.
+    name : str
+        Where it is from, empty without one.
+    """
     is_bilinear = config.psf == "bilinear"
     if calibration.psf is not None:
         return calibration.psf.interpolated(is_bilinear), "epsf product"
@@ -391,8 +429,8 @@ def _choose_psf(
         return None, ""
     ny, nx = frame.shape
     at = (
-        np.clip(np.append(x, others.x), 0, nx - 1) + frame.origin[0],
-        np.clip(np.append(y, others.y), 0, ny - 1) + frame.origin[1],
+        np.clip(x, 0, nx - 1) + frame.origin[0],
+        np.clip(y, 0, ny - 1) + frame.origin[1],
     )
     try:
         model = read_frame_psf(frame.psf, at, is_bilinear=is_bilinear)

@@ -164,7 +164,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     """Return the content of a frame's table, and the fields of its outcome that go with it."""
     catalogue = _open_catalogue(options.catalogue)
     others = None if options.contaminants is None else _open_catalogue(options.contaminants)
-    calibration = _open_calibration(options.products, options.product_source, frame.band)
+    calibration = open_calibration(options.products, options.product_source, frame.band)
     ra, dec, radius = frame.bounding_circle
     circle = ra, dec, radius + catalogue.largest_shift_deg
     near = catalogue.within(*circle)
@@ -284,12 +284,12 @@ def measure_catalogue(
         If the frame cannot be measured.
     """
     observer = locate_observer(frame.mjd, frame.observer_km)
-    ra, dec = _find_positions(catalogue, near, observer)
+    ra, dec = find_positions(catalogue, near, observer)
     others = None
     if contaminants is not None:
         circle_ra, circle_dec, radius = frame.bounding_circle
         reach = radius + contaminants.largest_shift_deg
-        others = _find_positions(
+        others = find_positions(
             contaminants, contaminants.within(circle_ra, circle_dec, reach), observer
         )
     measured = measure(frame, ra, dec, photometry, calibration, others)
@@ -315,10 +315,25 @@ def measure_catalogue(
     return MeasuredCatalogue(columns=columns, measured=measured, warnings=warnings)
 
 
-def _find_positions(
+def find_positions(
     catalogue: Catalogue, index: np.ndarray, observer: Observer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where some sources are at the time of a frame, ICRS, deg."""
+    """Return where some sources are at the time of a frame.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+        The sources.
+    index : (n,) int array
+        Which of them.
+    observer : Observer
+        Where and when the frame was taken.
+
+    Returns
+    -------
+    ra, dec : (n,) float array
+        ICRS, deg.
+    """
     ra, dec = catalogue.ra[index], catalogue.dec[index]
     if not catalogue.has_motions:
         return ra, dec
@@ -336,10 +351,29 @@ def _find_positions(
 
 
 @functools.lru_cache(maxsize=12)
-def _open_calibration(
+def open_calibration(
     products: tuple[Product, ...], source: ProductSource | None, band: str
 ) -> DetectorCalibration:
-    """Map the products of a detector once in a process; a file of a product never changes."""
+    """Map the products of a detector, once in a process, as a file of a product never changes.
+
+    Parameters
+    ----------
+    products : tuple of Product
+        Of one detector.
+    source : ProductSource or None
+        Where a machine that does not have them fetches them.
+    band : str
+        ``D1`` to ``D6``.
+
+    Returns
+    -------
+    DetectorCalibration
+
+    Raises
+    ------
+    ArchiveError, FrameError, InputError, OSError
+        If a product is not to be had.
+    """
     paths = {product.family: open_in_cache(product, source) for product in products}
     return open_products(paths, band) if paths else NO_CALIBRATION
 
