@@ -33,6 +33,7 @@ def make_product_source(config: BatchConfig) -> ProductSource | None:
         url=config.archive_url if config.calibration == "archive" else config.calibration,
         retry=RetryPolicy(max_retries=config.max_retries),
         stall_timeout_s=config.stall_timeout,
+        endpoint=config.archive_endpoint,
     )
 
 
