@@ -36,6 +36,7 @@ __all__ = [
     "LocatedProduct",
     "Product",
     "ProductSource",
+    "find_in_cache",
     "find_products",
     "find_releases",
     "obtain_calibration",
@@ -130,6 +131,12 @@ class LocatedProduct:
     url: str
     size: int | None
     modified: str
+
+    @property
+    def record_name(self) -> str:
+        """Name of the file in a cache that tells what it holds of this one."""
+        stamp = json.dumps([self.url, self.size, self.modified])
+        return f"{_hash(stamp.encode())}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,8 +480,7 @@ def obtain_product(
         If there is no room for it.
     """
     folder = folder or products_folder()
-    stamp = json.dumps([located.url, located.size, located.modified])
-    record = folder / f"{hashlib.blake2b(stamp.encode(), digest_size=16).hexdigest()}.json"
+    record = folder / located.record_name
     known = _read_record(record, folder)
     if known is not None:
         # Before the lock, so that a cache need not be writable if it has what is needed.
@@ -498,6 +504,23 @@ def obtain_product(
         found = {"product": dataclasses.asdict(product), "mtime_ns": path.stat().st_mtime_ns}
         _put(folder, record.name, json.dumps(found).encode())
     return product
+
+
+def find_in_cache(located: LocatedProduct) -> Product | None:
+    """Return a product whose file is in the cache.
+
+    Parameters
+    ----------
+    located : LocatedProduct
+        What the archive has now.
+
+    Returns
+    -------
+    Product or None
+        None if its file is not there, or the archive has another one now.
+    """
+    folder = products_folder()
+    return _read_record(folder / located.record_name, folder)
 
 
 def open_in_cache(product: Product, source: ProductSource | None) -> Path:
