@@ -55,7 +55,9 @@ def observation(detector: int, release: str = "qr3") -> Observation:
 
 def prepare(config, detectors=(1, 3), *, is_new=True):
     frames = [observation(detector) for detector in detectors]
-    return prepare_calibration(RunFolder(config.output_dir), config, frames, is_new=is_new)
+    folder = RunFolder(config.output_dir)
+    folder.state.make()
+    return prepare_calibration(folder, config, frames, is_new=is_new)
 
 
 def test_products_are_recorded_with_the_run(archive, make_config):
