@@ -20,6 +20,7 @@ YAML_CONSTANTS = {"None": "null", "True": "true", "False": "false"}
 def make_tables() -> dict[str, str]:
     """Return the generated tables by the names that pages call them by."""
     from spxdask.config import BatchConfig, option_rows
+    from spxdask.run.frame_table import FRAME_COLUMNS
     from spxdask.science.flags import FLAGS
     from spxdask.science.options import PhotometryConfig
     from spxdask.tables.schema import LIGHT_CURVE, column_rows
@@ -34,6 +35,10 @@ def make_tables() -> dict[str, str]:
                 (_code(name), unit, "yes" if name in LIGHT_CURVE else "no", meaning)
                 for name, unit, meaning in column_rows()
             ),
+        ),
+        "frame_columns": _table(
+            ("column", "unit", "meaning"),
+            ((_code(name), unit, meaning) for name, _, unit, meaning in FRAME_COLUMNS),
         ),
         "flags": _table(
             ("bit", "name", "in `bad_flags` by default", "rejects a row", "meaning"),

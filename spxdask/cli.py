@@ -71,6 +71,17 @@ STAGES = {
         "lightcurve_format",
     ),
 }
+# The options that decide which calibration products are used.
+CALIBRATION_OPTIONS = (
+    "output_dir",
+    "bands",
+    "calibration",
+    "calibration_pins",
+    "archive_url",
+    "archive_endpoint",
+    "max_retries",
+    "stall_timeout",
+)
 
 
 class _Command(NamedTuple):
@@ -102,6 +113,11 @@ COMMANDS = {
         "checks",
         "add artificial sources to the frames of a run, in memory, and measure them",
         "[--output DIR] [options]",
+    ),
+    "calibration": _Command(
+        "checks",
+        "which calibration products are used, and which are newest; fetch them ahead",
+        "[--output DIR] [--fetch] [options]",
     ),
 }
 HEAD = "The light of every source you care about, out of every SPHEREx image."
@@ -308,6 +324,15 @@ def _add_command(commands: Any, name: str) -> None:
         )
     elif name == "inject":
         _add_injection(command)
+    elif name == "calibration":
+        command.add_argument(
+            "--config", metavar="FILE", help="YAML file of options; flags take precedence"
+        )
+        for option in CALIBRATION_OPTIONS:
+            _add_option(command, BATCH_OPTIONS[option])
+        command.add_argument(
+            "--fetch", action="store_true", help="fetch what is not in the cache of this machine"
+        )
     else:
         command.add_argument(
             "path", nargs="?", metavar="FILE", help="file to write; standard output without one"
@@ -383,7 +408,7 @@ def _add_options(
     return groups
 
 
-def _add_option(group: argparse._ArgumentGroup, info: OptionInfo) -> None:
+def _add_option(group: argparse._ActionsContainer, info: OptionInfo) -> None:
     """Add the flag of an option; the configuration checks its value."""
     how: dict[str, Any] = {"dest": info.name, "default": argparse.SUPPRESS}
     how["help"] = _help_text(info).replace("%", "%%")
@@ -572,10 +597,42 @@ def _config(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _calibration(options: argparse.Namespace) -> int:
+    from spxdask.run.calibration import describe_products, load_calibration, survey_products
+    from spxdask.run.folder import CONFIG_NAME, RunFolder
+
+    flags = _collect_flags(options)
+    check_options(BatchConfig, flags)
+    values: dict[str, Any] = {}
+    if options.config is not None:
+        path = expand_path(options.config, "--config")
+        with name_file(path):
+            values = _not_overruled(read_options(path), flags)
+            check_options(BatchConfig, values)
+    output = (values | flags).get("output_dir", BATCH_OPTIONS["output_dir"].default)
+    folder = RunFolder(expand_path(output))
+    used = None
+    if "output_dir" in flags or folder.state.exists(CONFIG_NAME):
+        saved = folder.saved_config()
+        used = load_calibration(folder.state, saved)
+        values = saved.to_dict() | values
+    wanted = {name: v for name, v in (values | flags).items() if name in CALIBRATION_OPTIONS}
+    # Neither catalogue nor field are read.
+    config = BatchConfig.from_dict({"catalog_path": "-"} | wanted)
+    if config.calibration == "frame":
+        print("calibration is 'frame': nothing but what is in the frames is used")
+        return EXIT_DONE
+    statuses = survey_products(config, used, fetch=options.fetch)
+    print(describe_products(statuses))
+    is_complete = not any(status.problem for status in statuses)
+    return EXIT_DONE if is_complete else EXIT_FRAMES_FAILED
+
+
 _RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "status": _status,
     "demo": _demo,
     "config": _config,
     "inject": _inject,
+    "calibration": _calibration,
 }

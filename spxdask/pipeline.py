@@ -310,6 +310,7 @@ class BatchPipeline:
             )
             if needs_tasks(states):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
+            run.save_table()
         return run.reports
 
     @contextmanager

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from spxdask.archive.listing import list_folder
+from spxdask.archive.listing import Entry, list_folder
 from spxdask.archive.observation import EARLY_RELEASES, SERVICE_PREFIX, frame_url
 from spxdask.archive.received import ReceivedFile
 from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.transfer import fetch_file
+from spxdask.archive.urls import strip_credentials
 from spxdask.errors import ArchiveError, FrameError, InputError
 from spxdask.science.calibration import FAMILIES, FLUX_CORRECTION, check_product
 from spxdask.storage import LocalStore, raise_disk_full
@@ -34,9 +36,13 @@ __all__ = [
     "LocatedProduct",
     "Product",
     "ProductSource",
+    "find_in_cache",
     "find_products",
+    "find_releases",
     "obtain_calibration",
     "obtain_product",
+    "open_in_cache",
+    "products_folder",
 ]
 
 _TOKEN = re.compile(r"cal-[a-z0-9]{1,16}-v(?P<version>\d{1,6})-(?P<year>\d{4})-(?P<day>\d{3})")
@@ -61,11 +67,41 @@ class ProductSource:
         Number of attempts and the delays between them.
     stall_timeout_s : float
         Longest time without a byte, in seconds.
+    endpoint : str or None
+        URL of the S3 server, where that is not the usual one.
     """
 
     url: str
     retry: RetryPolicy
     stall_timeout_s: float
+    endpoint: str | None = None
+
+    def list_folder(self, folder: str) -> dict[str, Entry]:
+        """List a folder.
+
+        Parameters
+        ----------
+        folder : str
+            Path below the releases; empty for the releases themselves.
+
+        Returns
+        -------
+        dict of str to Entry
+            By name; empty if there is no such folder.
+
+        Raises
+        ------
+        ArchiveError
+            If the archive does not answer, or not with a listing.
+        """
+        entries = list_folder(
+            self.url,
+            folder,
+            retry=self.retry,
+            stall_timeout_s=self.stall_timeout_s,
+            endpoint=self.endpoint,
+        )
+        return {entry.name: entry for entry in entries}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +131,12 @@ class LocatedProduct:
     url: str
     size: int | None
     modified: str
+
+    @property
+    def record_name(self) -> str:
+        """Name of the file in a cache that tells what it holds of this one."""
+        stamp = json.dumps([self.url, self.size, self.modified])
+        return f"{_hash(stamp.encode())}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +177,15 @@ class CalibrationSet:
         All of them.
     missing : dict of str to str
         Families that are not used, and why.
+    kept : dict of str to str
+        Families whose products are those of an earlier query, and why; this is not saved.
     source : ProductSource or None
         Where a machine without the files fetches them.
     """
 
     products: tuple[Product, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
     source: ProductSource | None = None
 
     def choose(self, band: str, is_early: bool) -> dict[str, Product]:
@@ -245,16 +290,9 @@ def find_products(
     ArchiveError
         If the archive does not answer.
     """
-
-    def list_names(folder: str) -> dict[str, Any]:
-        entries = list_folder(
-            source.url, folder, retry=source.retry, stall_timeout_s=source.stall_timeout_s
-        )
-        return {entry.name: entry for entry in entries}
-
     tokens = []
     for release in releases:
-        for token in list_names(f"{release}/{family}"):
+        for token in source.list_folder(f"{release}/{family}"):
             match = _TOKEN.fullmatch(token)
             if match and (not pins or token in pins):
                 age = tuple(int(match[part]) for part in ("version", "year", "day"))
@@ -262,14 +300,14 @@ def find_products(
     found: dict[str, LocatedProduct] = {}
     for _, release, token in sorted(tokens, reverse=True):
         wanted = [band for band in bands if band not in found]
-        folders = list_names(f"{release}/{family}/{token}") if wanted else {}
+        folders = source.list_folder(f"{release}/{family}/{token}") if wanted else {}
         for band in wanted:
             detector = band[1:]
             if detector not in folders:
                 continue
             folder = f"{release}/{family}/{token}/{detector}"
             name = f"{family}_{band}_spx_{token}.fits"
-            file = list_names(folder).get(name)
+            file = source.list_folder(folder).get(name)
             if file is not None:
                 found[band] = LocatedProduct(
                     family=family,
@@ -304,11 +342,14 @@ def find_releases(source: ProductSource, observed: Iterable[str]) -> list[str]:
     ArchiveError
         If the archive does not answer.
     """
-    entries = list_folder(
-        source.url, "", retry=source.retry, stall_timeout_s=source.stall_timeout_s
-    )
-    names = {entry.name for entry in entries if entry.size is None} or {*KNOWN_RELEASES}
-    return sorted(filter(_RELEASE.fullmatch, names | {*observed}))
+    try:
+        names = {*filter(_RELEASE.fullmatch, source.list_folder(""))}
+    except ArchiveError as error:
+        # A server may show folders, but not what is above them.
+        if not error.reason.startswith("HTTP 403"):
+            raise
+        names = set()
+    return sorted((names or {*KNOWN_RELEASES}) | {*filter(_RELEASE.fullmatch, observed)})
 
 
 def obtain_calibration(
@@ -318,6 +359,7 @@ def obtain_calibration(
     releases: Collection[str],
     pins: Mapping[str, Collection[str]],
     skipped: Collection[str] = (),
+    recorded: CalibrationSet | None = None,
     folder: Path | None = None,
 ) -> CalibrationSet:
     """Find and fetch the newest products for the frames of a run.
@@ -332,6 +374,9 @@ def obtain_calibration(
         By family, tokens that alone are taken.
     skipped : collection of str
         Families that are not needed.
+    recorded : CalibrationSet, optional
+        What the run used before. Of a family that cannot be had now, those of its products that
+        are in the cache are used again, so that an outage does not change the numbers of a run.
     folder : Path, optional
         The cache; by default that of the user.
 
@@ -355,43 +400,56 @@ def obtain_calibration(
         and (family != FLUX_CORRECTION or any(release in EARLY_RELEASES for release in releases))
     ]
     bands = sorted(bands)
+    obtained: dict[str, list[Product] | str]
     try:
         searched = find_releases(source, releases)
     except ArchiveError as error:
-        return _nothing(needed, pins, f"the archive cannot be listed ({error})", source)
-
-    def obtain(family: str) -> list[Product] | str:
-        pinned = pins.get(family, ())
-        try:
-            located = find_products(source, family, bands, releases=searched, pins=pinned)
-            absent = [band for band in bands if band not in located]
-            if absent:
-                wanted = f" named {' or '.join(sorted(pinned))}" if pinned else ""
-                return f"there is no product{wanted} for {', '.join(absent)}"
-            return [obtain_product(located[band], source, folder=folder) for band in bands]
-        except (ArchiveError, FrameError) as error:
-            return str(error)
-
-    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
-        obtained = dict(zip(needed, threads.map(obtain, needed), strict=True))
+        obtained = dict.fromkeys(needed, f"the archive cannot be listed ({error})")
+    else:
+        obtain = functools.partial(
+            _obtain_family, source, bands=bands, releases=searched, pins=pins, folder=folder
+        )
+        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
+            obtained = dict(zip(needed, threads.map(obtain, needed), strict=True))
     products: list[Product] = []
-    missing = {}
+    missing, kept = {}, {}
     for family, result in obtained.items():
-        if isinstance(result, str):
-            if family in pins:
-                raise InputError(f"calibration_pins: {family}: {result}")
-            missing[family] = result
-        else:
+        if not isinstance(result, str):
             products += result
-    return CalibrationSet(products=tuple(products), missing=missing, source=source)
+            continue
+        earlier = [] if recorded is None else recorded.products
+        earlier = [p for p in earlier if p.family == family and p.band in bands]
+        if len(earlier) == len(bands) and all(_is_in_cache(p, folder) for p in earlier):
+            kept[family] = result
+            products += earlier
+        elif family in pins:
+            raise InputError(f"calibration_pins: {family}: {result}")
+        else:
+            missing[family] = result
+    return CalibrationSet(products=tuple(products), missing=missing, kept=kept, source=source)
 
 
-def _nothing(
-    families: Iterable[str], pins: Mapping[str, Any], reason: str, source: ProductSource
-) -> CalibrationSet:
-    for family in pins:
-        raise InputError(f"calibration_pins: {family}: {reason}")
-    return CalibrationSet(missing=dict.fromkeys(families, reason), source=source)
+def _obtain_family(
+    source: ProductSource,
+    family: str,
+    *,
+    bands: list[str],
+    releases: list[str],
+    pins: Mapping[str, Collection[str]],
+    folder: Path | None,
+) -> list[Product] | str:
+    """Return the product of a family for each band, or why not all of them can be had."""
+    pinned = pins.get(family, ())
+    try:
+        located = find_products(source, family, bands, releases=releases, pins=pinned)
+        absent = [band for band in bands if band not in located]
+        if absent:
+            wanted = f" named {' or '.join(sorted(pinned))}" if pinned else ""
+            shown = strip_credentials(source.url)
+            return f"there is no product{wanted} for {', '.join(absent)} at {shown}"
+        return [obtain_product(located[band], source, folder=folder) for band in bands]
+    except ArchiveError as error:
+        return str(error)
 
 
 def obtain_product(
@@ -416,15 +474,20 @@ def obtain_product(
     ------
     ArchiveError
         If it cannot be had, or is not a product of this family.
+    InputError
+        If the cache cannot be written.
     DiskFullError
         If there is no room for it.
     """
     folder = folder or products_folder()
-    stamp = json.dumps([located.url, located.size, located.modified])
-    record = folder / f"{hashlib.blake2b(stamp.encode(), digest_size=16).hexdigest()}.json"
+    record = folder / located.record_name
+    known = _read_record(record, folder)
+    if known is not None:
+        # Before the lock, so that a cache need not be writable if it has what is needed.
+        return known
     with _lock(folder, record.stem):
-        known = _read_record(record)
-        if known is not None and _is_there(folder / known.filename, known.size):
+        known = _read_record(record, folder)
+        if known is not None:
             return known
         content, checksum = _fetch(located, source)
         product = Product(
@@ -436,11 +499,28 @@ def obtain_product(
             size=len(content),
             checksum=checksum,
         )
-        store = LocalStore(folder)
-        with raise_disk_full(folder):
-            store.put(product.filename, content)
-            store.put(record.name, json.dumps(dataclasses.asdict(product)).encode())
+        _put(folder, product.filename, content)
+        path = folder / product.filename
+        found = {"product": dataclasses.asdict(product), "mtime_ns": path.stat().st_mtime_ns}
+        _put(folder, record.name, json.dumps(found).encode())
     return product
+
+
+def find_in_cache(located: LocatedProduct) -> Product | None:
+    """Return a product whose file is in the cache.
+
+    Parameters
+    ----------
+    located : LocatedProduct
+        What the archive has now.
+
+    Returns
+    -------
+    Product or None
+        None if its file is not there, or the archive has another one now.
+    """
+    folder = products_folder()
+    return _read_record(folder / located.record_name, folder)
 
 
 def open_in_cache(product: Product, source: ProductSource | None) -> Path:
@@ -462,6 +542,8 @@ def open_in_cache(product: Product, source: ProductSource | None) -> Path:
     ------
     ArchiveError
         If it cannot be had, or is another file by now.
+    InputError
+        If the cache cannot be written.
     DiskFullError
         If there is no room for it.
     """
@@ -489,8 +571,7 @@ def open_in_cache(product: Product, source: ProductSource | None) -> Path:
                 "the archive has replaced the product since the query: run query again",
                 path=product.url,
             )
-        with raise_disk_full(folder):
-            LocalStore(folder).put(product.filename, content)
+        _put(folder, product.filename, content)
     return path
 
 
@@ -507,30 +588,75 @@ def products_folder() -> Path:
 def _fetch(located: LocatedProduct, source: ProductSource) -> tuple[memoryview, str]:
     """Return the content of a product that passed all checks, and its checksum."""
     size = MAX_PRODUCT_BYTES if located.size is None else located.size
-    if size > MAX_PRODUCT_BYTES:
-        raise ArchiveError(f"{size} bytes is too long for a product", path=located.url)
-    received = ReceivedFile(memoryview(bytearray(size)), expected_size=located.size)
+    if not 0 < size <= MAX_PRODUCT_BYTES:
+        raise ArchiveError(f"a product does not have {size} bytes", path=located.url)
+    # Mapped memory is taken only as it is filled, where the length is not known.
+    received = ReceivedFile(memoryview(mmap.mmap(-1, size)), expected_size=located.size)
+    doubtful: set[str] = set()
 
-    def check(whole: ReceivedFile) -> None:
+    def check(whole: ReceivedFile) -> str:
         whole.check_size(whole.size)
-        check_product(located.family, located.band, whole.content)
+        checksum = _hash(whole.content)
+        try:
+            check_product(located.family, located.band, whole.content)
+        except FrameError as error:
+            if checksum in doubtful:
+                # No further transfer would bring other bytes.
+                raise ArchiveError(f"not a usable product: {error}") from error
+            doubtful.add(checksum)
+            raise
+        return checksum
 
-    fetch_file(
+    checksum = fetch_file(
         located.url,
         received,
         check,
         retry=source.retry,
         stall_timeout_s=source.stall_timeout_s,
+        endpoint=source.endpoint,
     )
-    content = received.content
-    return content, hashlib.blake2b(content, digest_size=16).hexdigest()
+    return received.content, checksum
 
 
-def _read_record(path: Path) -> Product | None:
+def _hash(content: memoryview | bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _put(folder: Path, name: str, content: bytes | memoryview) -> None:
+    """Write a file of the cache."""
     try:
-        return Product(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        with raise_disk_full(folder):
+            LocalStore(folder).put(name, content)
+    except OSError as error:
+        raise _make_cache_error(folder, error) from error
+
+
+def _make_cache_error(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the cache {folder} cannot be written ({error.strerror or error}): name another folder "
+        "in the environment variable SPXDASK_CACHE"
+    )
+
+
+def _read_record(path: Path, folder: Path) -> Product | None:
+    """Return the product that a record names if its file is as it was written."""
+    try:
+        found = json.loads(path.read_bytes())
+        product, mtime_ns = Product(**found["product"]), found["mtime_ns"]
+        file = folder / product.filename
+        if not _is_there(file, product.size):
+            return None
+        # A file that was copied or written again is as good if its content is the same.
+        is_intact = file.stat().st_mtime_ns == mtime_ns or _hash(file.read_bytes()) == (
+            product.checksum
+        )
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    return product if is_intact else None
+
+
+def _is_in_cache(product: Product, folder: Path | None) -> bool:
+    return _is_there((folder or products_folder()) / product.filename, product.size)
 
 
 def _is_there(path: Path, size: int) -> bool:
@@ -547,10 +673,7 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(
-            f"the cache {folder} cannot be written ({error.strerror}): name another folder in the "
-            "environment variable SPXDASK_CACHE"
-        ) from error
+        raise _make_cache_error(folder, error) from error
     try:
         # Some network file systems have no locks; then several processes may fetch it.
         with suppress(OSError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +26,12 @@ __all__ = ["Entry", "list_folder"]
 LISTING_PREFIX = "ibe/dir/list/spherex/"
 # A folder of frames has some ten thousand entries of about 150 bytes.
 MAX_LISTING_BYTES = 16 << 20
-# How servers say that there is no such folder; a store does not tell strangers more than 403.
-_ABSENT = ("HTTP 404", "HTTP 403", "HTTP 410")
+MAX_PAGES = 100
+# A run does without products that cannot be had, so a server that does not list its folders is
+# not asked for minutes.
+MAX_RETRIES, LONGEST_RETRY_AFTER_S, LONGEST_STALL_S = 2, 5.0, 20.0
+# How servers say that there is no such folder.
+_ABSENT = ("HTTP 404", "HTTP 410")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,12 @@ class Entry:
 
 
 def list_folder(
-    archive_url: str, folder: str, *, retry: RetryPolicy, stall_timeout_s: float
+    archive_url: str,
+    folder: str,
+    *,
+    retry: RetryPolicy,
+    stall_timeout_s: float,
+    endpoint: str | None = None,
 ) -> list[Entry]:
     """List a folder of the archive.
 
@@ -58,9 +70,11 @@ def list_folder(
     folder : str
         Path below the releases, such as ``qr3/epsf``; empty for the releases themselves.
     retry : RetryPolicy
-        Number of attempts and the delays between them.
+        Number of attempts and the delays between them, both within limits of listings.
     stall_timeout_s : float
-        Longest time without a byte, in seconds.
+        Longest time without a byte, in seconds, within a limit of listings.
+    endpoint : str, optional
+        URL of the S3 server, where that is not the usual one.
 
     Returns
     -------
@@ -72,11 +86,17 @@ def list_folder(
     ArchiveError
         If the archive does not answer, or not with a listing.
     """
+    retry = dataclasses.replace(
+        retry,
+        max_retries=min(retry.max_retries, MAX_RETRIES),
+        longest_retry_after_s=min(retry.longest_retry_after_s, LONGEST_RETRY_AFTER_S),
+    )
+    stall_timeout_s = min(stall_timeout_s, LONGEST_STALL_S)
     scheme = archive_url.partition(":")[0]
     if scheme == "file":
         found = _list_mirror(archive_url, folder)
     elif scheme == "s3":
-        found = _list_bucket(archive_url, folder, stall_timeout_s)
+        found = _list_bucket(archive_url, folder, retry, stall_timeout_s, endpoint)
     else:
         found = _list_server(archive_url, folder, retry, stall_timeout_s)
     return sorted(found, key=lambda entry: entry.name)
@@ -87,10 +107,14 @@ def _list_mirror(archive_url: str, folder: str) -> list[Entry]:
     assert path is not None, "file: URLs are paths on disk"
     found = []
     try:
-        for item in path.iterdir():
-            status = item.stat()
-            size = None if item.is_dir() else status.st_size
-            found.append(Entry(name=item.name, size=size, modified=str(status.st_mtime_ns)))
+        with os.scandir(path) as items:
+            for item in items:
+                # A link to nothing is not there.
+                if os.path.exists(item):
+                    status = item.stat()
+                    size = None if item.is_dir() else status.st_size
+                    modified = str(status.st_mtime_ns)
+                    found.append(Entry(name=item.name, size=size, modified=modified))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -98,21 +122,35 @@ def _list_mirror(archive_url: str, folder: str) -> list[Entry]:
     return found
 
 
-def _list_bucket(archive_url: str, folder: str, stall_timeout_s: float) -> list[Entry]:
-    url = frame_url(archive_url, SERVICE_PREFIX + folder)
-    path = url.partition("://")[2].rstrip("/")
-    try:
-        found = open_bucket(path.partition("/")[0], stall_timeout_s).ls(path, detail=True)
-    except FileNotFoundError:
-        return []
-    except Exception as error:
-        # botocore's errors have no common base class.
-        raise ArchiveError(f"{type(error).__name__}: {error}", path=url) from error
+def _list_bucket(
+    archive_url: str, folder: str, retry: RetryPolicy, stall_timeout_s: float, endpoint: str | None
+) -> list[Entry]:
+    url = frame_url(archive_url, SERVICE_PREFIX + folder).rstrip("/")
+    path = url.partition("://")[2]
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            bucket = open_bucket(path.partition("/")[0], stall_timeout_s, endpoint)
+            found = bucket.ls(path, detail=True, refresh=True)
+            break
+        except FileNotFoundError:
+            return []
+        except (PermissionError, ImportError) as error:
+            raise ArchiveError(str(error), path=url, blame="access") from error
+        except Exception as error:
+            # botocore's errors have no common base class.
+            reason = f"{type(error).__name__}: {error}"
+            if "Credentials" in type(error).__name__:
+                raise ArchiveError(reason, path=url, blame="access") from error
+            if attempts > retry.max_retries:
+                raise ArchiveError(reason, path=url, attempts=attempts, blame="archive") from error
+            time.sleep(retry.delay(attempts))
     return [
         Entry(
             name=item["name"].rstrip("/").rpartition("/")[2],
             size=item["size"] if item["type"] == "file" else None,
-            modified=str(item.get("LastModified", "")),
+            modified=f"{item.get('LastModified', '')}{item.get('ETag', '')}",
         )
         for item in found
         if item["name"].rstrip("/") != path
@@ -124,37 +162,46 @@ def _list_server(
 ) -> list[Entry]:
     """List a folder of IRSA's service or, where there is none, of a store that answers HTTP."""
 
-    def fetch(url: str, parse: Callable[[bytes], Any]) -> Any:
+    def ask(url: str, parse: Callable[[bytes], Any]) -> Any:
         received = ReceivedFile(memoryview(bytearray(MAX_LISTING_BYTES)))
-        try:
-            return fetch_file(
-                url,
-                received,
-                lambda whole: parse(bytes(whole.content)),
-                retry=retry,
-                stall_timeout_s=stall_timeout_s,
-            )
-        except ArchiveError as error:
-            if error.reason.startswith(_ABSENT):
-                return None
-            raise
+        return fetch_file(
+            url,
+            received,
+            lambda whole: parse(bytes(whole.content)),
+            retry=retry,
+            stall_timeout_s=stall_timeout_s,
+        )
 
-    found = fetch(f"{archive_url}/{LISTING_PREFIX}{quote(folder)}", _parse_lines)
-    if found is not None:
-        return found
+    try:
+        return ask(f"{archive_url}/{LISTING_PREFIX}{quote(folder)}", _parse_lines)
+    except ArchiveError as error:
+        if not _is_refusal(error):
+            raise
+        refusal = error
     entries: list[Entry] = []
-    token: str | None = ""
-    while token is not None:
-        prefix = f"{folder}/" if folder else ""
-        query = {"list-type": "2", "delimiter": "/", "prefix": prefix}
-        if token:
-            query["continuation-token"] = token
-        page = fetch(f"{archive_url}/?{urlencode(query)}", _parse_page)
+    query = {"list-type": "2", "delimiter": "/", "prefix": f"{folder}/" if folder else ""}
+    for _ in range(MAX_PAGES):
+        try:
+            page = ask(f"{archive_url}/?{urlencode(query)}", _parse_page)
+        except ArchiveError as error:
+            if not _is_refusal(error):
+                raise
+            page = None
         if page is None:
-            return []
+            # Neither is a listing, as with the home page of a server that lacks the folder.
+            if refusal.reason.startswith(_ABSENT):
+                return []
+            raise refusal
         entries += page[0]
-        token = page[1]
-    return entries
+        if not page[1]:
+            return entries
+        query["continuation-token"] = page[1]
+    raise ArchiveError(f"the listing has more than {MAX_PAGES} pages", path=archive_url)
+
+
+def _is_refusal(error: ArchiveError) -> bool:
+    """Return whether a server has said, for good, that it has no such page for us."""
+    return error.attempts is None and error.reason.startswith("HTTP 4")
 
 
 def _parse_lines(content: bytes) -> list[Entry]:
@@ -167,7 +214,7 @@ def _parse_lines(content: bytes) -> list[Entry]:
             item = json.loads(line)
             name, size = item["name"], item.get("size")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise FrameError(f"a line of the listing is not understood: {line[:80]!r}") from None
+            raise FrameError(f"the answer is not a listing: {line[:60]!r}") from None
         is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 0
         found.append(
             Entry(
@@ -179,14 +226,14 @@ def _parse_lines(content: bytes) -> list[Entry]:
     return found
 
 
-def _parse_page(content: bytes) -> tuple[list[Entry], str | None]:
-    """Read an answer of ListObjectsV2, and the token of the next one."""
+def _parse_page(content: bytes) -> tuple[list[Entry], str | None] | None:
+    """Read an answer of ListObjectsV2, and the token of the next one; None if it is no such."""
     try:
         root = ElementTree.fromstring(content)
     except ElementTree.ParseError:
-        raise FrameError("the listing is no XML") from None
+        return None
     if not root.tag.endswith("ListBucketResult"):
-        return [], None
+        return None
     found, token = [], None
     for child in root:
         tag = child.tag.rpartition("}")[2]

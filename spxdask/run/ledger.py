@@ -154,6 +154,16 @@ class Ledger(ABC):
         self._done_offsets: dict[str, dict[str, int]] = {}
         self._end = 0
 
+    @property
+    def position(self) -> str:
+        """A text that changes with each line that is added.
+
+        Returns
+        -------
+        str
+        """
+        return f"{self._end} {self.last_time}"
+
     @abstractmethod
     def refresh(self) -> None:
         """Read the lines written since, which may be those of another process."""

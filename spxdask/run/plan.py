@@ -29,6 +29,7 @@ __all__ = [
     "PlannedFrame",
     "TableChoice",
     "choose_tables",
+    "find_empty",
     "has_failed",
     "plan_frames",
     "table_name",
@@ -300,7 +301,7 @@ def plan_frames(
         One a frame, in their order.
     """
     sources = None if fetch_empty else inputs.catalogue
-    for observation, is_empty in _find_empty(observations, sources):
+    for observation, is_empty in find_empty(observations, sources):
         filename = observation.filename
         extracted = measured = None
         if "extract" in stages:
@@ -334,10 +335,25 @@ def plan_frames(
         yield PlannedFrame(observation, state, measured)
 
 
-def _find_empty(
+def find_empty(
     observations: Iterable[Observation], sources: Catalogue | None
 ) -> Iterator[tuple[Observation, bool]]:
-    """Yield each frame, and whether none of the sources can lie on it."""
+    """Tell which frames no source can lie on.
+
+    Parameters
+    ----------
+    observations : iterable of Observation
+        The frames, read in batches of `BATCH_SIZE`.
+    sources : Catalogue or None
+        The sources; None if every frame is to be taken.
+
+    Yields
+    ------
+    observation : Observation
+        Each frame, in order.
+    is_empty : bool
+        Whether none of the sources can lie on it.
+    """
     if sources is None:
         yield from ((observation, False) for observation in observations)
         return

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from spxdask.archive.calibration import CalibrationSet, obtain_calibration
 from spxdask.archive.observation import Observation
 from spxdask.config import BatchConfig
+from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.science.calibration import EPSF
+from spxdask.storage import local_path
 
 __all__ = ["prepare_calibration"]
 
@@ -59,6 +61,10 @@ def prepare_calibration(
         releases.add(observation.release)
     if not bands:
         return recorded or CalibrationSet(source=source)
+    if config.calibration != "archive":
+        tree = local_path(config.calibration)
+        if tree is not None and not tree.is_dir():
+            raise InputError(f"calibration: there is no folder {tree}")
     skipped = {EPSF} if config.photometry.psf == "none" else set()
     found = obtain_calibration(
         source,
@@ -66,7 +72,12 @@ def prepare_calibration(
         releases=releases,
         pins={name: tokens for name, tokens in config.calibration_pins if name not in skipped},
         skipped=skipped,
+        recorded=recorded,
     )
+    for family, reason in found.kept.items():
+        logger.warning(
+            "calibration: %s: the products of the last query are used again: %s", family, reason
+        )
     for family, reason in found.missing.items():
         logger.warning(
             "calibration: %s is not to be had, the frames' own values are used: %s", family, reason

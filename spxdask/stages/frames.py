@@ -29,6 +29,7 @@ from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, DiskFullError, InputError
 from spxdask.run.aggregation import discard_aggregation
 from spxdask.run.folder import RunFolder
+from spxdask.run.frame_table import save_frame_table
 from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
 from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_failed, plan_frames
@@ -261,6 +262,11 @@ class FrameRun:
             self._collect(client, again, make_task, make_thread_window(client), suspects)
         # Run one at a time, frames that kill workers are distinguished from their neighbours.
         self._collect(client, suspects, make_task, lambda: 1, None)
+
+    def save_table(self) -> None:
+        """Bring the table of frames in the folder up to date."""
+        sources = None if self.config.fetches_empty_frames else self.catalogue
+        save_frame_table(self.folder.state, self.observations, self.folder.ledger, sources)
 
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""

@@ -20,4 +20,4 @@ def cache_folder() -> Path:
         a user. It need not exist.
     """
     chosen = os.environ.get("SPXDASK_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("spxdask")
+    return Path(os.path.expanduser(chosen)).absolute() if chosen else user_cache_path("spxdask")

@@ -1,0 +1,166 @@
+"""The record of each frame of a query as a table: what became of it, and how it was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spxdask.archive.observation import Observation
+from spxdask.run.ledger import Ledger, Outcome
+from spxdask.run.observations import Observations
+from spxdask.run.plan import BATCH_SIZE, NO_SOURCE, find_empty
+from spxdask.science.catalogue import Catalogue
+from spxdask.storage import Store
+
+__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "save_frame_table"]
+
+FRAMES_NAME = "frames.parquet"
+# Name, type, unit and meaning of each column.
+FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
+    ("filename", pa.string(), "", "name of the frame's file"),
+    ("obs_id", pa.string(), "", "exposure, such as 2025W51_1A_0684_2"),
+    ("band", pa.string(), "", "detector, such as D3"),
+    ("release", pa.string(), "", "release of the archive, such as qr2"),
+    ("version", pa.string(), "", "processing, as the file name has it, such as l2b-v21-2025-354"),
+    ("mjd", pa.float64(), "d", "middle of the exposure, modified Julian date, UTC"),
+    (
+        "status",
+        pa.string(),
+        "",
+        "`measured`, `failed`, `fetched` (not measured yet), `pending` (neither), or `empty` (no "
+        "source can lie on it)",
+    ),
+    ("reason", pa.string(), "", "why it failed, or is not measured"),
+    ("zodi_scale", pa.float64(), "", "factor of the zodiacal model that was subtracted"),
+    ("is_zodi_fitted", pa.bool_(), "", "whether that factor was fitted to the frame"),
+    ("aperture_radius", pa.float64(), "pix", "radius of the aperture"),
+    ("psf", pa.string(), "", "PSF that fluxes were fitted with"),
+    ("calibration", pa.string(), "", "tokens of the calibration products used, with commas"),
+    ("n_sources", pa.int64(), "", "catalogue sources near the frame"),
+    ("rows", pa.int64(), "", "rows of its table"),
+    ("skipped", pa.string(), "", "sources on the frame without a row, by reason, as JSON"),
+    ("psf_empty", pa.string(), "", "rows without psf_flux, by reason, as JSON"),
+    ("background", pa.float64(), "uJy / arcsec2", "median of bg_level over the rows"),
+    (
+        "background_scatter",
+        pa.float64(),
+        "uJy / arcsec2",
+        "half the range of bg_level from the 16th to the 84th percentile",
+    ),
+    ("seconds", pa.float64(), "s", "time that measuring it took"),
+    ("bytes", pa.int64(), "", "length of the frame's file"),
+)
+_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
+# Raised when the same ledger gives another table.
+_VERSION = 1
+
+
+def save_frame_table(
+    state: Store, observations: Observations, ledger: Ledger, sources: Catalogue | None
+) -> bool:
+    """Write the table of frames, unless it is up to date.
+
+    Parameters
+    ----------
+    state : Store
+        Receives the file `FRAMES_NAME`.
+    observations : Observations
+        The frames; read part by part.
+    ledger : Ledger
+        What became of them.
+    sources : Catalogue or None
+        The sources where frames without any are not fetched, None where they are.
+
+    Returns
+    -------
+    bool
+        Whether it was written.
+    """
+    origin = {
+        "version": _VERSION,
+        "query_time": observations.query_time,
+        "n_frames": len(observations),
+        "ledger": ledger.position,
+        "sources": None if sources is None else sources.identity,
+    }
+    if _read_origin(state) == origin:
+        return False
+    schema = _SCHEMA.with_metadata({"origin": json.dumps(origin)})
+    found = find_empty(observations, sources)
+    with (
+        state.atomic_path(FRAMES_NAME) as part,
+        open(part, "wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for rows in _make_batches(found, ledger):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return True
+
+
+def _read_origin(state: Store) -> Any:
+    """Return what the present table was made of, None without one that can be read."""
+    if not state.exists(FRAMES_NAME):
+        return None
+    try:
+        with state.open_seekable(FRAMES_NAME) as file:
+            return json.loads(pq.read_schema(file).metadata[b"origin"])
+    except (pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+
+
+def _make_batches(
+    frames: Iterator[tuple[Observation, bool]], ledger: Ledger
+) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(islice(frames, BATCH_SIZE)):
+        yield [_make_row(observation, ledger, is_empty) for observation, is_empty in batch]
+
+
+def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[str, Any]:
+    fetched = ledger.get("download", observation.filename)
+    measured = ledger.get("extract", observation.filename)
+    status, reason = _find_status(fetched, measured, is_empty)
+    row = {
+        "filename": observation.filename,
+        "obs_id": observation.obs_id,
+        "band": observation.band,
+        "release": observation.release,
+        "version": observation.stem.rpartition("_spx_")[2],
+        "mjd": observation.mjd,
+        "status": status,
+        "reason": reason,
+        "bytes": observation.size_bytes,
+    }
+    if fetched is not None and fetched.status == "done" and fetched.bytes:
+        row["bytes"] = fetched.bytes
+    if measured is None or measured.status != "done":
+        return row
+    row |= {name: value for name, value in measured.properties.items() if name in _SCHEMA.names}
+    return row | {
+        "calibration": _list_tokens(ledger.recipes.get(measured.recipe or "", {})),
+        "rows": measured.rows,
+        "skipped": json.dumps(measured.skipped, sort_keys=True),
+        "psf_empty": json.dumps(measured.psf_empty, sort_keys=True),
+        "seconds": measured.seconds,
+        "bytes": measured.frame_bytes or row["bytes"],
+    }
+
+
+def _find_status(
+    fetched: Outcome | None, measured: Outcome | None, is_empty: bool
+) -> tuple[str, str | None]:
+    if measured is not None:
+        return ("measured", None) if measured.status == "done" else ("failed", measured.reason)
+    if fetched is not None:
+        return ("fetched", None) if fetched.status == "done" else ("failed", fetched.reason)
+    return ("empty", NO_SOURCE) if is_empty else ("pending", None)
+
+
+def _list_tokens(recipe: dict[str, Any]) -> str:
+    """Return the tokens of the products in a recipe."""
+    products = [step["product"][0] for step in recipe.values() if step.get("product")]
+    return ", ".join(sorted(products))
