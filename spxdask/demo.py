@@ -6,8 +6,10 @@ import csv
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ N_SOURCES = 300
 # Offsets of the pointings. They are far apart, so that each detector measures a source at two
 # wavelengths.
 DEC_OFFSETS_DEG = (-1.0, 1.0)
-# The frames are crowded, as the real sky is, but more than half of the pixels of each are free of
-# sources, which the fit of the zodiacal light requires.
-SCENE = replace(CALIBRATED_SCENE, crowding=0.45)
+# A fifth of the pixels is near faint stars that are not in the catalogue.
+SCENE = replace(CALIBRATED_SCENE, crowding=0.2)
+# Each takes about 400 MB of memory.
+MAX_SIMULATED_AT_ONCE = 2
 FIRST_ID = 39633458707826492
 # The ways of measuring a total flux that are compared.
 KINDS = ("aperture", "psf")
@@ -97,10 +100,7 @@ def run_demo(output: str) -> RunSummary:
     with tempfile.TemporaryDirectory(
         prefix="archive-", dir=folder.path, ignore_cleanup_errors=True
     ) as archive_folder:
-        frames = [
-            _simulate_frame(exposure, sky, Path(archive_folder))
-            for exposure in tqdm(_make_exposures(), "simulate", unit=" frames", disable=None)
-        ]
+        frames = _simulate_frames(sky, Path(archive_folder))
         # Those that are the archive's newest.
         products = make_products(
             archive_folder, tokens=[token for release, _, token, _ in CATALOG if release == "qr3"]
@@ -193,6 +193,14 @@ def _make_exposures() -> list[Exposure]:
             mjd_begin=last.mjd_begin,
         ),
     ]
+
+
+def _simulate_frames(sky: Sky, folder: Path) -> list[DemoFrame]:
+    """Simulate all frames, several at a time, as numpy leaves the interpreter to other threads."""
+    exposures = _make_exposures()
+    with ThreadPoolExecutor(MAX_SIMULATED_AT_ONCE) as pool:
+        frames = pool.map(partial(_simulate_frame, sky=sky, folder=folder), exposures)
+        return list(tqdm(frames, "simulate", total=len(exposures), unit=" frames", disable=None))
 
 
 def _simulate_frame(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
