@@ -34,6 +34,7 @@ STEPS = {
     "median variance, one pass of one": (photometry, "find_positive_median"),
     "positions on the detector": (photometry, "on_frame"),
     "background and aperture of each source": (photometry, "measure_sources"),
+    "PSF fluxes": (photometry, "measure_psf_fluxes"),
     "wavelengths": (frame.Frame, "wavelength_at"),
     "rows as CSV": (per_image, "render_lines"),
     "table on disk (fsync)": (os, "fsync"),
