@@ -222,6 +222,45 @@ def bench_extract(ours: Side, peer: Side, work: Path, repeats: int, quick: bool)
     return rows
 
 
+def bench_psf(ours: Side, work: Path, repeats: int, quick: bool) -> list[Row]:
+    """Compare extraction with PSF and calibration products, and without either."""
+    ours.call("calibrate", products=workloads.products(work), cache=work / "cache", band="D3")
+    folder = work / "extract-ours"
+    folder.mkdir(exist_ok=True)
+    cases = [("qr2", 10), ("qr2", 1000), ("qr2", 10_000), ("qr3", 10), ("qr3", 10_000)]
+    if not quick:
+        cases += [("qr2", 100_000)]
+    rows = []
+    for release, n in cases:
+        version = {"release": "qr3", "version": 30} if release == "qr3" else {}
+        number = 1 if release == "qr3" else 0
+        image = workloads.frame(work, workloads.exposure(number, **version))
+        catalogue = workloads.catalogue(work, n)
+        ours.call("load", catalogue=catalogue)
+        arguments = {"image": image, "catalogue": catalogue, "folder": folder, "release": release}
+        without, with_psf = in_turn(
+            repeats,
+            partial(ours.call, "extract", psf="none", **arguments),
+            partial(ours.call, "extract", psf="nearest", **arguments),
+        )
+        # The two take turns, so that pairs of them met the same load of the machine.
+        pairs = np.array([seconds(with_psf), seconds(without)])
+        ratio, more = np.median(pairs[0] / pairs[1]), np.median(pairs[0] - pairs[1])
+        target = {10: "3 ms more", 10_000: "1.6 x without"}.get(n, "")
+        rows.append(
+            Row(
+                work=f"extract with PSF and products, {n:,} sources, {release.upper()}",
+                ours=seconds(with_psf),
+                rows=with_psf[-1]["rows"],
+                peak_mb=with_psf[-1]["peak_mb"],
+                target=target,
+                notes=f"{ratio:.2f} x, {1e3 * more:+.1f} ms to that without",
+            )
+        )
+        print(table(rows).splitlines()[-1], flush=True)
+    return rows
+
+
 def bench_aggregate(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
     ours.call("start_cluster", processes=2)
     rows = []
@@ -271,6 +310,9 @@ def bench_run(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
         "center_dec": workloads.CENTER[1],
         "radius": 0.5,
         "max_download_workers": 4,
+        # What the peer does: apertures, and nothing but what is in the frames.
+        "calibration": "frame",
+        "photometry": {"psf": "none"},
     }
     # Each frame needs a file of its own, because the header has the id of the exposure.
     files = []
@@ -428,7 +470,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, within five minutes")
     parser.add_argument(
-        "--only", nargs="+", choices=["extract", "aggregate", "run", "scaling"], help="some parts"
+        "--only",
+        nargs="+",
+        choices=["extract", "psf", "aggregate", "run", "scaling"],
+        help="some parts",
     )
     parser.add_argument("--peer-python", help="interpreter that has spxquery; default: install it")
     parser.add_argument("--work", type=Path, default=Path("benchmark_data"), help="for the data")
@@ -437,20 +482,27 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    parts = options.only or ["extract", "aggregate", "run", "scaling"]
+    parts = options.only or ["extract", "psf", "aggregate", "run", "scaling"]
     ours = Side(sys.executable, "side_ours.py")
-    peer = Side(options.peer_python or peer_python(work), "side_peer.py")
-    versions = ours.call("about"), peer.call("about")
+    peer = None
+    if {"extract", "aggregate", "run"} & {*parts}:
+        peer = Side(options.peer_python or peer_python(work), "side_peer.py")
+    about = ours.call("about")
+    beside = "no other program"
+    if peer:
+        other = peer.call("about")
+        beside = f"spxquery {other['version']} on Python {other['python']}"
     head = (
-        f"{date.today()}, {machine()}; spxdask {versions[0]['version']} on Python "
-        f"{versions[0]['python']}, spxquery {versions[1]['version']} on Python "
-        f"{versions[1]['python']}; medians and half the interquartile range, page cache warm, "
+        f"{date.today()}, {machine()}; spxdask {about['version']} on Python {about['python']}, "
+        f"{beside}; medians and half the interquartile range, page cache warm, "
         "one thread a process."
     )
     print(head, flush=True)
     rows = []
     if "extract" in parts:
         rows += bench_extract(ours, peer, work, options.repeats, options.quick)
+    if "psf" in parts:
+        rows += bench_psf(ours, work, options.repeats, options.quick)
     if "aggregate" in parts:
         rows += bench_aggregate(ours, peer, work, options.quick)
     if "run" in parts:
@@ -466,7 +518,8 @@ def main() -> None:
         plot(scaling, options.results / "scaling.png")
         print(json.dumps(scaling, indent=1))
     ours.close()
-    peer.close()
+    if peer:
+        peer.close()
 
 
 if __name__ == "__main__":

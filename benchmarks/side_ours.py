@@ -6,6 +6,7 @@ It reads commands as JSON from standard input, one on each line, and answers eac
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -16,6 +17,8 @@ import numpy as np
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
+from spxdask.archive.calibration import CalibrationSet, ProductSource, obtain_calibration
+from spxdask.archive.retry import RetryPolicy
 from spxdask.cluster.embedded import embedded_client
 from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
@@ -30,6 +33,7 @@ class Ours:
     def __init__(self) -> None:
         self.cluster = ExitStack()
         self.client = None
+        self.calibration = CalibrationSet()
 
     def about(self) -> dict:
         return {"version": spxdask.__version__, "python": sys.version.split()[0]}
@@ -51,13 +55,29 @@ class Ours:
             "bytes": sum(array.nbytes for array in arrays),
         }
 
-    def extract(self, image: str, catalogue: str, folder: str) -> dict:
+    def calibrate(self, products: str, cache: str, band: str) -> dict:
+        """Fetch the products of a tree into a cache, as a run does once."""
+        os.environ["SPXDASK_CACHE"] = cache
+        source = ProductSource(
+            url=Path(products).absolute().as_uri(),
+            retry=RetryPolicy(max_retries=0),
+            stall_timeout_s=60,
+        )
+        self.calibration = obtain_calibration(source, bands=[band], releases=["qr2"], pins={})
+        return {"families": sorted(product.family for product in self.calibration.products)}
+
+    def extract(
+        self, image: str, catalogue: str, folder: str, psf: str = "none", release: str = "qr2"
+    ) -> dict:
+        """Extract a frame: apertures alone, as the peer does, or with the PSF and products."""
+        products = self.calibration.choose("D3", release == "qr2") if psf != "none" else {}
         options = ExtractOptions(
             catalogue=f"{catalogue}.arrow",
-            photometry=SAME_WORK,
+            photometry=PhotometryConfig(psf=psf),
             recipe="benchmark",
             catalogue_fingerprint="benchmark",
             serial=False,
+            products=tuple(products.values()),
         )
         started = time.perf_counter()
         outcome = extract(image, folder, options)
@@ -126,7 +146,7 @@ class Ours:
         """Extract many frames on the running cluster, after a first pass to warm up."""
         options = ExtractOptions(
             catalogue=f"{catalogue}.arrow",
-            photometry=SAME_WORK,
+            photometry=PhotometryConfig(psf="none"),
             recipe="benchmark",
             catalogue_fingerprint="benchmark",
             serial=True,

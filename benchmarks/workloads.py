@@ -11,6 +11,7 @@ import pyarrow.csv as pa_csv
 
 from spxdask.simulate.archive import ArchivedFrame
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
+from spxdask.simulate.products import CATALOG, make_products
 from spxdask.tables.csv import render_header, render_lines, slice_lines
 from spxdask.tables.schema import APERTURE_ONLY
 
@@ -109,6 +110,17 @@ def per_image_tables(folder: Path, rows: int, sources: int, rows_per_frame: int)
         (target / name).write_bytes(render_header(APERTURE_ONLY.per_image) + text)
     done.touch()
     return target
+
+
+def products(folder: Path) -> Path:
+    """Return a tree of the newest calibration products of the frame's detector."""
+    parent = folder / "products"
+    done = parent / "done"
+    if not done.exists():
+        tokens = [token for release, _, token, _ in CATALOG if release == "qr3"]
+        make_products(parent, detectors=[exposure().detector], tokens=tokens)
+        done.touch()
+    return parent
 
 
 def archived(number: int, path: Path) -> ArchivedFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -15,7 +16,8 @@ from spxdask.run.folder import RunFolder
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_demo_recovers_what_was_injected(tmp_path, capsys):
+def test_demo_recovers_what_was_injected(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SPXDASK_CACHE", str(tmp_path / "cache"))
     # Files of an earlier demo may be written over, files of the user must stay.
     mine = tmp_path / "demo" / "archive" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -25,17 +27,27 @@ def test_demo_recovers_what_was_injected(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     assert "SIMULATED" in out
-    assert "18 frames found" in out
-    rows, median, scatter = re.search(
-        r"^all +([\d,]+) .* ([+-]\d\.\d+) +(\d\.\d+)$", out, flags=re.MULTILINE
+    assert "12 frames found" in out
+    assert "calibrated with cal-epsf-v1-2026-191 (D3: cal-epsf-v2-2026-191)" in out
+    # Of all rows: shares of total flux that are recovered, and pulls, by aperture and by PSF.
+    number = r"([+-]?\d+\.\d+)"
+    rows, *values = re.search(
+        rf"^all +([\d,]+) +\S+ - \S+ +{' +'.join([number] * 6)}$", out, flags=re.MULTILINE
     ).groups()
-    assert rows == "5,400"
-    assert abs(float(median)) < 0.1
-    assert 0.9 < float(scatter) < 1.1
-    assert float(re.search(r"error of a wavelength: (\S+) um", out)[1]) < 1e-4
+    aperture, psf, *pulls = map(float, values)
+    assert rows == "3,600"
+    assert abs(aperture - 1.0) < 2e-3
+    assert abs(psf - 1.0) < 2e-3
+    for median, scatter in (pulls[:2], pulls[2:]):
+        assert abs(median) < 0.1
+        assert 0.9 < scatter < 1.1
+    assert float(re.search(r"error of a wavelength: (\S+) um", out)[1]) < 1e-5
     assert (tmp_path / "demo" / "spectra.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "demo").glob("archive*")] == ["archive"]
     assert mine.read_text() == "mine"
+    # Simulated products are not in the user's cache.
+    assert not (tmp_path / "cache").exists()
+    assert os.environ["SPXDASK_CACHE"] == str(tmp_path / "cache")
     assert len(list((tmp_path / "demo" / "lightcurves").iterdir())) == 300
 
 
