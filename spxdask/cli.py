@@ -111,12 +111,12 @@ COMMANDS = {
     ),
     "inject": _Command(
         "checks",
-        "add artificial sources to the frames of a run, in memory, and measure them",
+        "measure artificial sources in the frames of a run",
         "[--output DIR] [options]",
     ),
     "calibration": _Command(
         "checks",
-        "which calibration products are used, and which are newest; fetch them ahead",
+        "calibration products: used, newest, fetched ahead",
         "[--output DIR] [--fetch] [options]",
     ),
 }
