@@ -9,7 +9,8 @@ from spxdask.archive.observation import Observation
 from spxdask.cli import main
 from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, survey_products
-from spxdask.run.folder import RunFolder
+from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder, _query_options
+from spxdask.run.observations import save_observations
 from spxdask.science.calibration import EPSF
 from spxdask.simulate.archive import Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import make_products
@@ -70,6 +71,17 @@ def test_products_are_recorded_with_the_run(archive, make_config):
     state = RunFolder(config.output_dir).state
     assert load_calibration(state, make_config(calibration_pins={EPSF: V1})) is None
     assert load_calibration(state, make_config(calibration="frame")).products == ()
+
+
+def test_products_of_a_query_that_was_killed_are_chosen_again(archive, make_config):
+    """The frames of the new query are there, and the products are those of the one before."""
+    config = make_config()
+    assert {product.band for product in prepare(config, [1]).products} == {"D1"}
+    folder = RunFolder(config.output_dir)
+    frames = [observation(detector) for detector in (1, 3)]
+    save_observations(folder.state, OBSERVATIONS_NAME, frames, _query_options(config))
+    found = prepare(config, is_new=False)
+    assert {product.band for product in found.products} == {"D1", "D3"}
 
 
 def test_an_outage_does_not_change_the_products_of_a_run(archive, make_config, caplog):
