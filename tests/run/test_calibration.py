@@ -136,8 +136,8 @@ def test_the_command_lists_and_fetches(archive, make_config, capsys, monkeypatch
     assert [EPSF, "D1", "-", V1, "not", "in", "the", "cache"] in lines
     assert [EPSF, "D3", "-", V2, "in", "the", "cache"] in [x.split() for x in after.splitlines()]
     config = make_config()
-    RunFolder(config.output_dir).save_config(config)
     prepare(config)
+    RunFolder(config.output_dir).save_config(config)
     main([*arguments, "--output", config.output_dir])
     assert [EPSF, "D1", V1, V1, "in", "the", "cache"] in [
         line.split() for line in capsys.readouterr().out.splitlines()
