@@ -41,7 +41,7 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
         "out",
         "sources.csv",
     }
-    frames = pd.read_parquet(output_of(finished).state.local_path / FRAMES_NAME)
+    frames = pd.read_parquet(output_of(finished).state / FRAMES_NAME)
     assert (frames["status"] == "measured").all()
     assert dict(zip(frames["filename"], frames["rows"], strict=True)) == dict(
         rows["filename"].value_counts()
