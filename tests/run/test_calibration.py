@@ -11,6 +11,7 @@ from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, survey_products
 from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder, _query_options
 from spxdask.run.observations import save_observations
+from spxdask.run.status import read_status
 from spxdask.science.calibration import EPSF
 from spxdask.simulate.archive import Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import make_products
@@ -71,6 +72,19 @@ def test_products_are_recorded_with_the_run(archive, make_config):
     state = RunFolder(config.output_dir).state
     assert load_calibration(state, make_config(calibration_pins={EPSF: V1})) is None
     assert load_calibration(state, make_config(calibration="frame")).products == ()
+
+
+def test_the_status_says_what_a_run_uses(archive, make_config):
+    config = make_config(bands=["D3"])
+    folder = RunFolder(config.output_dir)
+    folder.state.make()
+    frames = [observation(3)]
+    save_observations(folder.state, OBSERVATIONS_NAME, frames, _query_options(config))
+    folder.save_config(config)
+    prepare_calibration(folder, config, frames, is_new=True)
+    text = str(read_status(config.output_dir))
+    assert f"calibrated with {V2}" in text
+    assert "not calibrated with spectral_wcs: there is no product for D3" in text
 
 
 def test_products_of_a_query_that_was_killed_are_chosen_again(archive, make_config):
