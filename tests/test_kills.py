@@ -26,6 +26,7 @@ from outputs import read_files
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.errors import RunFolderError
 from spxdask.run.folder import RunFolder
+from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 
@@ -129,6 +130,8 @@ def assert_like_undisturbed(output: Path, undisturbed: Undisturbed) -> None:
         assert read_files(output / name) == read_files(expected / name)
     buckets = {path.name: pq.read_table(path) for path in (output / "buckets").iterdir()}
     assert buckets == {p.name: pq.read_table(p) for p in (expected / "buckets").iterdir()}
+    frames = [pq.read_table(each / "state" / FRAMES_NAME) for each in (output, expected)]
+    assert frames[0].drop_columns(["seconds"]).equals(frames[1].drop_columns(["seconds"]))
     found, other = read_status(output), read_status(expected)
     assert (found.measured, found.pending, found.failed) == (N_FRAMES, 0, {})
     assert (found.fetched, found.running) == (N_FRAMES, None)

@@ -63,7 +63,9 @@ def make_product_source(config: BatchConfig) -> ProductSource | None:
     )
 
 
-def save_calibration(folder: Store, config: BatchConfig, calibration: CalibrationSet) -> None:
+def save_calibration(
+    folder: Store, config: BatchConfig, calibration: CalibrationSet, query_time: str
+) -> None:
     """Save the products of a run.
 
     Parameters
@@ -74,12 +76,17 @@ def save_calibration(folder: Store, config: BatchConfig, calibration: Calibratio
         The run.
     calibration : CalibrationSet
         What its frames are measured with.
+    query_time : str
+        When the archive was asked for these frames.
     """
-    content = {"options": _list_options(config), **json.loads(calibration.to_json())}
+    origin = {"options": _list_options(config), "query_time": query_time}
+    content = {**origin, **json.loads(calibration.to_json())}
     folder.put(CALIBRATION_NAME, json.dumps(content, indent=1).encode())
 
 
-def load_calibration(folder: Store, config: BatchConfig) -> CalibrationSet | None:
+def load_calibration(
+    folder: Store, config: BatchConfig, *, query_time: str | None = None
+) -> CalibrationSet | None:
     """Return the products of a run.
 
     Parameters
@@ -88,6 +95,9 @@ def load_calibration(folder: Store, config: BatchConfig) -> CalibrationSet | Non
         The state folder of the run.
     config : BatchConfig
         The run.
+    query_time : str, optional
+        When the archive was asked for the frames; by default, products that were chosen for the
+        frames of an earlier query are returned, too.
 
     Returns
     -------
@@ -101,7 +111,10 @@ def load_calibration(folder: Store, config: BatchConfig) -> CalibrationSet | Non
         return None
     text = folder.get(CALIBRATION_NAME)
     try:
-        if json.loads(text)["options"] != _list_options(config):
+        found = json.loads(text)
+        if found["options"] != _list_options(config):
+            return None
+        if query_time not in (None, found["query_time"]):
             return None
         return CalibrationSet.from_json(text, source)
     except (ValueError, TypeError, KeyError):

@@ -16,6 +16,7 @@ from spxdask.run.aggregation import load_aggregation
 from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, plan_frames
+from spxdask.run.summary import describe_calibration
 from spxdask.storage import Store
 from spxdask.text import format_count, format_duration
 
@@ -62,6 +63,8 @@ class RunStatus:
         Frames by warning.
     last : str or None
         When the last frame ended, ISO 8601.
+    calibration : list of str
+        Which calibration products are used, and which are not, as lines.
     waiting : str or None
         What the process waits for, if it does.
     per_second : float or None
@@ -85,6 +88,7 @@ class RunStatus:
     skipped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
     last: str | None = None
+    calibration: list[str] = field(default_factory=list)
     waiting: str | None = None
     per_second: float | None = None
 
@@ -109,6 +113,7 @@ class RunStatus:
             ("", f"{format_count(n, 'frame')} not fetched: {text}")
             for text, n in self.excluded.items()
         ]
+        lines[1:1] = [("", text) for text in self.calibration]
         reasons = list(self.failed.items())
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
         if len(reasons) > MAX_LINES_SHOWN:
@@ -210,6 +215,7 @@ def _read(folder: RunFolder) -> RunStatus:
     observations = folder.require_observations(config)
     folder.ledger.refresh()
     image_sizes = folder.images.list_sizes()
+    calibration = load_calibration(folder.state, config)
     found = RunStatus(
         output=folder.path,
         running=folder.find_lock_holder(),
@@ -219,13 +225,15 @@ def _read(folder: RunFolder) -> RunStatus:
         is_aggregated=load_aggregation(folder.state) is not None,
         skipped_sources=folder.count_skipped_rows(),
     )
+    if calibration is not None:
+        found.calibration = describe_calibration(calibration.tokens, calibration.missing)
     planned = plan_frames(
         observations,
         folder.ledger,
         MeasurementInputs(
             photometry=config.photometry,
             catalogue=folder.saved_catalogue(),
-            calibration=load_calibration(folder.state, config),
+            calibration=calibration,
             contaminants=folder.saved_contaminants(),
         ),
         image_sizes=image_sizes,

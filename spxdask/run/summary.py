@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spxdask.archive.observation import EARLY_RELEASES
@@ -198,6 +199,26 @@ def _count_results(report: StageReport) -> tuple[str, str]:
     return f"{report.done + report.reused:,} of {results}{reused}{rows}", speed
 
 
+def describe_calibration(products: Mapping[str, str], missing: Mapping[str, str]) -> list[str]:
+    """Return what is to be said of the calibration products of a run.
+
+    Parameters
+    ----------
+    products, missing : mapping of str to str
+        By family, the tokens of those that are used, and why others are not.
+
+    Returns
+    -------
+    list of str
+        Lines.
+    """
+    names = ", ".join(tokens for _, tokens in sorted(products.items()))
+    used = [f"calibrated with {names}"] if products else []
+    return used + [
+        f"not calibrated with {family}: {reason}" for family, reason in sorted(missing.items())
+    ]
+
+
 def _list_notes(report: StageReport) -> list[str]:
     """Return a line for each thing that users should know of the results of a stage."""
     notes = []
@@ -207,11 +228,7 @@ def _list_notes(report: StageReport) -> list[str]:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"
         notes.append(f"{counts}: {scale}")
-    if report.products:
-        names = ", ".join(tokens for _, tokens in sorted(report.products.items()))
-        notes.append(f"calibrated with {names}")
-    for family, reason in sorted(report.missing_products.items()):
-        notes.append(f"not calibrated with {family}: {reason}")
+    notes += describe_calibration(report.products, report.missing_products)
     for reason, count in sorted(report.excluded.items()):
         verb = "measured" if report.stage == "extract" else "fetched"
         notes.append(f"{format_count(count, 'frame')} not {verb}: {reason}")

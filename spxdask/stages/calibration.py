@@ -51,10 +51,16 @@ def prepare_calibration(
     DiskFullError
         If there is no room for the products.
     """
-    recorded = load_calibration(folder.state, config)
     source = make_product_source(config)
-    if source is None or (recorded is not None and not is_new):
-        return recorded or CalibrationSet()
+    if source is None:
+        return CalibrationSet()
+    query = folder.load_observations(config)
+    query_time = "" if query is None else query.query_time
+    # A query that was killed may have left products for the frames of an earlier one.
+    current = load_calibration(folder.state, config, query_time=query_time)
+    if current is not None and not is_new:
+        return current
+    recorded = load_calibration(folder.state, config)
     bands, releases = set(), set()
     for observation in observations:
         bands.add(observation.band)
@@ -82,5 +88,5 @@ def prepare_calibration(
         logger.warning(
             "calibration: %s is not to be had, the frames' own values are used: %s", family, reason
         )
-    save_calibration(folder.state, config, found)
+    save_calibration(folder.state, config, found, query_time)
     return found

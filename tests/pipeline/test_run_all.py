@@ -10,6 +10,7 @@ import simulated
 from outputs import output_of, read_files, read_per_image
 
 from spxdask import BatchPipeline, load_query_summary
+from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
 from spxdask.science.level2.frame import angular_distance
 from spxdask.stages.light_curves import light_curve_name
@@ -40,6 +41,11 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
         "out",
         "sources.csv",
     }
+    frames = pd.read_parquet(output_of(finished).state / FRAMES_NAME)
+    assert (frames["status"] == "measured").all()
+    assert dict(zip(frames["filename"], frames["rows"], strict=True)) == dict(
+        rows["filename"].value_counts()
+    )
     for frame in newest:
         one = rows[rows["filename"] == frame.exposure.filename]
         assert set(one["band"]) == {frame.exposure.band}

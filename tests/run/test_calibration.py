@@ -9,7 +9,9 @@ from spxdask.archive.observation import Observation
 from spxdask.cli import main
 from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, survey_products
-from spxdask.run.folder import RunFolder
+from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder, _query_options
+from spxdask.run.observations import save_observations
+from spxdask.run.status import read_status
 from spxdask.science.calibration import EPSF
 from spxdask.simulate.archive import Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import make_products
@@ -72,6 +74,30 @@ def test_products_are_recorded_with_the_run(archive, make_config):
     assert load_calibration(state, make_config(calibration="frame")).products == ()
 
 
+def test_the_status_says_what_a_run_uses(archive, make_config):
+    config = make_config(bands=["D3"])
+    folder = RunFolder(config.output_dir)
+    folder.state.make()
+    frames = [observation(3)]
+    save_observations(folder.state, OBSERVATIONS_NAME, frames, _query_options(config))
+    folder.save_config(config)
+    prepare_calibration(folder, config, frames, is_new=True)
+    text = str(read_status(config.output_dir))
+    assert f"calibrated with {V2}" in text
+    assert "not calibrated with spectral_wcs: there is no product for D3" in text
+
+
+def test_products_of_a_query_that_was_killed_are_chosen_again(archive, make_config):
+    """The frames of the new query are there, and the products are those of the one before."""
+    config = make_config()
+    assert {product.band for product in prepare(config, [1]).products} == {"D1"}
+    folder = RunFolder(config.output_dir)
+    frames = [observation(detector) for detector in (1, 3)]
+    save_observations(folder.state, OBSERVATIONS_NAME, frames, _query_options(config))
+    found = prepare(config, is_new=False)
+    assert {product.band for product in found.products} == {"D1", "D3"}
+
+
 def test_an_outage_does_not_change_the_products_of_a_run(archive, make_config, caplog):
     config = make_config()
     found = prepare(config)
@@ -124,8 +150,8 @@ def test_the_command_lists_and_fetches(archive, make_config, capsys, monkeypatch
     assert [EPSF, "D1", "-", V1, "not", "in", "the", "cache"] in lines
     assert [EPSF, "D3", "-", V2, "in", "the", "cache"] in [x.split() for x in after.splitlines()]
     config = make_config()
-    RunFolder(config.output_dir).save_config(config)
     prepare(config)
+    RunFolder(config.output_dir).save_config(config)
     main([*arguments, "--output", config.output_dir])
     assert [EPSF, "D1", V1, V1, "in", "the", "cache"] in [
         line.split() for line in capsys.readouterr().out.splitlines()
