@@ -14,7 +14,6 @@ import numpy as np
 from astropy.io import fits
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
-from photutils.aperture import CircularAperture
 from scipy.special import erf
 
 from spxdask.simulate.detector import FRAME_SIZE
@@ -273,6 +272,9 @@ def sum_in_circles(
     ValueError
         If a circle is larger than the stamps.
     """
+    # Its import takes half a second, and simulating frames does not need it.
+    from photutils.aperture import CircularAperture
+
     half = stamps.shape[-1] // 2
     if not 0.0 < radius <= half:
         raise ValueError(f"radius must be > 0 and <= {half} pixels, got {radius}")
