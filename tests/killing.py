@@ -150,10 +150,10 @@ class DieOfFrame(WorkerPlugin):
 
     def setup(self, worker) -> None:
         def make(function: Callable) -> Callable:
-            def call(first, *arguments):
+            def call(first, *arguments, **options):
                 if first.filename == self.filename:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return function(first, *arguments)
+                return function(first, *arguments, **options)
 
             return call
 
