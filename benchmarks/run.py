@@ -310,9 +310,6 @@ def bench_run(ours: Side, peer: Side, work: Path, quick: bool) -> list[Row]:
         "center_dec": workloads.CENTER[1],
         "radius": 0.5,
         "max_download_workers": 4,
-        # What the peer does: apertures, and nothing but what is in the frames.
-        "calibration": "frame",
-        "photometry": {"psf": "none"},
     }
     # Each frame needs a file of its own, because the header has the id of the exposure.
     files = []
