@@ -50,7 +50,7 @@ def test_a_mirror_of_frames_and_products(survey, make_config, tmp_path, client):
     mirror = tmp_path / "mirror"
     make_mirror(mirror, frames=survey.archived)
     (product,) = make_products(mirror, detectors=[3], families=["l3_flux_corrections"])
-    config = make_config(archive_url=mirror.as_uri())
+    config = make_config(archive_url=mirror.as_uri(), calibration="archive")
     first = BatchPipeline(config, client=client)
     summary = first.run_all()
     assert summary.failed == {}
