@@ -234,12 +234,14 @@ def _log_to_stderr(verbose: int) -> Iterator[None]:
     logger = logging.getLogger("spxdask")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _Parser(argparse.ArgumentParser):

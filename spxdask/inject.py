@@ -8,6 +8,7 @@ extraction. No frame or table of the run changes.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import zlib
 from collections import Counter
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from spxdask.archive.calibration import CalibrationSet
 from spxdask.archive.observation import Observation
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError, FrameError, InputError, RunFolderError
+from spxdask.errors import ConfigError, FrameError, InputError, RunFolderError, SpxdaskError
 from spxdask.run.folder import INJECTION_FIGURE_NAME, INJECTION_TABLE_NAME, RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.science.astrometry import locate_observer
@@ -52,6 +53,8 @@ __all__ = [
     "run_injection",
     "summarize_injections",
 ]
+
+logger = logging.getLogger(__name__)
 
 N_FRAMES, N_PER_FRAME, MAGNITUDES, MIN_SNR, SEED = 12, 200, (13.0, 21.0), 5.0, 1
 # Rounding of the projection must not move a source beyond the margin, pixels.
@@ -180,6 +183,14 @@ def run_injection(
                 )
             except (FrameError, OSError) as error:
                 failed[observation.filename] = str(error)
+                continue
+            except SpxdaskError:
+                # It concerns all frames.
+                raise
+            except Exception as error:
+                # One frame must not cost the others; the log has the traceback.
+                logger.exception("%s: unexpected error", observation.filename)
+                failed[observation.filename] = f"unexpected {type(error).__name__}: {error}"
                 continue
             if len(found):
                 tables.append(found)

@@ -159,7 +159,7 @@ def stage_of(command: Command, output: Path, began: float) -> str:
     return "writing" if curves else "between frames and writing"
 
 
-@pytest.mark.timeout(6 * 3600 if LONG else 180)
+@pytest.mark.timeout(6 * 3600 if LONG else 400)
 def test_kills_at_random_moments(home, archive, undisturbed, tmp_path, capsys):
     dice = random.Random(SEED)
     tried, unfinished = Counter(), []
