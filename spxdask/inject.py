@@ -160,7 +160,7 @@ def run_injection(
         catalogue, contaminants = sources.read(), sources.read_contaminants()
         observations = folder.require_observations(config, catalogue)
         chosen = _choose_frames(folder, observations, frames)
-        calibration = prepare_calibration(folder, config, observations, is_new=False)
+        calibration = prepare_calibration(folder, config, observations)
         tables: list[pd.DataFrame] = []
         failed: dict[str, str] = {}
         notes: Counter[str] = Counter()

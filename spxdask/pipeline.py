@@ -25,7 +25,7 @@ from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
 from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.context import open_stages
-from spxdask.stages.frames import FrameRun, make_bag, needs_tasks
+from spxdask.stages.frames import make_bag, needs_tasks, prepare_frames
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +172,7 @@ class BatchPipeline:
                 may_be_mistaken=not self.folder.has_query(),
             )
             query.record_query(self.folder, config, catalogue, field, found, report)
-            calibration = prepare_calibration(self.folder, config, found, is_new=True)
-            report.products = calibration.tokens
-            report.missing_products = dict(calibration.missing)
+            prepare_calibration(self.folder, config, found, report)
             self._progress.advance()
         return found
 
@@ -234,12 +232,7 @@ class BatchPipeline:
         """
         with self._stage_context("aggregate") as (report,):
             run = aggregate.Aggregation(self.folder, self.config, report, self._progress)
-            observations = self.folder.load_observations(self.config)
-            catalogue = None
-            if observations is not None:
-                catalogue = self.catalogue
-                self.folder.require_observations(self.config, catalogue)
-            run.choose_tables(observations, catalogue, self._sources.read_contaminants())
+            run.choose_tables(self._sources)
             self.folder.save_config(self.config)
             if not run.is_up_to_date():
                 run.compute(self._session.connect())
@@ -284,25 +277,9 @@ class BatchPipeline:
     ) -> dict[str, StageReport]:
         """Run download, extract, or both at once, frame by frame."""
         with self._stage_context(*stages) as reports:
-            catalogue = self._sources.choose(stages)
-            run = FrameRun(
-                folder=self.folder,
-                config=self.config,
-                catalogue=catalogue,
-                observations=self.folder.require_observations(self.config, catalogue),
-                reports={report.stage: report for report in reports},
-                progress=self._progress,
-                outage_policy=self._outage_policy,
+            run = prepare_frames(
+                self.folder, self._sources, reports, self._progress, self._outage_policy
             )
-            if "extract" in stages:
-                run.contaminants = self._sources.read_contaminants()
-                run.calibration = prepare_calibration(
-                    self.folder, self.config, run.observations, is_new=False
-                )
-            self.folder.save_config(self.config)
-            if self.config.lightcurve_format == "csv" and "extract" in stages:
-                # Long before the first light curve is written.
-                self.folder.find_refused_characters(self.catalogue)
             ask = functools.partial(self._session.run_once, "recheck")
             replaced = run.recheck(ask) if recheck else set()
             states = run.plan(

@@ -6,7 +6,9 @@ All products are on the pixels of the full detector.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,10 +121,11 @@ class DetectorCalibration:
             return None
         return interpolate_map(self.wavelength, x, y), interpolate_map(self.bandwidth, x, y)
 
+    @contextmanager
     def correct(
         self, image: np.ndarray, variance: np.ndarray, origin: tuple[float, float]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Put a frame of before QR3 on the flux scale of QR3.
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Put a frame of before QR3 on the flux scale of QR3 during the block.
 
         Parameters
         ----------
@@ -131,21 +134,34 @@ class DetectorCalibration:
         origin : (float, float)
             Full-frame 0-based pixel of their pixel (0, 0).
 
-        Returns
-        -------
+        Yields
+        ------
         image, variance : (ny, nx) big-endian float32 array
             The same arrays without a correction.
         """
         factors = self.factors
         if factors is None:
-            return image, variance
+            yield image, variance
+            return
         (ny, nx), x0, y0 = image.shape, round(origin[0]), round(origin[1])
         if not (0 <= x0 <= DETECTOR_PIXELS - nx and 0 <= y0 <= DETECTOR_PIXELS - ny):
             raise FrameError("the frame is not a part of the detector, as its origin has it")
-        return apply_factors(image, variance, factors[y0 : y0 + ny, x0 : x0 + nx])
+        planes = None
+        with suppress(IndexError):
+            planes = _free_planes.pop()
+        if planes is None or planes[0].shape != (ny, nx):
+            planes = np.empty((ny, nx), ">f4"), np.empty((ny, nx), ">f4")
+        try:
+            yield apply_factors(image, variance, factors[y0 : y0 + ny, x0 : x0 + nx], planes)
+        finally:
+            _free_planes.append(planes)
 
 
 NO_CALIBRATION = DetectorCalibration()
+
+# Planes that a frame was corrected in, for the next one: to map new memory takes longer than to
+# fill it. There are as many as frames were ever measured at the same time.
+_free_planes: deque[tuple[np.ndarray, np.ndarray]] = deque()
 
 
 def _round(position: np.ndarray) -> np.ndarray:

@@ -184,11 +184,25 @@ def measure(
     FrameError
         If no pixel of the frame has a finite value, or none a valid variance.
     """
+    with calibration.correct(frame.image, frame.variance, frame.origin) as (image, variance):
+        planes = _view_planes(image, variance, frame)
+        return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants)
+
+
+def _measure_planes(
+    planes: Planes,
+    frame: Frame,
+    ra: np.ndarray,
+    dec: np.ndarray,
+    config: PhotometryConfig,
+    calibration: DetectorCalibration,
+    contaminants: tuple[np.ndarray, np.ndarray] | None,
+) -> Measurement:
+    """Measure sources on planes that have the present flux scale."""
     warnings = list(frame.warnings)
     pixel_scale = _choose_pixel_scale(frame, config, warnings)
     radius = _choose_aperture_radius(frame, pixel_scale, config, warnings)
 
-    planes = _view_planes(frame, calibration)
     bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.
     median_variance = functools.cache(lambda: find_positive_median(planes.variance))
@@ -453,8 +467,8 @@ def _choose_aperture_radius(
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
 
 
-def _view_planes(frame: Frame, calibration: DetectorCalibration) -> Planes:
-    """Return the planes of a frame as words, IMAGE and VARIANCE on the present flux scale."""
+def _view_planes(image: np.ndarray, variance: np.ndarray, frame: Frame) -> Planes:
+    """Return planes, of which two need not be those of the frame, as words."""
 
     def view(plane: np.ndarray) -> np.ndarray:
         words = np.asarray(plane).view("<u4")
@@ -462,7 +476,6 @@ def _view_planes(frame: Frame, calibration: DetectorCalibration) -> Planes:
         words.flags.writeable = False
         return words
 
-    image, variance = calibration.correct(frame.image, frame.variance, frame.origin)
     return Planes(*map(view, (image, variance, frame.zodi, frame.flags)))
 
 

@@ -21,10 +21,9 @@ from spxdask.run.aggregation import (
 )
 from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
-from spxdask.run.observations import Observations
 from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
+from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
-from spxdask.science.catalogue import Catalogue
 from spxdask.stages import light_curves
 from spxdask.storage import describe_temporary_folder, raise_disk_full
 from spxdask.text import format_count
@@ -71,22 +70,14 @@ class Aggregation:
     def _n_partitions(self) -> int:
         return light_curves.count_partitions(self._tables, self._config.num_buckets)
 
-    def choose_tables(
-        self,
-        observations: Observations | None,
-        catalogue: Catalogue | None,
-        contaminants: Catalogue | None = None,
-    ) -> None:
-        """Choose the per-image tables.
+    def choose_tables(self, sources: RunSources) -> None:
+        """Choose the per-image tables of the last query's frames; all without a query.
 
         Parameters
         ----------
-        observations : Observations or None
-            The frames of the last query; None to take every table in per_image/.
-        catalogue : Catalogue or None
-            The sources that the tables of a query's frames have to be made with.
-        contaminants : Catalogue, optional
-            Those that take part in the solution for PSF fluxes and get no rows.
+        sources : RunSources
+            What the tables of a query's frames have to be made with. Without a query, it is not
+            read.
 
         Raises
         ------
@@ -96,6 +87,11 @@ class Aggregation:
             If no frame of the query has a table.
         """
         folder, table_format = self._folder, self._config.per_image_format
+        observations = folder.load_observations(self._config)
+        catalogue = None
+        if observations is not None:
+            catalogue = sources.read()
+            folder.require_observations(self._config, catalogue)
         if self._config.lightcurve_format == "csv":
             self._refused_characters = folder.find_refused_characters(catalogue)
         sizes = folder.per_image.list_sizes()
@@ -111,7 +107,7 @@ class Aggregation:
             photometry=self._config.photometry,
             catalogue=catalogue,
             calibration=load_calibration(folder.state, self._config),
-            contaminants=contaminants,
+            contaminants=sources.read_contaminants(),
         )
         planned = plan_frames(
             observations,

@@ -11,6 +11,7 @@ from spxdask.config import BatchConfig
 from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
 from spxdask.run.folder import RunFolder
+from spxdask.run.summary import StageReport
 from spxdask.science.calibration import EPSF
 from spxdask.storage import local_path
 
@@ -23,8 +24,7 @@ def prepare_calibration(
     folder: RunFolder,
     config: BatchConfig,
     observations: Iterable[Observation],
-    *,
-    is_new: bool,
+    report: StageReport | None = None,
 ) -> CalibrationSet:
     """Return the products of a run; find, fetch and record them if need be.
 
@@ -36,8 +36,9 @@ def prepare_calibration(
         The run.
     observations : iterable of Observation
         Its frames.
-    is_new : bool
-        Whether the archive is asked for its newest products, although some are recorded.
+    report : StageReport, optional
+        That of a query, after which the archive is asked for its newest products; it gets what
+        is used. Otherwise the products of the last query are taken.
 
     Returns
     -------
@@ -58,7 +59,7 @@ def prepare_calibration(
     query_time = "" if query is None else query.query_time
     # A query that was killed may have left products for the frames of an earlier one.
     current = load_calibration(folder.state, config, query_time=query_time)
-    if current is not None and not is_new:
+    if current is not None and report is None:
         return current
     recorded = load_calibration(folder.state, config)
     bands, releases = set(), set()
@@ -89,4 +90,6 @@ def prepare_calibration(
             "calibration: %s is not to be had, the frames' own values are used: %s", family, reason
         )
     save_calibration(folder.state, config, found, query_time)
+    if report is not None:
+        report.products, report.missing_products = found.tokens, dict(found.missing)
     return found

@@ -7,7 +7,7 @@ import logging
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,9 +33,11 @@ from spxdask.run.frame_table import save_frame_table
 from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
 from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_failed, plan_frames
+from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
+from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.recheck import recheck_frames
 
 if TYPE_CHECKING:
@@ -482,6 +484,60 @@ class FrameRun:
             return self._announced[recipe.digest, observation.band]
 
         return choose
+
+
+def prepare_frames(
+    folder: RunFolder,
+    sources: RunSources,
+    reports: Sequence[StageReport],
+    progress: ProgressPublisher,
+    outage_policy: OutagePolicy,
+) -> FrameRun:
+    """Return a pass over the frames of the last query, with all that it depends on.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Locked by the caller. The configuration is saved in it.
+    sources : RunSources
+        The sources, and the configuration.
+    reports : sequence of StageReport
+        Those of the stages: download, extract or both.
+    progress : ProgressPublisher
+        Receives each frame that has ended.
+    outage_policy : OutagePolicy
+        Patience with an archive that does not answer.
+
+    Returns
+    -------
+    FrameRun
+
+    Raises
+    ------
+    RunFolderError
+        If there was no query, or one for other sources or options.
+    InputError
+        If calibration products that are to be used cannot be had.
+    """
+    config, stages = sources.config, [report.stage for report in reports]
+    catalogue = sources.choose(stages)
+    run = FrameRun(
+        folder=folder,
+        config=config,
+        catalogue=catalogue,
+        observations=folder.require_observations(config, catalogue),
+        reports={report.stage: report for report in reports},
+        progress=progress,
+        outage_policy=outage_policy,
+    )
+    if "extract" in stages:
+        run.contaminants = sources.read_contaminants()
+        run.calibration = prepare_calibration(folder, config, run.observations)
+    folder.save_config(config)
+    if config.lightcurve_format == "csv" and "extract" in stages:
+        # Long before the first light curve is written.
+        folder.find_refused_characters(catalogue)
+    return run
 
 
 def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
