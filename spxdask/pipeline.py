@@ -269,22 +269,15 @@ class BatchPipeline:
         return self.summary
 
     def _run_frames(
-        self,
-        *stages: str,
-        skip_existing: bool = True,
-        only_failed: bool = False,
-        recheck: bool = False,
+        self, *stages: str, recheck: bool = False, **options: bool
     ) -> dict[str, StageReport]:
-        """Run download, extract, or both at once, frame by frame."""
+        """Run download, extract, or both at once, frame by frame; see `FrameRun.plan`."""
         with self._stage_context(*stages) as reports:
             run = prepare_frames(
                 self.folder, self._sources, reports, self._progress, self._outage_policy
             )
-            ask = functools.partial(self._session.run_once, "recheck")
-            replaced = run.recheck(ask) if recheck else set()
-            states = run.plan(
-                skip_existing=skip_existing, only_failed=only_failed, replaced=replaced
-            )
+            replaced = run.recheck(self._session.run_once) if recheck else set()
+            states = run.plan(replaced=replaced, **options)
             if needs_tasks(states):
                 run.execute(self._session.connect(), states, serial=self._session.is_embedded)
             run.save_table()

@@ -115,7 +115,8 @@ class FrameRun:
         Parameters
         ----------
         run_once : callable
-            Calls a function with arguments from where the frames are fetched.
+            Calls a function, whose name comes first, with arguments, from where the frames are
+            fetched.
 
         Returns
         -------
@@ -130,7 +131,7 @@ class FrameRun:
             endpoint=options.endpoint,
             max_concurrent_requests=min(MAX_CONCURRENT_REQUESTS, self.config.max_download_workers),
         )
-        ask = functools.partial(run_once, question)
+        ask = functools.partial(run_once, "recheck", question)
         self.progress.start("recheck", len(self.observations), "frames")
         found = recheck_frames(iterate(self._bag), self.folder.ledger, ask, self.progress.advance)
         report = self.reports["download"]
