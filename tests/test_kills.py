@@ -94,6 +94,7 @@ def run_command(home: Path, archive: SimulatedArchive, output: Path, *more: str)
         *("spxdask", "run", "--ra", ra, "--dec", dec, "--radius", "0.05"),
         *("--catalog", str(home / "sources.csv"), "--output", str(output)),
         *("--num-buckets", "5", "--keep-bucket-files", "--max-extract-workers", "2"),
+        *("--calibration", "frame"),
         *("--tap-url", archive.tap_url, "--archive-url", archive.archive_url),
         *more,
     ]

@@ -85,10 +85,9 @@ def prepare_calibration(
         logger.warning(
             "calibration: %s: the products of the last query are used again: %s", family, reason
         )
-    for family, reason in found.missing.items():
-        logger.warning(
-            "calibration: %s is not to be had, the frames' own values are used: %s", family, reason
-        )
+    for reason in dict.fromkeys(found.missing.values()):
+        families = ", ".join(name for name, why in found.missing.items() if why == reason)
+        logger.warning("calibration: %s: the frames' own values are used, as %s", families, reason)
     save_calibration(folder.state, config, found, query_time)
     if report is not None:
         report.products, report.missing_products = found.tokens, dict(found.missing)

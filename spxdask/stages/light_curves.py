@@ -33,6 +33,8 @@ ROW_BYTES = 480
 PARQUET_SHRINKS = 3
 # Each thread sorts and writes one output partition at a time, and needs a few copies of it.
 BUCKET_BYTES = 32_000_000
+# The first line of a table is shorter.
+HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,7 +525,8 @@ def find_layout(folder: Store, name: str) -> Layout:
     try:
         with folder.open_seekable(name) as source:
             if name.endswith(".csv"):
-                names = source.readline(4096).decode("utf-8", "replace").rstrip("\n").split(",")
+                header = source.read(HEADER_BYTES).partition(b"\n")[0]
+                names = header.decode("utf-8", "replace").split(",")
             else:
                 names = pq.ParquetFile(source).schema_arrow.names
     except (pa.ArrowException, OSError) as error:

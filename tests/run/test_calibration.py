@@ -108,7 +108,7 @@ def test_an_outage_does_not_change_the_products_of_a_run(archive, make_config, c
     assert prepare(config).products == found.products
     caplog.clear()
     assert prepare(make_config(output_dir=f"{config.output_dir}2")).products == ()
-    assert "epsf is not to be had" in caplog.text
+    assert "epsf: the frames' own values are used" in caplog.text
 
 
 @pytest.mark.parametrize("as_url", [False, True])
