@@ -12,6 +12,7 @@ from spxdask.run.calibration import load_calibration, survey_products
 from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder, _query_options
 from spxdask.run.observations import save_observations
 from spxdask.run.status import read_status
+from spxdask.run.summary import StageReport
 from spxdask.science.calibration import EPSF
 from spxdask.simulate.archive import Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import make_products
@@ -59,7 +60,9 @@ def prepare(config, detectors=(1, 3), *, is_new=True):
     frames = [observation(detector) for detector in detectors]
     folder = RunFolder(config.output_dir)
     folder.state.make()
-    return prepare_calibration(folder, config, frames, is_new=is_new)
+    return prepare_calibration(
+        folder, config, frames, StageReport(stage="query") if is_new else None
+    )
 
 
 def test_products_are_recorded_with_the_run(archive, make_config):
