@@ -299,6 +299,7 @@ def _obtain_in_process(url: str, folder: Path, results) -> None:
     results.put(obtain(source(url), folder=folder).products)
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_it_once(products, tmp_path):
     spawn = get_context("spawn")
     results = spawn.Queue()

@@ -26,6 +26,7 @@ from spxdask.archive.observation import Observation, frame_url
 from spxdask.errors import FrameError, InputError, RunFolderError
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import MeasurementInputs, table_name
+from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
@@ -122,7 +123,8 @@ def make_config(archive, tmp_path):
 def prepare(config, observations, *, is_new=True):
     folder = RunFolder(config.output_dir)
     folder.state.make()
-    return prepare_calibration(folder, config, observations, is_new=is_new)
+    report = StageReport(stage="query") if is_new else None
+    return prepare_calibration(folder, config, observations, report)
 
 
 def measure(calibrated, config, calibration, number, folder, **options) -> pd.DataFrame:

@@ -94,6 +94,7 @@ def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_p
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stdin", "missing"])
 def test_program_that_is_not_a_file_fails_before_the_query(make_config, archive, tmp_path, how):
     options = make_config(bands=["D1"]).to_dict()

@@ -84,7 +84,7 @@ def test_the_status_says_what_a_run_uses(archive, make_config):
     frames = [observation(3)]
     save_observations(folder.state, OBSERVATIONS_NAME, frames, _query_options(config))
     folder.save_config(config)
-    prepare_calibration(folder, config, frames, is_new=True)
+    prepare_calibration(folder, config, frames, StageReport(stage="query"))
     text = str(read_status(config.output_dir))
     assert f"calibrated with {V2}" in text
     assert "not calibrated with spectral_wcs: there is no product for D3" in text

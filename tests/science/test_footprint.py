@@ -126,6 +126,7 @@ def test_every_corner_of_a_real_frame_counts():
 CENTRES = st.sampled_from([(0.0, 0.0), (359.99, -30.0), (12.0, 90.0), (80.0, -89.0), (180.0, 1.7)])
 
 
+@pytest.mark.slow
 @given(CENTRES, st.floats(0, 360), st.floats(-3, 3), st.floats(-3, 3), st.booleans(), st.booleans())
 def test_as_another_geometry_has_it(centre, roll, x, y, closed, reverse):
     polygon = list(exposure(*centre, roll).footprint())
