@@ -93,7 +93,7 @@ def test_fluxes_are_unbiased_and_errors_are_right(report):
 
 def test_table_figure_and_text_are_there(folder, report):
     path = folder.root.local_path
-    table = pd.read_csv(path / "injection.csv")
+    table = pd.read_csv(path / "injection.csv", float_precision="round_trip")
     assert len(table) == len(report.rows)
     np.testing.assert_array_equal(table["injected_flux"], report.rows["injected_flux"])
     assert set(table["band"]) == {"D3", "D4"}
