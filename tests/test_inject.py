@@ -93,9 +93,10 @@ def test_fluxes_are_unbiased_and_errors_are_right(report):
 
 def test_table_figure_and_text_are_there(folder, report):
     path = folder.root.local_path
-    table = pd.read_csv(path / "injection.csv", float_precision="round_trip")
+    table = pd.read_csv(path / "injection.csv")
     assert len(table) == len(report.rows)
-    np.testing.assert_array_equal(table["injected_flux"], report.rows["injected_flux"])
+    # Older versions of pandas do not read the last bit of a double.
+    np.testing.assert_allclose(table["injected_flux"], report.rows["injected_flux"], rtol=1e-15)
     assert set(table["band"]) == {"D3", "D4"}
     with Image.open(path / "injection.png") as image:
         assert min(image.size) > 300
