@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from spxdask.errors import ConfigError, StoreError
+from spxdask.science.families import FAMILIES
 from spxdask.science.options import (
     CheckedOptions,
     PhotometryConfig,
@@ -67,7 +68,6 @@ class LiteralPath(str):
     """A path that is not expanded: a dollar sign in it is a dollar sign."""
 
 
-PRODUCT_FAMILIES = ("spectral_wcs", "solid_angle_pixel_map", "epsf", "l3_flux_corrections")
 _TOKEN = re.compile(r"cal-[0-9a-z.-]{1,60}")
 _VARIABLE = re.compile(r"\$(?:(?P<escape>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[^}]*)\})")
 
@@ -200,8 +200,8 @@ def _check_pins(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
         if not isinstance(split, list | tuple) or len(split) != 2:
             raise ValueError("{rule}")
         family, tokens = split
-        if family not in PRODUCT_FAMILIES:
-            raise ValueError(f"{{rule}}; families are {', '.join(PRODUCT_FAMILIES)}")
+        if family not in FAMILIES:
+            raise ValueError(f"{{rule}}; families are {', '.join(FAMILIES)}")
         tokens = [tokens] if isinstance(tokens, str) else tokens
         if not isinstance(tokens, list | tuple) or not all(
             isinstance(token, str) and _TOKEN.fullmatch(token) for token in tokens

@@ -27,7 +27,8 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.transfer import fetch_file
 from spxdask.archive.urls import strip_credentials
 from spxdask.errors import ArchiveError, FrameError, InputError
-from spxdask.science.calibration import FAMILIES, FLUX_CORRECTION, check_product
+from spxdask.science.calibration import check_product
+from spxdask.science.families import FAMILIES, FLUX_CORRECTION
 from spxdask.storage import LocalStore, raise_disk_full
 from spxdask.storage.cache import cache_folder
 

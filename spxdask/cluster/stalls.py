@@ -24,7 +24,7 @@ class StallTimes(NamedTuple):
 
     Attributes
     ----------
-    look_s : float
+    poll_interval_s : float
         The cluster is looked at; again each time that this time has passed.
     report_s : float
         The user is told; again after twice that time, and so on.
@@ -32,7 +32,7 @@ class StallTimes(NamedTuple):
         Workers that are paused are an error, if none runs a task.
     """
 
-    look_s: float = 5.0
+    poll_interval_s: float = 5.0
     report_s: float = 60.0
     paused_s: float = 30.0
 
@@ -80,10 +80,10 @@ class StallWatch:
         """Note that there was progress."""
         self._advanced_s = self._clock()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look at the cluster if there was no progress; set `failure` if it cannot go on."""
         stalled_s = self._clock() - self._advanced_s
-        if stalled_s < self._times.look_s:
+        if stalled_s < self._times.poll_interval_s:
             self._paused_since_s = None
             return
         if self._client.cluster is not None and self._client.cluster.status == Status.running:
@@ -144,16 +144,16 @@ class StallWatch:
         is_over : threading.Event
             Set when nobody waits any more.
         """
-        while not is_over.wait(self._times.look_s):
+        while not is_over.wait(self._times.poll_interval_s):
             try:
                 if self.failure is None:
-                    self.look()
+                    self.poll()
                 if self.failure is not None:
                     # The client may submit more tasks before it notices.
                     self._client.cancel(list(self._get_futures()))
             except Exception as error:
                 # The scheduler may be gone, which those who wait for results find out, too.
-                logger.debug("the cluster cannot be looked at: %s", error)
+                logger.debug("the cluster cannot be polled: %s", error)
 
 
 def _is_busy(worker: dict) -> bool:

@@ -23,7 +23,8 @@ from spxdask.archive.calibration import (
 from spxdask.archive.retry import RetryPolicy
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError
-from spxdask.science.calibration import FAMILIES, USABLE_WAVELENGTH_UM
+from spxdask.science.calibration import USABLE_WAVELENGTH_UM
+from spxdask.science.families import FAMILIES
 from spxdask.storage import Store
 
 __all__ = [

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from spxdask.science.families import EPSF, FLUX_CORRECTION, SOLID_ANGLE, SPECTRAL_WCS
+
 if TYPE_CHECKING:
     from spxdask.science.options import PhotometryConfig
 
@@ -130,15 +132,15 @@ def _read_aperture(inputs: RecipeInputs) -> dict[str, Any]:
 
 
 def _read_solid_angle(inputs: RecipeInputs) -> dict[str, Any]:
-    return inputs.describe("solid_angle_pixel_map")
+    return inputs.describe(SOLID_ANGLE)
 
 
 def _read_wavelength(inputs: RecipeInputs) -> dict[str, Any] | None:
-    return inputs.describe("spectral_wcs") or None
+    return inputs.describe(SPECTRAL_WCS) or None
 
 
 def _read_flux_scale(inputs: RecipeInputs) -> dict[str, Any] | None:
-    return inputs.describe("l3_flux_corrections") or None
+    return inputs.describe(FLUX_CORRECTION) or None
 
 
 def _read_psf(inputs: RecipeInputs) -> dict[str, Any] | None:
@@ -147,7 +149,7 @@ def _read_psf(inputs: RecipeInputs) -> dict[str, Any] | None:
         return None
     options = {name: getattr(photometry, name) for name in ("psf", "psf_bad_flags", "bad_flags")}
     contaminants = {"contaminants": inputs.contaminants} if inputs.contaminants else {}
-    return options | inputs.describe("epsf") | contaminants
+    return options | inputs.describe(EPSF) | contaminants
 
 
 STEPS = (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spxdask.archive.observation import EARLY_RELEASES
+from spxdask.science.families import FLUX_CORRECTION
 from spxdask.text import format_count
 
 MAX_FAILURES_SHOWN = 10
@@ -223,7 +224,7 @@ def _list_notes(report: StageReport) -> list[str]:
     """Return a line for each thing that users should know of the results of a stage."""
     notes = []
     early = EARLY_RELEASES & report.releases.keys()
-    is_corrected = "l3_flux_corrections" in report.products
+    is_corrected = FLUX_CORRECTION in report.products
     if early and report.releases.keys() - early and not is_corrected:
         counts = ", ".join(f"{n:,} of {name}" for name, n in sorted(report.releases.items()))
         scale = f"{' and '.join(sorted(early))} has another flux scale, by a few percent"

@@ -17,29 +17,19 @@ from typing import Any
 import numpy as np
 
 from spxdask.errors import FrameError
+from spxdask.science.families import EPSF, FLUX_CORRECTION, SOLID_ANGLE, SPECTRAL_WCS
 from spxdask.science.level2.fits import Hdu, Header, map_image, scan, verify
 from spxdask.science.maps import USABLE_FACTORS, apply_factors, interpolate_map, repair_factors
 from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_epsf
 
 __all__ = [
-    "EPSF",
-    "FAMILIES",
-    "FLUX_CORRECTION",
     "NO_CALIBRATION",
-    "SOLID_ANGLE",
-    "SPECTRAL_WCS",
     "DetectorCalibration",
     "check_product",
     "open_products",
 ]
 
-SPECTRAL_WCS = "spectral_wcs"
-SOLID_ANGLE = "solid_angle_pixel_map"
-EPSF = "epsf"
-FLUX_CORRECTION = "l3_flux_corrections"
-# The families that change what is measured.
-FAMILIES = (SPECTRAL_WCS, SOLID_ANGLE, EPSF, FLUX_CORRECTION)
 # Rows and columns of a detector.
 DETECTOR_PIXELS = 2040
 # Values beyond these limits are no product of this kind, whatever the file is called.
@@ -175,7 +165,7 @@ def check_product(family: str, band: str, content: memoryview) -> None:
     Parameters
     ----------
     family : str
-        One of `FAMILIES`.
+        One of `spxdask.science.families.FAMILIES`.
     band : str
         ``D1`` to ``D6``.
     content : memoryview
@@ -196,7 +186,7 @@ def open_products(paths: Mapping[str, Path], band: str) -> DetectorCalibration:
     Parameters
     ----------
     paths : mapping of str to Path
-        Files of some of `FAMILIES`, by family. They must never change.
+        Files, by family. They must never change.
     band : str
         ``D1`` to ``D6``.
 

@@ -12,7 +12,7 @@ from spxdask.errors import InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import StageReport
-from spxdask.science.calibration import EPSF
+from spxdask.science.families import EPSF
 from spxdask.storage import local_path
 
 __all__ = ["prepare_calibration"]

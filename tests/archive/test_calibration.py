@@ -26,14 +26,8 @@ from spxdask.archive.calibration import (
 )
 from spxdask.archive.retry import RetryPolicy
 from spxdask.errors import ArchiveError, InputError
-from spxdask.science.calibration import (
-    EPSF,
-    FAMILIES,
-    FLUX_CORRECTION,
-    SOLID_ANGLE,
-    SPECTRAL_WCS,
-    open_products,
-)
+from spxdask.science.calibration import open_products
+from spxdask.science.families import EPSF, FAMILIES, FLUX_CORRECTION, SOLID_ANGLE, SPECTRAL_WCS
 from spxdask.simulate.archive import BUCKET, Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import ArchivedProduct, make_products
 

@@ -36,7 +36,11 @@ class Cluster:
         self.events: list = []
         self.now_s = 0.0
         self.watch = StallWatch(
-            self, "partition", list, StallTimes(look_s=5, report_s=60, paused_s=30), clock=self
+            self,
+            "partition",
+            list,
+            StallTimes(poll_interval_s=5, report_s=60, paused_s=30),
+            clock=self,
         )
 
     def __call__(self) -> float:
@@ -57,7 +61,7 @@ class Cluster:
         """Let time pass, and have the watch look as often as its thread would."""
         for _ in range(int(seconds / 5)):
             self.now_s += 5
-            self.watch.look()
+            self.watch.poll()
 
 
 def test_lost_workers_are_reported_once_then_seldom(caplog):
@@ -133,7 +137,7 @@ def test_workers_that_go_on_after_a_pause_are_no_failure():
 # With a cluster
 
 
-SOON = StallTimes(look_s=0.1, report_s=60, paused_s=0.5)
+SOON = StallTimes(poll_interval_s=0.1, report_s=60, paused_s=0.5)
 
 
 @pytest.fixture
@@ -200,7 +204,7 @@ def test_the_watch_survives_a_scheduler_that_does_not_answer():
         raise OSError("gone")
 
     client = SimpleNamespace(cluster=None, scheduler_info=fail)
-    watch = StallWatch(client, "frame", list, StallTimes(look_s=0.001), clock=cluster)
+    watch = StallWatch(client, "frame", list, StallTimes(poll_interval_s=0.001), clock=cluster)
     cluster.now_s = 10.0
     watch.run(is_over)
     assert (len(asked), watch.failure) == (2, None)

@@ -13,7 +13,7 @@ from spxdask.run.folder import OBSERVATIONS_NAME, RunFolder, _query_options
 from spxdask.run.observations import save_observations
 from spxdask.run.status import read_status
 from spxdask.run.summary import StageReport
-from spxdask.science.calibration import EPSF
+from spxdask.science.families import EPSF
 from spxdask.simulate.archive import Fault, SimulatedArchive, make_mirror
 from spxdask.simulate.products import make_products
 from spxdask.stages.calibration import prepare_calibration

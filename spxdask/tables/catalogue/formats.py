@@ -76,7 +76,7 @@ def open_content(content: bytes, name: str, choice: CatalogueColumns) -> RawTabl
         except CatalogueError:
             raise
         except (
-            *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
+            *(OSError, EOFError, ValueError, RuntimeError),
             *(lzma.LZMAError, zlib.error, zipfile.BadZipFile),
         ) as error:
             raise CatalogueError(f"not readable as {suffix[1:]}: {error}") from error
