@@ -556,6 +556,14 @@ class BatchConfig(CheckedOptions):
             le=1000,
         ),
     ] = 4
+    read: Annotated[
+        Literal["auto", "whole", "rows"],
+        option(
+            "'rows' fetches of a frame that is not kept only the rows of pixels that its sources "
+            "need, 'whole' the whole file; 'auto' does what is faster, frame by frame",
+            group=ARCHIVE,
+        ),
+    ] = "auto"
     max_retries: Annotated[
         int,
         option("times a failed request to the archive is repeated", group=ARCHIVE, ge=0, le=100),

@@ -53,11 +53,25 @@ FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "half the range of bg_level from the 16th to the 84th percentile",
     ),
     ("seconds", pa.float64(), "s", "time that measuring it took"),
-    ("bytes", pa.int64(), "", "length of the frame's file"),
+    ("bytes", pa.int64(), "", "bytes that came of the frame's file"),
+    ("file_bytes", pa.int64(), "", "length of the frame's file"),
+    (
+        "read",
+        pa.string(),
+        "",
+        "how the frame came: `whole`, or `rows` (only those that its sources need)",
+    ),
+    ("requests", pa.int64(), "", "requests that its bytes took"),
+    (
+        "fit_rows",
+        pa.int64(),
+        "",
+        "rows of pixels that the zodiacal fit and the median variance saw; null for all",
+    ),
 )
 _SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
 # Raised when the same ledger gives another table.
-_VERSION = 1
+_VERSION = 2
 
 
 def save_frame_table(
@@ -133,10 +147,15 @@ def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[
         "mjd": observation.mjd,
         "status": status,
         "reason": reason,
-        "bytes": observation.size_bytes,
+        "file_bytes": observation.size_bytes,
     }
-    if fetched is not None and fetched.status == "done" and fetched.bytes:
-        row["bytes"] = fetched.bytes
+    if fetched is not None and fetched.status == "done":
+        row |= {
+            "bytes": fetched.bytes or None,
+            "file_bytes": fetched.file_bytes or observation.size_bytes,
+            "read": fetched.read or "whole",
+            "requests": fetched.requests or None,
+        }
     if measured is None or measured.status != "done":
         return row
     row |= {name: value for name, value in measured.properties.items() if name in _SCHEMA.names}
@@ -146,7 +165,8 @@ def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[
         "skipped": json.dumps(measured.skipped, sort_keys=True),
         "psf_empty": json.dumps(measured.psf_empty, sort_keys=True),
         "seconds": measured.seconds,
-        "bytes": measured.frame_bytes or row["bytes"],
+        "file_bytes": measured.frame_bytes or row["file_bytes"],
+        "read": measured.read or row.get("read"),
     }
 
 

@@ -41,7 +41,7 @@ class Outcome:
     seconds : float
         Time in the task.
     bytes : int
-        Bytes fetched, or written as a table.
+        Bytes that came of a frame, or were written as a table.
     attempts : int
         Requests that a download needed.
     rows : int
@@ -69,7 +69,7 @@ class Outcome:
     time : str or None
         When it was recorded, ISO 8601; the ledger sets it.
     frame_bytes : int
-        Length of the frame that was measured, 0 where that is not known.
+        Length of the frame that was fetched or measured, 0 where that is not known.
     recipe : str or None
         Digest of the recipe that the frame was measured with; see `Ledger.recipes`.
     catalogue : str or None
@@ -77,6 +77,13 @@ class Outcome:
     blame : str or None
         ``archive`` or ``access`` if it failed for a reason that lies not in the frame, but in the
         archive or in the way to it.
+    read : str or None
+        How the frame came: ``whole``, or ``rows`` where only some of its rows did. None where
+        that was not recorded: whole.
+    requests : int
+        Requests that its bytes took.
+    refusal : str or None
+        What the archive answered when it was asked for a part of the file, and did not send it.
     """
 
     stage: str
@@ -101,6 +108,9 @@ class Outcome:
     modified: str | None = None
     frame_checksum: str | None = None
     blame: str | None = None
+    read: str | None = None
+    requests: int = 0
+    refusal: str | None = None
     time: str | None = field(default=None, compare=False)
 
     @property
@@ -114,6 +124,17 @@ class Outcome:
         """
         is_hash = self.checksum is not None and ":" in self.checksum
         return self.checksum if is_hash else None
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the frame's file, 0 where it is not known.
+
+        Returns
+        -------
+        int
+            Earlier versions recorded it for a download as the bytes that came.
+        """
+        return self.frame_bytes or (self.bytes if self.stage == "download" else 0)
 
 
 _FIELDS = frozenset(option.name for option in dataclasses.fields(Outcome))

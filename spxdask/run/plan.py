@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from spxdask.archive.received import FileVersion
 from spxdask.run.recipe import Recipe, RecipeInputs, make_recipe
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "choose_tables",
     "find_empty",
     "has_failed",
+    "is_other_file",
     "plan_frames",
     "table_name",
 ]
@@ -403,8 +405,7 @@ def _decide(
 def _was_replaced(observation: Observation, measured: Outcome, outcomes: Outcomes) -> bool:
     """Return whether the archive has another file under the name than was measured."""
     latest = outcomes.get_done("download", observation.filename)
-    # What a version without hashes measured may be another file, too.
-    if latest is not None and latest.content_hash not in (None, measured.frame_checksum):
+    if latest is not None and is_other_file(latest, measured):
         return True
     if measured.frame_bytes:
         return observation.size_bytes not in (None, measured.frame_bytes)
@@ -412,7 +413,34 @@ def _was_replaced(observation: Observation, measured: Outcome, outcomes: Outcome
     fetched = outcomes.get("download", observation.filename)
     if fetched is None or fetched.status != "done" or not observation.size_bytes:
         return False
-    return fetched.bytes != observation.size_bytes
+    return fetched.file_bytes != observation.size_bytes
+
+
+def is_other_file(fetched: Outcome, measured: Outcome) -> bool:
+    """Return whether a frame that was fetched is, or may be, of another content than was measured.
+
+    Parameters
+    ----------
+    fetched : Outcome
+        Of its last download that succeeded.
+    measured : Outcome
+        Of its extraction.
+
+    Returns
+    -------
+    bool
+        Whole files are told apart by the hashes of their contents. Of a file of which only some
+        rows came there is none, and the versions decide that the archive stated; where it states
+        none, two that came by rows count as the same.
+    """
+    if "rows" in (fetched.read, measured.read):
+        before = FileVersion(measured.etag, measured.modified)
+        differs = before.differs(FileVersion(fetched.etag, fetched.modified))
+        if differs is None:
+            return fetched.read != measured.read
+        return differs
+    # What a version without hashes measured may be another file, too.
+    return fetched.content_hash not in (None, measured.frame_checksum)
 
 
 @dataclass(kw_only=True)

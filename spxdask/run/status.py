@@ -16,7 +16,7 @@ from spxdask.run.aggregation import load_aggregation
 from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, plan_frames
-from spxdask.run.summary import describe_calibration
+from spxdask.run.summary import describe_calibration, describe_reading
 from spxdask.storage import Store
 from spxdask.text import format_count, format_duration
 
@@ -41,6 +41,10 @@ class RunStatus:
         Length of those that are not excluded.
     fetched : int
         Frames in images/.
+    came_bytes, came_file_bytes : int
+        Bytes that came of the frames that were fetched, kept or not, and their length.
+    came, by_rows : int
+        Number of these frames, and of those of which only some rows of pixels came.
     measured : int
         Frames with a table that is up to date.
     pending : int
@@ -77,6 +81,10 @@ class RunStatus:
     n_frames: int
     frame_bytes: int = 0
     fetched: int = 0
+    came_bytes: int = 0
+    came_file_bytes: int = 0
+    came: int = 0
+    by_rows: int = 0
     measured: int = 0
     pending: int = 0
     rows: int = 0
@@ -114,6 +122,9 @@ class RunStatus:
             for text, n in self.excluded.items()
         ]
         lines[1:1] = [("", text) for text in self.calibration]
+        reading = (self.came_bytes, self.came_file_bytes, self.by_rows, self.came)
+        at = next(i for i, (name, _) in enumerate(lines) if name == "extract")
+        lines[at:at] = [("", text) for text in describe_reading(*reading)]
         reasons = list(self.failed.items())
         lines += [("", f"{name}: {reason}") for name, reason in reasons[:MAX_LINES_SHOWN]]
         if len(reasons) > MAX_LINES_SHOWN:
@@ -250,6 +261,12 @@ def _read(folder: RunFolder) -> RunStatus:
             found.excluded[NO_SOURCE] += 1
             continue
         found.frame_bytes += observation.size_bytes or 0
+        fetched = folder.ledger.get_done("download", observation.filename)
+        if fetched is not None:
+            found.came += 1
+            found.came_bytes += fetched.bytes
+            found.came_file_bytes += fetched.file_bytes
+            found.by_rows += fetched.read == "rows"
         if measured is not None:
             found.measured += 1
             found.rows += measured.rows

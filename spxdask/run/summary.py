@@ -60,7 +60,13 @@ class StageReport:
     warnings : dict of str to tuple of str
         Warnings by file name of the frame.
     bytes : int
-        For download, bytes fetched; for query, bytes of all frames found that are not excluded.
+        For download, bytes that came; for query, bytes of all frames found that are not excluded.
+    file_bytes : int
+        For download and extract, length of the files that this is of.
+    by_rows : int
+        For download and extract, frames of which only some rows of pixels came.
+    refusal : str or None
+        What the archive answered when it was asked for a part of a file, and did not send it.
     seconds : float
         Wall time, s.
     """
@@ -86,6 +92,9 @@ class StageReport:
     missing_products: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bytes: int = 0
+    file_bytes: int = 0
+    by_rows: int = 0
+    refusal: str | None = None
     seconds: float = 0.0
 
     def __repr__(self) -> str:
@@ -220,6 +229,28 @@ def describe_calibration(products: Mapping[str, str], missing: Mapping[str, str]
     ]
 
 
+def describe_reading(came: int, file_bytes: int, by_rows: int, total: int) -> list[str]:
+    """Return what is to be said of frames of which only some rows came.
+
+    Parameters
+    ----------
+    came, file_bytes : int
+        Bytes that came, and the length of the files.
+    by_rows, total : int
+        Frames of which some rows came, and all that were fetched.
+
+    Returns
+    -------
+    list of str
+        A line, or none where all came whole.
+    """
+    if not by_rows:
+        return []
+    some = "" if by_rows == total else f"{by_rows:,} of {format_count(total, 'frame')} "
+    sizes = f"{came / 1e9:.3g} GB of {file_bytes / 1e9:.3g} GB"
+    return [f"fetched {sizes}, {some}by rows"]
+
+
 def _list_notes(report: StageReport) -> list[str]:
     """Return a line for each thing that users should know of the results of a stage."""
     notes = []
@@ -244,6 +275,10 @@ def _list_notes(report: StageReport) -> list[str]:
         notes.append(f"{asked} rechecked: {report.replaced:,} replaced in the archive")
     for reason, count in sorted(report.not_rechecked.items()):
         notes.append(f"{format_count(count, 'frame')} not rechecked: {reason}")
+    if report.stage == "download":
+        notes += describe_reading(report.bytes, report.file_bytes, report.by_rows, report.done)
+        if report.refusal is not None:
+            notes.append(f"the archive sends no parts of files, all came whole: {report.refusal}")
     if report.left_out:
         notes.append(f"{format_count(report.left_out, 'frame')} not included: not measured")
     if report.removed:

@@ -214,7 +214,7 @@ def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:
         local = store.local_path
         content = map_file(local / name) if local else memoryview(store.get(name))
         frame = open_frame(content, name)
-        if fetched is not None and fetched.bytes == frame.file_bytes:
+        if fetched is not None and fetched.file_bytes == frame.file_bytes:
             checksum, warnings = fetched.content_hash, fetched.warnings
         else:
             checksum, warnings = None, verify(content)

@@ -32,7 +32,14 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.frame_table import save_frame_table
 from spxdask.run.ledger import Outcome
 from spxdask.run.observations import Observations
-from spxdask.run.plan import NO_SOURCE, FrameState, MeasurementInputs, has_failed, plan_frames
+from spxdask.run.plan import (
+    NO_SOURCE,
+    FrameState,
+    MeasurementInputs,
+    has_failed,
+    is_other_file,
+    plan_frames,
+)
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
@@ -385,11 +392,13 @@ class FrameRun:
         """
         report = self.reports.get("extract")
         measured = self.folder.ledger.get_done("extract", fetched.filename)
-        if report is None or measured is None or measured.frame_checksum == fetched.content_hash:
+        if report is None or measured is None or not is_other_file(fetched, measured):
             return False
         report.reused -= 1
         report.rows -= measured.rows
         report.bytes -= measured.bytes
+        report.file_bytes -= measured.file_bytes
+        report.by_rows -= measured.read == "rows"
         report.skipped -= Counter(measured.skipped)
         report.psf_empty -= Counter(measured.psf_empty)
         report.warnings.pop(fetched.filename, None)
@@ -428,6 +437,9 @@ class FrameRun:
         report = self.reports[outcome.stage]
         report.rows += outcome.rows
         report.bytes += outcome.bytes
+        report.file_bytes += outcome.file_bytes
+        report.by_rows += outcome.read == "rows"
+        report.refusal = report.refusal or outcome.refusal
         report.skipped.update(outcome.skipped)
         report.psf_empty.update(outcome.psf_empty)
         # The measurement of a frame repeats the warnings of its download.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -140,3 +141,53 @@ def test_what_an_error_kept_counts_no_more(memory, pool):
         raise KeyError
     assert borrower.has.wait(60)
     borrower.give_back()
+
+
+def test_only_what_is_held_of_a_sparse_file_counts(memory, pool):
+    with memory.lease_sparse(1000, 100) as parts:
+        assert len(parts.memory) == 1000
+        assert not any(parts.memory)
+        first = Borrower(pool, memory, 40, 100)
+        assert first.has.wait(60)
+        parts.reserve(60)
+        # Who holds something already does not wait for more, which could be for ever.
+        parts.reserve(90)
+        parts.reserve(10)
+        assert parts.reserved_bytes == 90
+        second = Borrower(pool, memory, 40, 100)
+        assert_waits(second, memory)
+        first.give_back()
+        assert_waits(second, memory)
+    assert second.has.wait(60)
+    second.give_back()
+
+
+def test_a_sparse_file_waits_for_room_once(memory, pool):
+    large = Borrower(pool, memory, 90, 100)
+    assert large.has.wait(60)
+
+    def reserve() -> None:
+        with memory.lease_sparse(1000, 100) as parts:
+            parts.reserve(20)
+
+    waiting = pool.submit(reserve)
+    assert memory._changed.waiting.acquire(timeout=60)
+    large.give_back()
+    waiting.result(60)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts pages of Linux")
+def test_a_sparse_file_has_the_pages_that_were_written_and_loses_them():
+    def count() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    before = count()
+    with BufferPool().lease_sparse(256 << 20) as parts:
+        for start in range(0, 256 << 20, 1 << 20):
+            parts.memory[start] = 1
+        held = count() - before
+        kept = parts.memory
+    assert 256 <= held < 1000
+    assert count() - before < 100
+    assert len(kept) == 256 << 20

@@ -97,7 +97,9 @@ def test_each_frame_has_what_became_of_it(store, ledger):
         *("measured", "failed", "fetched", "failed", "measured", "pending")
     ]
     assert [row["reason"] for row in rows] == [None, "HTTP 404", None, "no WCS", None, None]
-    assert [row["bytes"] for row in rows] == [101, 100, 102, 100, 100, 100]
+    assert [row["file_bytes"] for row in rows] == [101, 100, 102, 100, 100, 100]
+    assert [row["bytes"] for row in rows] == [101, None, 102, None, None, None]
+    assert [row["read"] for row in rows] == ["whole", None, "whole", None, None, None]
     first = rows[0]
     assert [*first] == [name for name, _, _, _ in FRAME_COLUMNS]
     assert first["calibration"] == "cal-epsf-v2-2026-191, cal-swcs-v5-2026-191"
@@ -138,3 +140,20 @@ def test_it_streams(store, ledger):
 def test_a_query_without_frames(store, ledger):
     assert save_frame_table(store, query(store, 0), ledger, None)
     assert read(store) == []
+
+
+def test_a_frame_read_by_rows_says_how_much_of_it_came(store, ledger):
+    frames = query(store, 2)
+    came = {"bytes": 30, "frame_bytes": 101, "read": "rows", "requests": 4}
+    ledger.add(outcome(0, "download", **came))
+    ledger.add(outcome(0, frame_bytes=101, read="rows", properties={"fit_rows": 55}))
+    ledger.add(outcome(1, "download", **came))
+    ledger.add(outcome(1, "download", bytes=101, frame_bytes=101, read="whole", requests=1))
+    ledger.add(outcome(1, frame_bytes=101, read="rows", properties={"fit_rows": 55}))
+    save_frame_table(store, frames, ledger, None)
+    names = ("bytes", "file_bytes", "read", "requests", "fit_rows")
+    assert [[row[name] for name in names] for row in read(store)] == [
+        [30, 101, "rows", 4, 55],
+        # What was measured counts.
+        [101, 101, "rows", 1, 55],
+    ]

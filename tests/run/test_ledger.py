@@ -39,6 +39,9 @@ FULL = Outcome(
     modified="Thu, 26 Nov 2026 05:00:00 GMT",
     frame_checksum="xxh64:0",
     blame="archive",
+    read="rows",
+    requests=4,
+    refusal="HTTP 200",
     time="2026-11-26T05:00:00+00:00",
 )
 

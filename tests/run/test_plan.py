@@ -510,3 +510,33 @@ class TestChoiceOfTables:
     def test_a_table_without_a_record(self, inputs):
         choice = self.choose(inputs, table_sizes={TABLE: 77})
         assert choice.stale_reason == "no record says how it was made"
+
+
+@pytest.mark.parametrize(
+    ("fetched", "versions", "expected"),
+    [
+        # Only some rows came both times: the archive's version decides.
+        ({"read": "rows", "etag": "a"}, {"read": "rows", "etag": "a"}, FrameState.DONE),
+        (
+            {"read": "rows", "etag": "b"},
+            {"read": "rows", "etag": "a"},
+            FrameState.FETCH_AND_MEASURE,
+        ),
+        ({"read": "rows"}, {"read": "rows"}, FrameState.DONE),
+        # The whole came later, to be kept, or earlier.
+        ({"checksum": "x:1", "etag": "a"}, {"read": "rows", "etag": "a"}, FrameState.DONE),
+        (
+            {"checksum": "x:1", "etag": "b"},
+            {"read": "rows", "etag": "a"},
+            FrameState.FETCH_AND_MEASURE,
+        ),
+        ({"checksum": "x:1"}, {"read": "rows", "etag": "a"}, FrameState.FETCH_AND_MEASURE),
+        ({"read": "rows", "etag": "b"}, {"frame_checksum": "x:1"}, FrameState.FETCH_AND_MEASURE),
+    ],
+)
+def test_a_frame_of_which_rows_came_is_told_from_its_replacement(
+    inputs, measured, fetched, versions, expected
+):
+    download = outcome("download", "done", bytes=10, frame_bytes=SIZE, **fetched)
+    table = replace(measured, frame_bytes=SIZE, **versions)
+    assert decide(inputs, download, table, table=77, keep_images=False) == expected

@@ -57,3 +57,22 @@ def test_failed_frames_are_listed_up_to_ten():
     assert "failed      12 frames" in lines
     assert sum("download: HTTP 404" in line for line in lines) == 10
     assert f"{'':<12}and 2 more, see the ledger in state/" in lines
+
+
+@pytest.mark.parametrize(
+    ("by_rows", "text"),
+    [
+        (0, None),
+        (2, "fetched 1.6 GB of 71 GB, by rows"),
+        (1, "fetched 1.6 GB of 71 GB, 1 of 2 frames by rows"),
+    ],
+)
+def test_how_much_of_the_frames_came(by_rows, text):
+    sizes = {"bytes": 1_600_000_000, "file_bytes": 71_000_000_000}
+    report = StageReport(stage="download", total=2, done=2, by_rows=by_rows, **sizes)
+    assert [line.strip() for line in repr(report).splitlines()[1:]] == [text] * (text is not None)
+
+
+def test_an_archive_that_sends_no_parts_is_named_once():
+    report = StageReport(stage="download", total=2, done=2, refusal="HTTP 200")
+    assert repr(report).count("HTTP 200") == 1
