@@ -281,15 +281,44 @@ def make_thread_window(
     callable
         Returns twice the number of threads, so that each has its next task at hand.
     """
-    asked_at: float | None = None
-    size = 0
+    ask = _ask_threads(client, interval_s)
+    return lambda: 2 * max(1, sum(ask()))
 
-    def window() -> int:
-        nonlocal asked_at, size
+
+def make_share(
+    client: Client, total: int, *, interval_s: float = THREAD_COUNT_INTERVAL_S
+) -> Callable[[], int]:
+    """Return what tells the part of a number that each worker of a cluster may use.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    total : int
+        What there is for the whole cluster.
+    interval_s : float
+        The scheduler is asked for its workers once in this many seconds at most.
+
+    Returns
+    -------
+    callable
+        Returns an equal part, at least 1.
+    """
+    ask = _ask_threads(client, interval_s)
+    return lambda: max(1, total // max(1, len(ask())))
+
+
+def _ask_threads(client: Client, interval_s: float) -> Callable[[], list[int]]:
+    """Return what tells the number of threads of each worker, as it was a moment ago."""
+    asked_at: float | None = None
+    threads: list[int] = []
+
+    def ask() -> list[int]:
+        nonlocal asked_at, threads
         now = time.monotonic()
         if asked_at is None or now - asked_at > interval_s:
-            size = 2 * max(1, sum(client.nthreads().values()))
+            threads = [*client.nthreads().values()]
             asked_at = now
-        return size
+        return threads
 
-    return window
+    return ask

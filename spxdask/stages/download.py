@@ -22,6 +22,7 @@ from spxdask.run.ledger import Outcome
 from spxdask.science.content_hash import hash_content
 from spxdask.science.level2.fits import has_fits_start, verify
 from spxdask.science.level2.frame import Frame, open_frame
+from spxdask.stages.reading import ReadOption
 from spxdask.storage import open_store
 
 # Level 2 files have at most 71.6 MB (QR2); a longer file is not one.
@@ -48,6 +49,10 @@ class FetchOptions:
         Length of the longest file that is accepted as a frame.
     endpoint : str or None
         URL of the S3 server, where that is not the usual one.
+    read : {"auto", "whole", "rows"}
+        Whether frames that are not kept come whole, or only the rows that their sources need.
+    requests_at_once : float
+        Most requests at once of a worker.
     """
 
     retry: RetryPolicy
@@ -55,6 +60,8 @@ class FetchOptions:
     scratch_bytes: float = math.inf
     max_frame_bytes: int = MAX_FRAME_BYTES
     endpoint: str | None = None
+    read: ReadOption = "whole"
+    requests_at_once: float = math.inf
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:
@@ -136,16 +143,46 @@ def fetch_frame(
     DiskFullError
         If there is no room for the frame.
     """
-    started = time.monotonic()
     size = observation.size_bytes or options.max_frame_bytes
     limit = frame_memory_limit(options.scratch_bytes, worker_memory_limit())
+    with buffers.lease(min(size, options.max_frame_bytes), limit) as memory:
+        received = ReceivedFile(memory, expected_size=observation.size_bytes)
+        return receive_and_measure(observation, images, options, measure, received)
+
+
+def receive_and_measure(
+    observation: Observation,
+    images: str | None,
+    options: FetchOptions,
+    measure: Callable[[Frame], Measured],
+    received: ReceivedFile,
+) -> tuple[Outcome, Measured | None]:
+    """Do what `fetch_frame` does in memory that is there, which may hold the beginning of the file.
+
+    Parameters
+    ----------
+    observation, images, options, measure
+        As those of `fetch_frame`.
+    received : ReceivedFile
+        Takes the file.
+
+    Returns
+    -------
+    outcome : Outcome
+        What became of the download.
+    measured : object or None
+        What `measure` returned, None if there is no frame.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room for the frame.
+    """
+    started = time.monotonic()
+    size = observation.size_bytes or options.max_frame_bytes
     reason = blame = frame = measured = written = None
     warnings: tuple[str, ...] = ()
-    with (
-        buffers.lease(min(size, options.max_frame_bytes), limit) as memory,
-        ThreadPoolExecutor(1, thread_name_prefix="write-image") as writer,
-    ):
-        received = ReceivedFile(memory, expected_size=observation.size_bytes)
+    with ThreadPoolExecutor(1, thread_name_prefix="write-image") as writer:
         try:
             if size > options.max_frame_bytes:
                 url = strip_credentials(observation.download_url)
@@ -159,7 +196,7 @@ def fetch_frame(
                 endpoint=options.endpoint,
             )
         except (ArchiveError, OSError) as error:
-            reason = _format_reason(error)
+            reason = format_reason(error)
             blame = getattr(error, "blame", None)
         seconds = time.monotonic() - started
         if frame is not None:
@@ -171,7 +208,7 @@ def fetch_frame(
             try:
                 written.result()
             except (OSError, StoreError) as error:
-                reason = _format_reason(error)
+                reason = format_reason(error)
         outcome = Outcome(
             stage="download",
             filename=observation.filename,
@@ -179,6 +216,9 @@ def fetch_frame(
             reason=reason,
             seconds=seconds,
             bytes=0 if reason else received.size,
+            frame_bytes=0 if reason else received.size,
+            read="whole",
+            requests=received.n_requests,
             attempts=received.attempts,
             warnings=() if reason else warnings,
             checksum=None if reason or frame is None else frame.checksum,
@@ -208,6 +248,25 @@ def frame_memory_limit(scratch_bytes: float, worker_bytes: float) -> float:
     return min(scratch_bytes, worker_bytes / 4)
 
 
+def check_band(frame: Frame, observation: Observation) -> None:
+    """Raise an error if a frame is of another detector than the archive says.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame, or its head.
+    observation : Observation
+        What the archive says of it.
+
+    Raises
+    ------
+    FrameError
+        If it is.
+    """
+    if frame.band != observation.band:
+        raise FrameError(f"the file is of band {frame.band}, not {observation.band}")
+
+
 class _FrameCheck:
     """Opens a received frame if it is whole and the right one.
 
@@ -234,8 +293,7 @@ class _FrameCheck:
             if is_settled and is_frame:
                 raise ArchiveError(f"{error}; a second transfer brought the same bytes") from error
             raise
-        if frame.band != self._observation.band:
-            raise FrameError(f"the file is of band {frame.band}, not {self._observation.band}")
+        check_band(frame, self._observation)
         # With the last attempt, a header that may be damaged is better than no frame.
         if warnings and not is_settled and received.attempts <= self._max_retries:
             self._doubtful = checksum
@@ -244,10 +302,19 @@ class _FrameCheck:
         return dataclasses.replace(frame, warnings=warned, checksum=checksum), warnings
 
 
-def _format_reason(error: Exception) -> str:
+def format_reason(error: Exception) -> str:
     """Return an error as one line without passwords and without control characters.
 
     The text may come from a server, and is shown on terminals.
+
+    Parameters
+    ----------
+    error : Exception
+        The error.
+
+    Returns
+    -------
+    str
     """
     text = strip_credentials(str(error))
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

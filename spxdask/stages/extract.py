@@ -17,7 +17,15 @@ import pyarrow as pa
 
 from spxdask.archive.calibration import Product, ProductSource, open_in_cache
 from spxdask.archive.observation import is_level2_name, parse_filename
-from spxdask.errors import ArchiveError, DiskFullError, FrameError, InputError, StoreError
+from spxdask.errors import (
+    ArchiveError,
+    DiskFullError,
+    FrameError,
+    InputError,
+    MissingBytesError,
+    MissingRowsError,
+    StoreError,
+)
 from spxdask.run.ledger import Outcome
 from spxdask.run.plan import table_name
 from spxdask.science.astrometry import (
@@ -31,10 +39,13 @@ from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration, ope
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.fits import verify
 from spxdask.science.level2.frame import Frame, map_file, open_frame
+from spxdask.science.level2.partial import MOST_ATTEMPTS
 from spxdask.science.options import PhotometryConfig
-from spxdask.science.photometry import Measurement, measure
+from spxdask.science.photometry import Measurement, find_needed_rows, measure
+from spxdask.stages.reading import RowRule
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
+from spxdask.tables.schema import APERTURE_ONLY, SCHEMA, WITH_PSF
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +77,8 @@ class ExtractOptions:
         Where a machine that does not have them fetches them.
     contaminants : str or None
         File of a catalogue whose sources get no rows.
+    row_rule : RowRule or None
+        Of which frames only the rows are used that their sources need, however the frames came.
     """
 
     catalogue: str
@@ -77,6 +90,7 @@ class ExtractOptions:
     products: tuple[Product, ...] = ()
     product_source: ProductSource | None = None
     contaminants: str | None = None
+    row_rule: RowRule | None = None
 
 
 def extract(
@@ -108,7 +122,33 @@ def extract(
         If there is no room for the table.
     """
     store, name = locate_file(image)
-    return _extract(name, lambda: _open_stored(store, name, fetched), per_image, options)
+    measured = _extract(
+        name, lambda: _open_stored(store, name, fetched), per_image, options, _measure_whole
+    )
+    if fetched is not None and fetched.file_bytes == measured.frame_bytes:
+        return list_outcomes(fetched, measured)[1]
+    return measured
+
+
+def list_outcomes(downloaded: Outcome, extracted: Outcome | None) -> list[Outcome]:
+    """Return the outcomes of a frame, of which the second says what the first was of.
+
+    Parameters
+    ----------
+    downloaded : Outcome
+        Of its download.
+    extracted : Outcome or None
+        Of its extraction, if there was a frame.
+
+    Returns
+    -------
+    list of Outcome
+        One or two.
+    """
+    if extracted is None:
+        return [downloaded]
+    origin = {name: getattr(downloaded, name) for name in ("read", "etag", "modified")}
+    return [downloaded, dataclasses.replace(extracted, **origin)]
 
 
 def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outcome:
@@ -117,7 +157,7 @@ def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outc
     Parameters
     ----------
     frame : Frame
-        The frame.
+        The frame. Of a whole one, the rows are used that the options' rule says.
     per_image : str
         Folder of the tables.
     options : ExtractOptions
@@ -127,21 +167,31 @@ def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outc
     -------
     Outcome
         As that of `extract`.
+
+    Raises
+    ------
+    MissingRowsError, MissingBytesError
+        If parts are needed of a frame of which some rows came, and did not come.
     """
-    return _extract(frame.filename, lambda: frame, per_image, options)
+    measure_it = _measure_whole if frame.rows is None else _measure
+    return _extract(frame.filename, lambda: frame, per_image, options, measure_it)
 
 
 def _extract(
-    filename: str, open_it: Callable[[], Frame], per_image: str, options: ExtractOptions
+    filename: str,
+    open_it: Callable[[], Frame],
+    per_image: str,
+    options: ExtractOptions,
+    measure_it: Callable[[Frame, ExtractOptions], dict[str, Any]],
 ) -> Outcome:
     started = time.monotonic()
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            measured = _measure(open_it(), options)
+            measured = measure_it(open_it(), options)
         name = table_name(filename, options.format)
         open_store(per_image).put(name, measured.pop("content"))
         result: dict[str, Any] = {"status": "done", **measured}
-    except DiskFullError:
+    except (DiskFullError, MissingRowsError, MissingBytesError):
         raise
     except (ArchiveError, FrameError, InputError, StoreError, OSError) as error:
         result = {"status": "failed", "reason": str(error)}
@@ -160,13 +210,107 @@ def _extract(
     )
 
 
-def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
-    """Return the content of a frame's table, and the fields of its outcome that go with it."""
+def _measure_whole(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
+    """Measure a whole frame on the rows that would have been read of it by rows."""
+    rule = options.row_rule
+    if rule is None or frame.file_bytes < rule.least_file_bytes:
+        return _measure(frame, options)
+    rows = find_rows(frame, options)
+    if rows is None:
+        return _measure_none(frame, options)
+    if not rule.applies(rows, frame.file_bytes):
+        return _measure(frame, options)
+    for _ in range(MOST_ATTEMPTS):
+        try:
+            return _measure(dataclasses.replace(frame, rows=rows), options)
+        except MissingRowsError as error:
+            assert error.rows is not None, "it says which rows are missing"
+            rows = rows | error.rows
+    raise FrameError(f"more rows were needed {MOST_ATTEMPTS} times")
+
+
+def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
+    """Return the rows of pixels that the sources on a frame need.
+
+    Parameters
+    ----------
+    frame : Frame
+        The frame, or its head.
+    options : ExtractOptions
+        Sources, and how they are measured.
+
+    Returns
+    -------
+    (ny,) bool array or None
+        None if no source is on the frame that would get a row in its table.
+    """
+    catalogue, others, calibration, circle = _open_inputs(frame, options)
+    observer = locate_observer(frame.mjd, frame.observer_km)
+    ra, dec = find_positions(catalogue, catalogue.within(*circle), observer)
+    contaminants = _find_contaminants(frame, others, observer)
+    return find_needed_rows(frame, ra, dec, options.photometry, calibration, contaminants)
+
+
+def record_empty(head: Frame, per_image: str, options: ExtractOptions) -> Outcome:
+    """Write the table of a frame on which no source is, of which no more is known than its head.
+
+    Parameters
+    ----------
+    head : Frame
+        The head of the frame.
+    per_image : str
+        Folder of the tables.
+    options : ExtractOptions
+        What all tasks share.
+
+    Returns
+    -------
+    Outcome
+        As that of `extract`, without rows.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room for the table.
+    """
+    return _extract(head.filename, lambda: head, per_image, options, _measure_none)
+
+
+def _measure_none(head: Frame, options: ExtractOptions) -> dict[str, Any]:
+    """Return what `_measure` does for a frame without sources."""
+    layout = APERTURE_ONLY if options.photometry.psf == "none" else WITH_PSF
+    columns = {name: pa.array([], SCHEMA.field(name).type) for name in layout.per_image}
+    catalogue, _, _, circle = _open_inputs(head, options)
+    near = catalogue.within(*circle)
+    return {
+        **_describe_table(encode_rows(columns, options.format)),
+        "warnings": head.warnings,
+        "sources_fingerprint": catalogue.digest(near).hex(),
+        "bounding_circle": circle,
+        "frame_bytes": head.file_bytes,
+        "frame_checksum": head.checksum,
+        "properties": {"mjd": head.mjd, "n_sources": len(near), "fit_rows": 0},
+    }
+
+
+def _describe_table(content: bytes) -> dict[str, Any]:
+    return {"content": content, "bytes": len(content), "checksum": hash_table(content)}
+
+
+def _open_inputs(
+    frame: Frame, options: ExtractOptions
+) -> tuple[Catalogue, Catalogue | None, DetectorCalibration, tuple[float, float, float]]:
+    """Return sources, contaminants, calibration, and the circle that sources on it are within."""
     catalogue = _open_catalogue(options.catalogue)
     others = None if options.contaminants is None else _open_catalogue(options.contaminants)
     calibration = open_calibration(options.products, options.product_source, frame.band)
     ra, dec, radius = frame.bounding_circle
-    circle = ra, dec, radius + catalogue.largest_shift_deg
+    return catalogue, others, calibration, (ra, dec, radius + catalogue.largest_shift_deg)
+
+
+def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
+    """Return the content of a frame's table, and the fields of its outcome that go with it."""
+    catalogue, others, calibration, circle = _open_inputs(frame, options)
     near = catalogue.within(*circle)
     found = measure_catalogue(
         frame, catalogue, near, options.photometry, calibration, contaminants=others
@@ -176,8 +320,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     levels = measured.columns["bg_level"]
     spread = np.percentile(levels, (16, 50, 84)) if len(levels) else np.full(3, np.nan)
     return {
-        "content": content,
-        "bytes": len(content),
+        **_describe_table(content),
         "rows": len(found.columns["target_id"]),
         "skipped": measured.skipped,
         "warnings": found.warnings,
@@ -186,8 +329,8 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
         "bounding_circle": circle,
         "frame_bytes": frame.file_bytes,
         "frame_checksum": frame.checksum,
-        "checksum": hash_table(content),
         "properties": {
+            "fit_rows": None if frame.rows is None else int(frame.rows.sum()),
             "mjd": frame.mjd,
             "zodi_scale": measured.zodi_scale,
             "is_zodi_fitted": measured.is_zodi_fitted,
@@ -285,13 +428,7 @@ def measure_catalogue(
     """
     observer = locate_observer(frame.mjd, frame.observer_km)
     ra, dec = find_positions(catalogue, near, observer)
-    others = None
-    if contaminants is not None:
-        circle_ra, circle_dec, radius = frame.bounding_circle
-        reach = radius + contaminants.largest_shift_deg
-        others = find_positions(
-            contaminants, contaminants.within(circle_ra, circle_dec, reach), observer
-        )
+    others = _find_contaminants(frame, contaminants, observer)
     measured = measure(frame, ra, dec, photometry, calibration, others)
     warnings = measured.warnings
     if is_level2_name(frame.filename) and parse_filename(frame.filename)[0] != frame.obs_id:
@@ -313,6 +450,17 @@ def measure_catalogue(
         bjd_tdb = find_bjd_tdb(observer, ra[index], dec[index])
         columns |= {**measured.psf_columns, "bjd_tdb": bjd_tdb}
     return MeasuredCatalogue(columns=columns, measured=measured, warnings=warnings)
+
+
+def _find_contaminants(
+    frame: Frame, contaminants: Catalogue | None, observer: Observer
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return where contaminants near a frame are at its time, None if there is no catalogue."""
+    if contaminants is None:
+        return None
+    ra, dec, radius = frame.bounding_circle
+    near = contaminants.within(ra, dec, radius + contaminants.largest_shift_deg)
+    return find_positions(contaminants, near, observer)
 
 
 def find_positions(

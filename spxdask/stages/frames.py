@@ -24,7 +24,13 @@ from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.urls import strip_credentials
 from spxdask.archive.version import MAX_CONCURRENT_REQUESTS, ask_versions
 from spxdask.cluster.page import ProgressPublisher
-from spxdask.cluster.tasks import as_task, is_killed_worker, make_thread_window, run_window
+from spxdask.cluster.tasks import (
+    as_task,
+    is_killed_worker,
+    make_share,
+    make_thread_window,
+    run_window,
+)
 from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, DiskFullError, InputError
 from spxdask.run.aggregation import discard_aggregation
@@ -45,6 +51,7 @@ from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import download, extract, stream
 from spxdask.stages.calibration import prepare_calibration
+from spxdask.stages.reading import ReadOption, make_row_rule
 from spxdask.stages.recheck import recheck_frames
 
 if TYPE_CHECKING:
@@ -109,6 +116,8 @@ class FrameRun:
     def __post_init__(self) -> None:
         # Frames that were fetched for their image, and turned out to be others than were measured.
         self._other_frames: list[Job] = []
+        # Whether the archive has refused to send parts of files.
+        self._is_refused = False
         # Options of the tasks for each recipe that is in the ledger, and detector.
         self._announced: dict[tuple[str, str], extract.ExtractOptions] = {}
 
@@ -253,6 +262,8 @@ class FrameRun:
             per_image=str(folder.per_image),
             keep_images=config.keep_images,
             fetch=_make_fetch_options(config),
+            read=lambda: "whole" if self._is_refused else config.read,
+            requests_at_once=make_share(client, config.max_download_workers),
             measure=self._make_extract_options(serial) if "extract" in self.reports else None,
             find_fetched=functools.partial(folder.ledger.get_done, "download"),
         )
@@ -439,7 +450,10 @@ class FrameRun:
         report.bytes += outcome.bytes
         report.file_bytes += outcome.file_bytes
         report.by_rows += outcome.read == "rows"
-        report.refusal = report.refusal or outcome.refusal
+        if outcome.refusal is not None and not self._is_refused:
+            self._is_refused = True
+            report.refusal = outcome.refusal
+            logger.warning("%s: all frames are fetched whole", outcome.refusal)
         report.skipped.update(outcome.skipped)
         report.psf_empty.update(outcome.psf_empty)
         # The measurement of a frame repeats the warnings of its download.
@@ -484,6 +498,7 @@ class FrameRun:
             format=self.config.per_image_format,
             product_source=self.calibration.source,
             contaminants=others,
+            row_rule=make_row_rule(self.config.read, is_kept=self.config.keep_images),
         )
 
         def choose(observation: Observation) -> extract.ExtractOptions:
@@ -603,6 +618,8 @@ class _TaskFactory:
     per_image: str
     keep_images: bool
     fetch: download.FetchOptions
+    read: Callable[[], ReadOption]
+    requests_at_once: Callable[[], int]
     measure: Callable[[Observation], extract.ExtractOptions] | None
     find_fetched: Callable[[str], Outcome | None]
 
@@ -612,6 +629,9 @@ class _TaskFactory:
         if request.purpose != "job":
             # One request at a time.
             fetch = replace(fetch, retry=replace(fetch.retry, max_retries=0))
+        if not self.keep_images:
+            at_once = self.requests_at_once() if request.purpose == "job" else 1
+            fetch = replace(fetch, read=self.read(), requests_at_once=at_once)
         if request.purpose == "reference":
             return _as_frame_task("probe", observation, download.probe, observation, fetch)
         measure = None if self.measure is None else self.measure(observation)

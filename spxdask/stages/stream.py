@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from spxdask.archive.limiter import REQUESTS
 from spxdask.archive.observation import Observation
 from spxdask.run.ledger import Outcome
 from spxdask.stages.download import FetchOptions, fetch_frame
-from spxdask.stages.extract import ExtractOptions, extract_frame
+from spxdask.stages.extract import ExtractOptions, extract_frame, list_outcomes
+from spxdask.stages.partial import may_be_read_by_rows, stream_rows
 
 
 def stream(
@@ -18,7 +20,8 @@ def stream(
     """Fetch one frame and measure it; the task of a run.
 
     With both in one task, the download of the next frames overlaps the extraction of this
-    one, and a frame is measured before another is requested in its place.
+    one, and a frame is measured before another is requested in its place. Of a frame that is not
+    kept, only the rows come that its sources need, where the options ask for that.
 
     Parameters
     ----------
@@ -38,10 +41,13 @@ def stream(
     list of Outcome
         That of the download and, if there was a frame, that of the extraction.
     """
+    REQUESTS.limit = fetch_options.requests_at_once
+    if may_be_read_by_rows(observation, images, fetch_options, extract_options):
+        return stream_rows(observation, per_image, fetch_options, extract_options)
     downloaded, extracted = fetch_frame(
         observation,
         images,
         fetch_options,
         lambda frame: extract_frame(frame, per_image, extract_options),
     )
-    return [downloaded] if extracted is None else [downloaded, extracted]
+    return list_outcomes(downloaded, extracted)

@@ -512,26 +512,29 @@ class TestChoiceOfTables:
         assert choice.stale_reason == "no record says how it was made"
 
 
+DONE, AGAIN = FrameState.DONE, FrameState.FETCH_AND_MEASURE
+
+
 @pytest.mark.parametrize(
     ("fetched", "versions", "expected"),
     [
         # Only some rows came both times: the archive's version decides.
-        ({"read": "rows", "etag": "a"}, {"read": "rows", "etag": "a"}, FrameState.DONE),
+        ({"read": "rows", "etag": "a"}, {"read": "rows", "etag": "a"}, DONE),
         (
             {"read": "rows", "etag": "b"},
             {"read": "rows", "etag": "a"},
-            FrameState.FETCH_AND_MEASURE,
+            AGAIN,
         ),
-        ({"read": "rows"}, {"read": "rows"}, FrameState.DONE),
+        ({"read": "rows"}, {"read": "rows"}, DONE),
         # The whole came later, to be kept, or earlier.
-        ({"checksum": "x:1", "etag": "a"}, {"read": "rows", "etag": "a"}, FrameState.DONE),
+        ({"checksum": "x:1", "etag": "a"}, {"read": "rows", "etag": "a"}, DONE),
         (
             {"checksum": "x:1", "etag": "b"},
             {"read": "rows", "etag": "a"},
-            FrameState.FETCH_AND_MEASURE,
+            AGAIN,
         ),
-        ({"checksum": "x:1"}, {"read": "rows", "etag": "a"}, FrameState.FETCH_AND_MEASURE),
-        ({"read": "rows", "etag": "b"}, {"frame_checksum": "x:1"}, FrameState.FETCH_AND_MEASURE),
+        ({"checksum": "x:1"}, {"read": "rows", "etag": "a"}, AGAIN),
+        ({"read": "rows", "etag": "b"}, {"frame_checksum": "x:1"}, AGAIN),
     ],
 )
 def test_a_frame_of_which_rows_came_is_told_from_its_replacement(
