@@ -17,8 +17,10 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DiskFullError",
+    "FileChangedError",
     "FrameError",
     "InputError",
+    "RangesRefusedError",
     "RunFolderError",
     "SpxdaskError",
     "StoreError",
@@ -214,3 +216,11 @@ class StoreError(SpxdaskError):
 
 class FrameError(SpxdaskError):
     """A file is not a readable SPHEREx Level 2 frame."""
+
+
+class FileChangedError(FrameError):
+    """The archive has replaced a file while it was transferred, so that it is to be read anew."""
+
+
+class RangesRefusedError(SpxdaskError):
+    """A server does not serve parts of files as it should, so that they are to be fetched whole."""

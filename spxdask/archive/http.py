@@ -11,23 +11,29 @@ import aiohttp
 import fsspec
 
 from spxdask.archive.network import get_ssl_context
-from spxdask.archive.received import FileVersion, ReceivedFile
+from spxdask.archive.received import (
+    WRONG_RANGE,
+    Answer,
+    FileVersion,
+    Reception,
+    read_content_range,
+)
 from spxdask.archive.redirects import get_following_redirects
 from spxdask.errors import ArchiveError, FrameError
 
 
-async def receive_from_http(url: str, received: ReceivedFile, stall_timeout_s: float) -> None:
-    """Receive a file, or the rest of it where a transfer was interrupted.
+async def receive_from_http(url: str, received: Reception, stall_timeout_s: float) -> None:
+    """Receive a file, or a range of it, such as the rest where a transfer was interrupted.
 
-    Bytes of two versions are never joined: with If-Range, the server sends the rest only
-    if the file is still of the version that the ETag names, and the whole file otherwise.
+    Bytes of two versions are never joined: with If-Range, the server sends the range only
+    if the file is still of the version that the header names, and the whole file otherwise.
 
     Parameters
     ----------
     url : str
         Where the file is.
-    received : ReceivedFile
-        What has been received before; the rest is appended.
+    received : Reception
+        Names the bytes, and takes them.
     stall_timeout_s : float
         Longest time without a byte, in seconds.
 
@@ -37,46 +43,37 @@ async def receive_from_http(url: str, received: ReceivedFile, stall_timeout_s: f
         If the file is not received; see `spxdask.archive.transfer.classify_failure`.
     """
     headers = {"Accept-Encoding": "identity"}
-    if received.can_resume:
-        headers |= {"Range": f"bytes={received.size}-", "If-Range": received.etag or ""}
+    if received.span is not None:
+        start, stop = received.span
+        headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        condition = received.condition.strong_etag or received.condition.modified
+        if condition:
+            headers["If-Range"] = condition
     async with _open_request(url, stall_timeout_s, headers=headers) as response:
         response.raise_for_status()
         if response.content_type == "text/html":
             raise ArchiveError("the server sent an HTML page instead of the file", blame="archive")
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        is_encoded = encoding not in ("", "identity")
-        etag = response.headers.get("ETag")
-        received.version = received.version.of_headers(response.headers)
-        if response.status == 206:
-            if (
-                not received.can_resume
-                or is_encoded
-                or etag != received.etag
-                or not _starts_at(response.headers.get("Content-Range"), received.size)
-            ):
-                raise FrameError("the server sent a range that was not requested")
-        else:
-            received.discard()
-        # The announced length is that of the encoded bytes.
-        if response.content_length is not None and not is_encoded:
-            received.check_size(received.size + response.content_length)
-        # A weak ETag does not promise that the bytes are the same, and a range of encoded bytes
-        # cannot be appended to decoded ones.
-        has_version = etag and not etag.startswith("W/") and not is_encoded
-        received.etag = etag if has_version else None
-        start = received.size
+        taking = received.begin(_read_answer(response))
         try:
             async for chunk in response.content.iter_any():
-                received.append(chunk)
+                taking.append(chunk)
         finally:
-            # A server that sends nothing of the range might do so for ever.
-            if received.size == start:
-                received.discard()
+            taking.end()
 
 
-def _starts_at(content_range: str | None, start: int) -> bool:
-    """Return whether a Content-Range header names a range that starts at a byte."""
-    return (content_range or "").startswith(f"bytes {start}-")
+def _read_answer(response: aiohttp.ClientResponse) -> Answer:
+    """Return what the headers of a response say of its body."""
+    version = FileVersion.of_headers(response.headers)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    is_encoded = encoding not in ("", "identity")
+    # The announced length is that of the encoded bytes.
+    length = None if is_encoded else response.content_length
+    if response.status != 206:
+        return Answer(version=version, total=length, is_encoded=is_encoded)
+    span, total = read_content_range(response.headers.get("Content-Range"))
+    if length not in (None, span[1] - span[0]):
+        raise FrameError(WRONG_RANGE)
+    return Answer(version=version, span=span, total=total, is_encoded=is_encoded)
 
 
 async def ask_http_version(url: str, stall_timeout_s: float) -> FileVersion:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 
-from spxdask.archive.received import FileVersion, ReceivedFile
-from spxdask.errors import FrameError
+from spxdask.archive.received import Answer, FileVersion, Reception
+from spxdask.errors import FileChangedError, FrameError
 from spxdask.storage import local_path
 
 
-async def receive_from_mirror(url: str, received: ReceivedFile, stall_timeout_s: float) -> None:
-    """Receive a file from its beginning.
+async def receive_from_mirror(url: str, received: Reception, stall_timeout_s: float) -> None:
+    """Receive a file from its beginning, or a range of it.
 
     Parameters
     ----------
     url : str
         Where the file is: ``file:///...``.
-    received : ReceivedFile
-        Takes the file.
+    received : Reception
+        Names the bytes, and takes them.
     stall_timeout_s : float
         Not used, as reads of a disk cannot be interrupted.
 
@@ -30,20 +30,33 @@ async def receive_from_mirror(url: str, received: ReceivedFile, stall_timeout_s:
     await asyncio.to_thread(_read, url, received)
 
 
-def _read(url: str, received: ReceivedFile) -> None:
-    """Read a whole file into memory."""
-    received.discard()
+def _read(url: str, received: Reception) -> None:
+    """Read a whole file, or a range of it, into memory."""
     path = local_path(url)
     assert path is not None, "file: URLs are paths on disk"
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        size, received.version = status.st_size, received.version.of_file(status)
-        received.check_size(size)
-        while received.size < size:
-            count = file.readinto(received.memory[received.size : size])
-            if not count:
-                raise FrameError(f"the file ended after {received.size} of {size} bytes")
-            received.size += count
+        size, version = status.st_size, FileVersion.of_file(status)
+        if received.span is None:
+            start, stop = 0, size
+            taking = received.begin(Answer(version=version, total=size))
+        else:
+            start, stop = received.span[0], min(received.span[1] or size, size)
+            if start >= stop:
+                raise FrameError(f"the file has {size} bytes, none at {start}")
+            taking = received.begin(Answer(version=version, span=(start, stop), total=size))
+        try:
+            file.seek(start)
+            while start < stop:
+                count = file.readinto(taking.room[: stop - start])
+                if not count:
+                    raise FrameError(f"the file ended after {start} of {size} bytes")
+                taking.advance(count)
+                start += count
+        finally:
+            taking.end()
+        if FileVersion.of_file(os.fstat(file.fileno())) != version:
+            raise FileChangedError("the file changed during the transfer")
 
 
 async def ask_mirror_version(url: str, stall_timeout_s: float) -> FileVersion:

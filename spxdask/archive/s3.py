@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import os
 from contextlib import closing
@@ -13,8 +12,14 @@ import aiohttp
 import fsspec
 
 from spxdask.archive.network import find_download_proxy, find_trusted_file
-from spxdask.archive.received import FileVersion, ReceivedFile
-from spxdask.errors import ArchiveError, FrameError, SpxdaskError, StoreError
+from spxdask.archive.received import (
+    WRONG_RANGE,
+    Answer,
+    FileVersion,
+    Reception,
+    read_content_range,
+)
+from spxdask.errors import ArchiveError, FileChangedError, FrameError, SpxdaskError, StoreError
 from spxdask.storage import s3_options
 
 # Readable by everybody, so requests carry no credentials.
@@ -23,22 +28,24 @@ PUBLIC_REGION = "us-east-1"
 PUBLIC_ENDPOINT = f"https://s3.{PUBLIC_REGION}.amazonaws.com"
 # Largest number of bytes taken from a response at a time.
 CHUNK_BYTES = 1 << 20
+# Connections to a bucket; how many are used at once is not decided here.
+MAX_CONNECTIONS = 100
 
 
 async def receive_from_bucket(
-    url: str, received: ReceivedFile, stall_timeout_s: float, endpoint: str | None = None
+    url: str, received: Reception, stall_timeout_s: float, endpoint: str | None = None
 ) -> None:
-    """Receive a file, or the rest of it where a transfer was interrupted.
+    """Receive a file, or a range of it, such as the rest where a transfer was interrupted.
 
-    Bytes of two versions are never joined: with If-Match, the store sends the rest only if
+    Bytes of two versions are never joined: with If-Match, the store sends the range only if
     the object is still of the version that the ETag names.
 
     Parameters
     ----------
     url : str
         Where the file is: ``s3://bucket/key``.
-    received : ReceivedFile
-        What has been received before; the rest is appended.
+    received : Reception
+        Names the bytes, and takes them.
     stall_timeout_s : float
         Longest time without a byte, in seconds.
     endpoint : str, optional
@@ -49,16 +56,16 @@ async def receive_from_bucket(
     ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError
         If the file is not received; see `spxdask.archive.transfer.classify_failure`.
     """
-    is_resumed = received.can_resume
     server = endpoint or "the S3 server"
     try:
         filesystem = open_bucket(url.split("/")[2], stall_timeout_s, endpoint)
         bucket, key, _ = filesystem.split_path(url)
         request = {"Bucket": bucket, "Key": key}
-        if is_resumed:
-            request |= {"Range": f"bytes={received.size}-", "IfMatch": received.etag}
-        else:
-            received.discard()
+        if received.span is not None:
+            start, stop = received.span
+            request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+            if received.condition.strong_etag:
+                request["IfMatch"] = received.condition.strong_etag
         # Outside of the time limit, as the first time it loads botocore's service models.
         client = await filesystem.set_session()
         server = client.meta.endpoint_url
@@ -66,31 +73,23 @@ async def receive_from_bucket(
             filesystem._call_s3("get_object", **request), stall_timeout_s
         )
         with closing(response["Body"]) as body:
-            content_range = response.get("ContentRange", "")
-            if is_resumed and not (
-                response["ETag"] == received.etag
-                and content_range.startswith(f"bytes {received.size}-")
-            ):
-                raise FrameError("the store sent a range that was not requested")
-            received.etag = response["ETag"]
-            received.version = received.version.of_object(response)
-            received.check_size(received.size + response["ContentLength"])
-            start = received.size
+            taking = received.begin(_read_answer(response))
             try:
                 while chunk := await asyncio.wait_for(body.read(CHUNK_BYTES), stall_timeout_s):
-                    received.append(chunk)
+                    taking.append(chunk)
             finally:
-                # A store that sends nothing of the range might do so for ever.
-                if received.size == start:
-                    received.discard()
+                taking.end()
     except (TimeoutError, aiohttp.ClientError, SpxdaskError):
         raise
     except (FileNotFoundError, PermissionError) as error:
         raise ArchiveError(f"{error.strerror or error} (asked: {server})") from error
     except OSError as error:
-        # s3fs raises EINVAL when the condition IfMatch is not met.
-        if is_resumed and error.errno == errno.EINVAL:
-            raise FrameError("the file changed during the transfer") from error
+        status = find_status(error)
+        if status == 412:
+            raise FileChangedError("the file changed during the transfer") from error
+        if status == 416:
+            # Bytes received before are of no use if there are none after them.
+            raise FrameError(f"{error.strerror or error} (asked: {server})") from error
         raise StoreError(f"{error.strerror or error} (asked: {server})") from error
     except ImportError as error:
         # fsspec's text names the package to install.
@@ -100,6 +99,40 @@ async def receive_from_bucket(
         if "Credentials" in type(error).__name__:
             raise ArchiveError(str(error), blame="access") from error
         raise StoreError(f"{type(error).__name__}: {error} (asked: {server})") from error
+
+
+def _read_answer(response: dict[str, Any]) -> Answer:
+    """Return what a response to a GetObject request says of its body."""
+    version, length = FileVersion.of_object(response), response.get("ContentLength")
+    if "ContentRange" not in response:
+        return Answer(version=version, total=length)
+    span, total = read_content_range(response["ContentRange"])
+    if length not in (None, span[1] - span[0]):
+        raise FrameError(WRONG_RANGE)
+    return Answer(version=version, span=span, total=total)
+
+
+def find_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an error was made of.
+
+    Parameters
+    ----------
+    error : BaseException or None
+        Raised by a transfer, whose error may be its cause.
+
+    Returns
+    -------
+    int or None
+        None if there was no answer.
+    """
+    while error is not None:
+        if isinstance(error, aiohttp.ClientResponseError):
+            return error.status
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and "ResponseMetadata" in response:
+            return int(response["ResponseMetadata"].get("HTTPStatusCode", 0)) or None
+        error = error.__cause__
+    return None
 
 
 async def ask_bucket_version(
@@ -168,6 +201,7 @@ def open_bucket(name: str, stall_timeout_s: float, endpoint: str | None = None) 
         "connect_timeout": stall_timeout_s,
         "read_timeout": 2 * stall_timeout_s,
         "retries": {"max_attempts": 0},
+        "max_pool_connections": MAX_CONNECTIONS,
     }
     options: dict[str, Any] = {}
     if endpoint is not None:

@@ -16,9 +16,11 @@ import aiohttp
 from fsspec.asyn import get_loop, sync
 
 from spxdask.archive.http import receive_from_http
+from spxdask.archive.limiter import REQUESTS, RequestLimiter
+from spxdask.archive.link import LINK, Link
 from spxdask.archive.mirror import receive_from_mirror
 from spxdask.archive.network import explain_certificate_error, find_proxy
-from spxdask.archive.received import ReceivedFile
+from spxdask.archive.received import ReceivedFile, Reception
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.s3 import receive_from_bucket
 from spxdask.archive.throttle import Throttle
@@ -31,8 +33,8 @@ logger.addFilter(Throttle())
 
 Content = TypeVar("Content")
 Blame = Literal["frame", "archive", "access"]
-# Appends to what was received before; takes the URL and the stall timeout in seconds.
-Transfer = Callable[[str, ReceivedFile, float], Awaitable[None]]
+# Takes the URL, what takes the bytes, and the stall timeout in seconds.
+Transfer = Callable[[str, Reception, float], Awaitable[None]]
 
 _TRANSFERS: dict[str, Transfer] = {
     "http": receive_from_http,
@@ -76,6 +78,8 @@ def fetch_file(
     retry: RetryPolicy,
     stall_timeout_s: float,
     endpoint: str | None = None,
+    limiter: RequestLimiter = REQUESTS,
+    link: Link = LINK,
 ) -> Content:
     """Transfer a file until it is there and passes a check.
 
@@ -84,7 +88,8 @@ def fetch_file(
     url : str
         Where the file is, with the scheme http, https, s3 or file.
     received : ReceivedFile
-        Takes the file; also counts the attempts, those of a failure included.
+        Takes the file; also counts the attempts, those of a failure included. If it is complete,
+        it is checked first.
     check : callable
         Called in a thread with the received file; returns what it makes of it. It raises
         FrameError if the content is wrong, and the transfer starts over.
@@ -94,6 +99,10 @@ def fetch_file(
         Longest time without a byte, in seconds.
     endpoint : str, optional
         URL of the S3 server, where that is not the usual one.
+    limiter : RequestLimiter
+        Bounds the requests at once of this process.
+    link : Link
+        Learns how fast the archive is.
 
     Returns
     -------
@@ -109,48 +118,144 @@ def fetch_file(
     """
     # On the thread of fsspec's event loop. A coroutine on the loop of a Dask worker would
     # delay its heartbeats, and would occupy one of its threads all the same.
-    return sync(get_loop(), _fetch_file, url, received, check, retry, stall_timeout_s, endpoint)
+    return sync(
+        get_loop(),
+        _fetch_file,
+        *(received, check, retry),
+        Requester(url, stall_timeout_s, endpoint, limiter, link),
+    )
 
 
-async def _fetch_file(
-    url: str,
-    received: ReceivedFile,
-    check: Callable[[ReceivedFile], Content],
-    retry: RetryPolicy,
-    stall_timeout_s: float,
-    endpoint: str | None,
-) -> Content:
-    """Make attempts until one succeeds, fails for good, or was the last."""
-    transfer = _TRANSFERS[url.partition(":")[0]]
-    if transfer is receive_from_bucket:
-        transfer = functools.partial(receive_from_bucket, endpoint=endpoint)
-    shown_url = strip_credentials(url)
-    while True:
-        received.attempts += 1
-        try:
-            await transfer(url, received, stall_timeout_s)
-            return await asyncio.to_thread(check, received)
-        except (ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError) as error:
-            failure = classify_failure(error, received.size, stall_timeout_s, url)
-            if not failure.is_transient:
-                raise ArchiveError(failure.reason, path=shown_url, blame=failure.blame) from error
-            if received.attempts > retry.max_retries:
-                raise ArchiveError(
-                    failure.reason,
-                    path=shown_url,
-                    attempts=received.attempts,
-                    blame=failure.blame,
-                ) from error
-        if failure.is_content_wrong:
-            received.discard()
-        delay_s = retry.delay(received.attempts, failure.retry_after)
+class Requester:
+    """Makes the requests for one file.
+
+    Parameters
+    ----------
+    url : str
+        Where the file is.
+    stall_timeout_s : float
+        Longest time without a byte, in seconds.
+    endpoint : str or None
+        URL of the S3 server, where that is not the usual one.
+    limiter : RequestLimiter
+        Bounds the requests at once of this process.
+    link : Link
+        Learns how fast the archive is.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        stall_timeout_s: float,
+        endpoint: str | None,
+        limiter: RequestLimiter,
+        link: Link,
+    ) -> None:
+        self.url, self.stall_timeout_s = url, stall_timeout_s
+        self.shown_url = strip_credentials(url)
+        self._limiter, self._link = limiter, link
+        self._transfer = _TRANSFERS[url.partition(":")[0]]
+        if self._transfer is receive_from_bucket:
+            self._transfer = functools.partial(receive_from_bucket, endpoint=endpoint)
+
+    async def request(self, received: Reception) -> None:
+        """Make one request, as soon as there may be one more.
+
+        Parameters
+        ----------
+        received : Reception
+            Names the bytes, and takes them.
+
+        Raises
+        ------
+        ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError
+            If they do not come; see `classify_failure`.
+        """
+        async with self._limiter.take_turn():
+            received.n_requests += 1
+            received.timing = self._link.start()
+            await self._transfer(self.url, received, self.stall_timeout_s)
+
+    def plan_retry(
+        self, error: Exception, n_bytes: int, attempts: int, retry: RetryPolicy
+    ) -> tuple[Failure, float]:
+        """Return what follows from a failure after which there is another attempt.
+
+        Parameters
+        ----------
+        error : Exception
+            What the attempt raised.
+        n_bytes : int
+            Number of bytes that it has brought.
+        attempts : int
+            Number of attempts so far.
+        retry : RetryPolicy
+            Number of attempts and the delays between them.
+
+        Returns
+        -------
+        failure : Failure
+            What was wrong.
+        delay_s : float
+            How long to wait, in seconds.
+
+        Raises
+        ------
+        ArchiveError
+            If there is none.
+        """
+        failure = classify_failure(error, n_bytes, self.stall_timeout_s, self.url)
+        if not failure.is_transient:
+            raise ArchiveError(failure.reason, path=self.shown_url, blame=failure.blame) from error
+        if attempts > retry.max_retries:
+            raise ArchiveError(
+                failure.reason, path=self.shown_url, attempts=attempts, blame=failure.blame
+            ) from error
+        return failure, retry.delay(attempts, failure.retry_after)
+
+    async def wait(self, failure: Failure, delay_s: float) -> None:
+        """Wait before the next attempt, and say so.
+
+        Parameters
+        ----------
+        failure : Failure
+            What was wrong with the last.
+        delay_s : float
+            How long, in seconds.
+        """
         reason = strip_credentials(failure.reason)
         logger.info(
             "%s: %s; trying again in %.1f s",
-            *(shown_url, reason, delay_s),
-            extra={"kind": f"{urlsplit(shown_url).netloc} {re.sub(r'[0-9]{4,}', '', reason)}"},
+            *(self.shown_url, reason, delay_s),
+            extra={"kind": f"{urlsplit(self.shown_url).netloc} {re.sub(r'[0-9]{4,}', '', reason)}"},
         )
         await asyncio.sleep(delay_s)
+
+
+# What a request may raise that is no mistake in the program.
+TRANSFER_ERRORS = (ArchiveError, FrameError, StoreError, aiohttp.ClientError, OSError)
+
+
+async def _fetch_file(
+    received: ReceivedFile,
+    check: Callable[[ReceivedFile], Content],
+    retry: RetryPolicy,
+    requester: Requester,
+) -> Content:
+    """Make attempts until one succeeds, fails for good, or was the last."""
+    is_there = received.is_complete
+    while True:
+        received.attempts += not is_there
+        try:
+            if not is_there:
+                await requester.request(received)
+            is_there = False
+            return await asyncio.to_thread(check, received)
+        except TRANSFER_ERRORS as error:
+            failure, delay_s = requester.plan_retry(error, received.size, received.attempts, retry)
+        if failure.is_content_wrong:
+            received.discard()
+        await requester.wait(failure, delay_s)
 
 
 def classify_failure(

@@ -1,0 +1,66 @@
+"""How many requests this process makes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+
+class RequestLimiter:
+    """Lets a number of requests through at once, the others in the order in which they came.
+
+    All requests are made on one event loop. The limit may be changed at any time and from any
+    thread; what is under way goes on.
+
+    Parameters
+    ----------
+    limit : float
+        Requests at once, at least 1.
+
+    Attributes
+    ----------
+    limit : float
+        As given.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit
+        self._n_active = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @asynccontextmanager
+    async def take_turn(self) -> AsyncIterator[None]:
+        """Wait until one more request may be made, which is over when the block ends.
+
+        Yields
+        ------
+        None
+        """
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._admit()
+        try:
+            await turn
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._n_active -= 1
+            else:
+                with suppress(ValueError):
+                    self._waiting.remove(turn)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Let those through that may be."""
+        while self._waiting and self._n_active < max(self.limit, 1):
+            turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._n_active += 1
+                turn.set_result(None)
+
+
+# Of all transfers of this process.
+REQUESTS = RequestLimiter()
