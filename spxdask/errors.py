@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "ArchiveError",
@@ -20,6 +24,8 @@ __all__ = [
     "FileChangedError",
     "FrameError",
     "InputError",
+    "MissingBytesError",
+    "MissingRowsError",
     "RangesRefusedError",
     "RunFolderError",
     "SpxdaskError",
@@ -224,3 +230,53 @@ class FileChangedError(FrameError):
 
 class RangesRefusedError(SpxdaskError):
     """A server does not serve parts of files as it should, so that they are to be fetched whole."""
+
+
+class MissingBytesError(FrameError):
+    """Bytes of a frame are needed that are not held, of one that is read in parts.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong.
+    path : path, optional
+        The file.
+    spans : iterable of (int, int), optional
+        First byte of each part that is missing, and the one after its last.
+
+    Attributes
+    ----------
+    path, spans
+        As given.
+    """
+
+    def __init__(
+        self, reason: str = "", *, path: Location = None, spans: Iterable[tuple[int, int]] = ()
+    ) -> None:
+        super().__init__(reason, path=path)
+        self.spans = tuple(spans)
+
+
+class MissingRowsError(FrameError):
+    """Rows of a frame are needed that are not held, of one that is read in parts.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong.
+    path : path, optional
+        The file.
+    rows : (ny,) bool array, optional
+        The rows that are missing.
+
+    Attributes
+    ----------
+    path, rows
+        As given.
+    """
+
+    def __init__(
+        self, reason: str = "", *, path: Location = None, rows: np.ndarray | None = None
+    ) -> None:
+        super().__init__(reason, path=path)
+        self.rows = rows

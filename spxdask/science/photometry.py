@@ -9,6 +9,9 @@ and "bad" means that a pixel has one of the configured flag bits.
 - **Zodiacal light**: I' = I - s ZODI with s = sum(w I Z) / sum(w Z^2), w = 1/variance,
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
+- **Few rows**: in a frame that is read in parts, this fit and the median variance are those of
+  the rows that its sources need, and of some that are spread over the frame where these do not
+  tell enough. Everything else is as in a whole frame.
 - **Background**: median, after clipping about the mean, of usable pixels in a window or
   an annulus; its error is their standard deviation / sqrt(number before clipping). A
   round of clipping that would leave no pixel is not done.
@@ -31,7 +34,7 @@ from typing import NamedTuple
 import astropy.units as u
 import numpy as np
 
-from spxdask.errors import FrameError
+from spxdask.errors import FrameError, MissingBytesError
 from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
@@ -40,9 +43,16 @@ from spxdask.science.kernels.statistics import Clipping, find_positive_median
 from spxdask.science.kernels.zodi import sum_zodi
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
-from spxdask.science.psf.fit import Contaminants, measure_psf_fluxes
+from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
 from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_frame_psf
+from spxdask.science.rows import (
+    choose_spread_rows,
+    find_stamp_rows,
+    find_window_rows,
+    is_fit_poor,
+    require_rows,
+)
 
 # From the planes' MJy/sr to uJy/arcsec^2.
 UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
@@ -59,6 +69,9 @@ WINDOW_GAP_PIXELS = 0.707
 STRIP_ROWS = 32
 # A source this far beyond an edge has light on the frame: half of a stamp of any PSF.
 REACH_OF_CONTAMINANTS_PIXELS = 6.0
+# Rows and columns of the stamps of a frame's own PSF, as long as it has not been read: those of a
+# QR2 cube, the larger ones.
+LARGEST_STAMP_PIXELS = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +170,8 @@ def measure(
     config: PhotometryConfig,
     calibration: DetectorCalibration = NO_CALIBRATION,
     contaminants: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    few_rows: bool = False,
 ) -> Measurement:
     """Measure every given source that lies on a frame.
 
@@ -173,6 +188,11 @@ def measure(
     contaminants : ((m,) float array, (m,) float array), optional
         ICRS ra and dec, deg, of sources that take part in the solution for the PSF fluxes, and
         get no rows.
+    few_rows : bool
+        Whether zodiacal light and the median variance are those of the rows that the sources
+        need (`find_needed_rows`; more of them if these do not tell enough), and not of all. The
+        results are then the same of a whole frame and of one that has these rows alone, to the
+        bit. Without a source, nothing is read: the head of a frame will do.
 
     Returns
     -------
@@ -183,10 +203,58 @@ def measure(
     ------
     FrameError
         If no pixel of the frame has a finite value, or none a valid variance.
+    MissingRowsError
+        If a row is needed that the frame does not have.
+    MissingBytesError
+        If the frame's own PSF is needed, and was not read.
     """
     with calibration.correct(frame.image, frame.variance, frame.origin) as (image, variance):
         planes = _view_planes(image, variance, frame)
-        return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants)
+        return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants, few_rows)
+
+
+def find_needed_rows(
+    head: Frame,
+    ra: np.ndarray,
+    dec: np.ndarray,
+    config: PhotometryConfig,
+    calibration: DetectorCalibration = NO_CALIBRATION,
+    contaminants: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Return the rows that `measure` will read, given the same arguments and `few_rows`.
+
+    Parameters
+    ----------
+    head : Frame
+        The frame, or only its head (`spxdask.science.level2.frame.open_head`).
+    ra, dec : (n,) float array
+        ICRS, deg, within `head.bounding_circle`.
+    config : PhotometryConfig
+        How a source is measured.
+    calibration : DetectorCalibration, optional
+        Calibration products.
+    contaminants : ((m,) float array, (m,) float array), optional
+        More sources of the solution for PSF fluxes.
+
+    Returns
+    -------
+    (ny,) bool array
+        Those of windows or annuli with all that they may grow to, of apertures, and of the stamps
+        of the solution. None when no source is on the frame. `measure` may need more only if
+        these rows do not tell enough of the zodiacal light, or the frame's own PSF has larger
+        stamps than those of the archive.
+    """
+    ny, _ = head.shape
+    radius = _choose_aperture_radius(head, _choose_pixel_scale(head, config, []), config, [])
+    _, x, y = on_frame(head, ra, dec, config)
+    if not len(x):
+        return np.zeros(ny, bool)
+    rows = find_window_rows(ny, y, radius, _make_region(radius, config))
+    if config.psf != "none":
+        size = _guess_stamp_size(calibration)
+        others = _find_others(head, ra, dec, contaminants, size, radius, config)
+        rows |= find_stamp_rows(ny, np.append(y, others.y), size)
+    return rows
 
 
 def _measure_planes(
@@ -197,16 +265,38 @@ def _measure_planes(
     config: PhotometryConfig,
     calibration: DetectorCalibration,
     contaminants: tuple[np.ndarray, np.ndarray] | None,
+    few_rows: bool,
 ) -> Measurement:
     """Measure sources on planes that have the present flux scale."""
+    ny, _ = frame.shape
     warnings = list(frame.warnings)
     pixel_scale = _choose_pixel_scale(frame, config, warnings)
     radius = _choose_aperture_radius(frame, pixel_scale, config, warnings)
 
+    index, x, y = on_frame(frame, ra, dec, config)
+    model: PsfModel | None = None
+    psf_name, others = "", NO_CONTAMINANTS
+    psf_warnings: list[str] = []
+    # In a frame that may have no more than its head, a PSF is read if there is a source for it.
+    if config.psf != "none" and (len(index) or not few_rows):
+        size = _guess_stamp_size(calibration)
+        while True:
+            others = _find_others(frame, ra, dec, contaminants, size, radius, config)
+            at = np.append(x, others.x), np.append(y, others.y)
+            psf_warnings.clear()
+            model, psf_name = choose_psf(frame, calibration, *at, config, psf_warnings)
+            if model is None or model.size <= size:
+                break
+            size = model.size
+    rows = np.ones(ny, bool)
+    if few_rows:
+        rows = find_window_rows(ny, y, radius, _make_region(radius, config))
+        if model is not None:
+            rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
+    require_rows(frame, rows)
+
     bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
-    # Most frames need no median, which costs as much as the rest of a small catalogue.
-    median_variance = functools.cache(lambda: find_positive_median(planes.variance))
-    zodi = _fit_zodi(planes, bad | source, median_variance, config)
+    zodi = _fit_zodi(planes, frame, bad | source, rows, config)
     if zodi.unflagged:
         warnings.append(
             f"{zodi.unflagged} unflagged pixels with an invalid variance, treated as bad"
@@ -215,14 +305,15 @@ def _measure_planes(
         # Nothing of ZODI may enter, not even its NaNs.
         planes = planes._replace(zodi=planes.image)
 
-    index, x, y = on_frame(frame, ra, dec, config)
     masks = Masks(bad, source, zodi.unflagged > 0)
-    sums, flag = _sum_sources(planes, x, y, radius, zodi.scale, median_variance, masks, config)
+    sums, flag = _sum_sources(planes, x, y, radius, zodi, masks, config)
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
     skipped = {}
     if len(kept) < len(index):
         skipped["too few usable background pixels"] = len(index) - len(kept)
+        without = np.isnan(sums[:, 2])
+        others = _add_others(others, x[without], y[without])
     index, x, y = index[kept], x[kept], y[kept]
     total, variance, level, level_error = sums[kept].T
 
@@ -234,11 +325,8 @@ def _measure_planes(
     wavelength, bandwidth = _find_wavelengths(frame, calibration, x, y, warnings)
     psf_columns: dict[str, np.ndarray] = {}
     psf_empty: dict[str, int] = {}
-    psf_name = ""
     if config.psf != "none":
-        others = _find_others(frame, ra, dec, index, contaminants)
-        at = np.append(x, others.x), np.append(y, others.y)
-        model, psf_name = choose_psf(frame, calibration, *at, config, warnings)
+        warnings += psf_warnings
         found = None
         if model is not None:
             found = measure_psf_fluxes(
@@ -384,14 +472,26 @@ def _find_wavelengths(
     return found
 
 
+NO_CONTAMINANTS = Contaminants(
+    x=np.empty(0), y=np.empty(0), level=np.empty(0), level_error=np.empty(0)
+)
+
+
 def _find_others(
     frame: Frame,
     ra: np.ndarray,
     dec: np.ndarray,
-    index: np.ndarray,
     contaminants: tuple[np.ndarray, np.ndarray] | None,
+    size: int,
+    radius: float,
+    config: PhotometryConfig,
 ) -> Contaminants:
-    """Return the sources without rows whose light is on the frame: at its edges, and others."""
+    """Return the sources that are not to be measured and belong to the solution nevertheless.
+
+    They are those at the edges, and contaminants, whose light is on the frame and whose stamps of
+    `size` pixels are linked with one of a source that is measured, directly or through others.
+    """
+    index, row_x, row_y = on_frame(frame, ra, dec, config)
     without = np.ones(len(ra), bool)
     without[index] = False
     ra, dec = ra[without], dec[without]
@@ -401,8 +501,25 @@ def _find_others(
     x, y = frame.wcs.sky_to_pixel(ra, dec)
     reach = REACH_OF_CONTAMINANTS_PIXELS
     near = (x > -reach) & (x < nx + reach) & (y > -reach) & (y < ny + reach)
-    unknown = np.full(int(near.sum()), np.nan)
-    return Contaminants(x=x[near], y=y[near], level=unknown, level_error=unknown)
+    x, y = x[near], y[near]
+    linked = choose_linked(row_x, row_y, x, y, size, radius)
+    return _add_others(NO_CONTAMINANTS, x[linked], y[linked])
+
+
+def _add_others(others: Contaminants, x: np.ndarray, y: np.ndarray) -> Contaminants:
+    """Return contaminants with more of them, whose background is not known, before the others."""
+    unknown = np.full(len(x), np.nan)
+    return Contaminants(
+        x=np.append(x, others.x),
+        y=np.append(y, others.y),
+        level=np.append(unknown, others.level),
+        level_error=np.append(unknown, others.level_error),
+    )
+
+
+def _guess_stamp_size(calibration: DetectorCalibration) -> int:
+    """Return rows and columns of a stamp, or as many as a frame's own PSF has at the most."""
+    return LARGEST_STAMP_PIXELS if calibration.psf is None else calibration.psf.size
 
 
 def choose_psf(
@@ -448,6 +565,8 @@ def choose_psf(
     )
     try:
         model = read_frame_psf(frame.psf, at, is_bilinear=is_bilinear)
+    except MissingBytesError:
+        raise
     except FrameError as error:
         warnings.append(f"no usable PSF, so that PSF fluxes are empty: {error}")
         return None, ""
@@ -484,36 +603,63 @@ def _mask(bits: Iterable[int]) -> np.uint32:
 
 
 class ZodiFit(NamedTuple):
-    """The scale of ZODI, 0 if it is not subtracted, and the number of unflagged bad variances."""
+    """What all pixels of a frame tell together, or those of some rows.
+
+    Attributes
+    ----------
+    scale : float
+        Of ZODI, 0 if it is not subtracted.
+    is_fitted : bool
+        Whether it was fitted.
+    unflagged : int
+        Number of pixels with an invalid variance and no flag.
+    median_variance : callable
+        Returns the median of all valid variances.
+    """
 
     scale: float
     is_fitted: bool
     unflagged: int
+    median_variance: Callable[[], float]
 
 
 def _fit_zodi(
-    planes: Planes,
-    excluded: np.uint32,
-    median_variance: Callable[[], float],
-    config: PhotometryConfig,
+    planes: Planes, frame: Frame, excluded: np.uint32, rows: np.ndarray, config: PhotometryConfig
 ) -> ZodiFit:
-    """Fit the scale of ZODI to IMAGE."""
-    sums = sum_zodi(planes, excluded)
+    """Fit the scale of ZODI to IMAGE in some rows, and in more if these do not tell enough."""
+    ny, nx = planes.image.shape
+    is_subtracted = config.subtract_zodi
+    if not rows.any():
+        return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, lambda: math.nan)
+    sums = sum_zodi(planes, excluded, np.flatnonzero(rows))
+    share = sums.clear / (np.count_nonzero(rows) * nx)
+    more = choose_spread_rows(ny) & ~rows
+    if more.any() and is_fit_poor(sums, np.count_nonzero(rows) * nx, is_subtracted):
+        require_rows(frame, rows | more)
+        others = sum_zodi(planes, excluded, np.flatnonzero(more))
+        # These rows stand for all that are not those of sources.
+        share_of_others = others.clear / (np.count_nonzero(more) * nx)
+        share += (share_of_others - share) * (1.0 - np.count_nonzero(rows) / ny)
+        sums, rows = sums.add(others), rows | more
+
+    @functools.cache
+    def median_variance() -> float:
+        return float(find_positive_median(planes.variance, np.flatnonzero(rows)))
+
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")
     if not sums.valid:
         raise FrameError("VARIANCE has no finite positive pixel")
-    if not config.subtract_zodi:
-        return ZodiFit(0.0, False, sums.unflagged)
+    if not is_subtracted:
+        return ZodiFit(0.0, False, sums.unflagged, median_variance)
     izw, zzw = sums.weighted_iz, sums.weighted_zz
     if sums.zz > 0:
         weight = 1.0 / median_variance()
         izw, zzw = izw + weight * sums.iz, zzw + weight * sums.zz
     scale = izw / zzw if zzw > 0 else math.nan
-    mostly_excluded = 2 * sums.clear < planes.image.size
-    if mostly_excluded or not config.zodi_scale_min < scale <= config.zodi_scale_max:
-        return ZodiFit(1.0, False, sums.unflagged)
-    return ZodiFit(scale, True, sums.unflagged)
+    if share < 0.5 or not config.zodi_scale_min < scale <= config.zodi_scale_max:
+        return ZodiFit(1.0, False, sums.unflagged, median_variance)
+    return ZodiFit(scale, True, sums.unflagged, median_variance)
 
 
 def _sum_sources(
@@ -521,8 +667,7 @@ def _sum_sources(
     x: np.ndarray,
     y: np.ndarray,
     radius: float,
-    zodi_scale: float,
-    median_variance: Callable[[], float],
+    zodi: ZodiFit,
     masks: Masks,
     config: PhotometryConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -536,7 +681,7 @@ def _sum_sources(
 
     def sum_some(some: np.ndarray, median: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order = some[np.lexsort((x[some], y[some] // STRIP_ROWS))]
-        conversion = Conversion(zodi_scale, UJY_PER_ARCSEC2, median)
+        conversion = Conversion(zodi.scale, UJY_PER_ARCSEC2, median)
         sums, flag, repaired = measure_sources(
             planes, conversion, masks, region, clipping, radius, x[order], y[order]
         )
@@ -546,7 +691,7 @@ def _sum_sources(
     sums, flag, repaired = sum_some(np.arange(len(x)), math.nan)
     if repaired.any():
         again = np.flatnonzero(repaired)
-        sums[again] = sum_some(again, median_variance())[0]
+        sums[again] = sum_some(again, zodi.median_variance())[0]
     return sums, flag
 
 

@@ -390,6 +390,55 @@ def _find_border(size: int, r: float) -> int:
     return max(math.ceil(r) - size // 2, 0)
 
 
+@compiled_helper
+def _find_root(parent: np.ndarray, i: int) -> int:
+    """Return the representative of a group, and shorten the way to it."""
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@compiled
+def find_linked(corners: np.ndarray, is_seed: np.ndarray, size: int, r: float) -> np.ndarray:
+    """Find the sources that have to do with some of them, directly or through others.
+
+    Parameters
+    ----------
+    corners : (n, 2) int array
+        Row and column of the first pixel of each stamp, or of another pixel in the same place
+        of all, ordered by row.
+    is_seed : (n,) bool array
+        The sources that it is about.
+    size : int
+        Rows and columns of a stamp.
+    r : float
+        Radius of the aperture, pixels.
+
+    Returns
+    -------
+    (n,) bool array
+        Which sources may have light on the stamp or in the aperture of one of these, or of
+        another that may have, and so on.
+    """
+    n, reach = len(corners), size + _find_border(size, r)
+    parent = np.arange(n)
+    for i in range(n):
+        for j in range(i + 1, n):
+            if corners[j, 0] - corners[i, 0] >= reach:
+                break
+            if abs(corners[j, 1] - corners[i, 1]) < reach:
+                parent[_find_root(parent, j)] = _find_root(parent, i)
+    has_seed = np.zeros(n, np.bool_)
+    for i in range(n):
+        if is_seed[i]:
+            has_seed[_find_root(parent, i)] = True
+    linked = np.empty(n, np.bool_)
+    for i in range(n):
+        linked[i] = has_seed[_find_root(parent, i)]
+    return linked
+
+
 @compiled
 def examine_pairs(
     corners: np.ndarray,

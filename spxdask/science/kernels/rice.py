@@ -24,7 +24,7 @@ UNCOMPRESSED = 25
 
 @compiled
 def decompress_rows(
-    heap: np.ndarray, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray
+    heap: np.ndarray, starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray, out: np.ndarray
 ) -> int:
     """Decompress tiles of one row each.
 
@@ -34,16 +34,18 @@ def decompress_rows(
         The compressed tiles.
     starts, lengths : (ny,) int array
         Position and length of each tile in the heap, bytes.
+    rows : (n,) int array
+        Which rows to decompress.
     out : (ny, nx) uint32 array
-        Filled with big-endian words.
+        These rows of it are filled with big-endian words.
 
     Returns
     -------
     int
         The first row whose tile ends too early; -1 if all are complete.
     """
-    ny, nx = out.shape
-    for row in range(ny):
+    nx = out.shape[1]
+    for row in rows:
         at, end = starts[row], starts[row] + lengths[row]
         last = uint32(0)
         for _ in range(4):

@@ -26,7 +26,7 @@ class ZodiSums(NamedTuple):
         Sums of I Z and Z^2 over usable pixels that are flagged and have an invalid variance.
         The median variance of the frame is used for them.
     clear : int
-        Number of pixels with none of the excluded bits.
+        Number of pixels of these rows with none of the excluded bits.
     unflagged : int
         Number of pixels with an invalid variance and no flag.
     finite, valid : bool
@@ -42,17 +42,34 @@ class ZodiSums(NamedTuple):
     finite: bool
     valid: bool
 
+    def add(self, other: ZodiSums) -> ZodiSums:
+        """Return the sums of both.
+
+        Parameters
+        ----------
+        other : ZodiSums
+            Of other rows.
+
+        Returns
+        -------
+        ZodiSums
+        """
+        numbers = (one + two for one, two in zip(self[:6], other[:6], strict=True))
+        return ZodiSums(*numbers, self.finite or other.finite, self.valid or other.valid)
+
 
 @compiled
-def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
+def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
     """Compute the sums for the weighted fit of ZODI to IMAGE.
 
     Parameters
     ----------
     planes : Planes
-        The whole frame.
+        The frame.
     excluded : uint32
         The bad bits and the SOURCE bit.
+    rows : (n,) int array
+        The rows that are used.
 
     Returns
     -------
@@ -60,7 +77,7 @@ def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
         A pixel is usable if it is finite in IMAGE and ZODI and has none of the excluded bits.
     """
     image, variance, zodi, flags = planes
-    ny, nx = image.shape
+    nx = image.shape[1]
     clear = unflagged = 0
     finite = valid = False
     iz = zz = 0.0
@@ -68,7 +85,7 @@ def sum_zodi(planes: Planes, excluded: uint32) -> ZodiSums:
     # instructions. The order of the additions, and so the result, does not depend on the length
     # of the vectors.
     izw, zzw = np.zeros(LANES), np.zeros(LANES)
-    for row in range(ny):
+    for row in rows:
         for start in range(0, nx, LANES):
             some_image = image[row, start : start + LANES]
             some_variance = variance[row, start : start + LANES]

@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spxdask.errors import FrameError
+from spxdask.errors import FrameError, MissingBytesError
 from spxdask.science.kernels.checksum import sum_words
+from spxdask.science.level2.spans import Span, Spans
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 # Bytes of a block and of a card (FITS 4.0, sections 3.1 and 4.1).
 BLOCK = 2880
 CARD = 80
+# What is asked for of a header of a file that is read in parts, blocks: most Level 2 headers are
+# shorter.
+ASKED_HEADER_BLOCKS = 4
 # Level 2 headers have a few hundred cards; without END in this many blocks it is no header.
 MAX_HEADER_BLOCKS = 4096
 
@@ -153,13 +157,15 @@ def has_fits_start(buffer: Buffer) -> bool:
     return bytes(buffer[:9]) == b"SIMPLE  ="
 
 
-def scan(buffer: Buffer) -> list[Hdu]:
+def scan(buffer: Buffer, held: Spans | None = None) -> list[Hdu]:
     """Find every header-data unit of a FITS file.
 
     Parameters
     ----------
     buffer : bytes-like
         The whole file, usually mapped.
+    held : Spans, optional
+        Which bytes of it are there, if not all.
 
     Returns
     -------
@@ -170,25 +176,100 @@ def scan(buffer: Buffer) -> list[Hdu]:
     ------
     FrameError
         If the bytes are not a FITS file or end before the data do.
+    MissingBytesError
+        If bytes of a header are not held.
+    """
+    return list(walk(buffer, held))
+
+
+def walk(buffer: Buffer, held: Spans | None = None) -> Iterator[Hdu]:
+    """Find the header-data units of a FITS file, one after the other.
+
+    Parameters
+    ----------
+    buffer : bytes-like
+        The whole file.
+    held : Spans, optional
+        Which bytes of it are there, if not all.
+
+    Yields
+    ------
+    Hdu
+        In file order, the primary first, named ``"PRIMARY"`` if it has no EXTNAME.
+
+    Raises
+    ------
+    FrameError, MissingBytesError
+        As `scan` does.
     """
     size = len(buffer)
+    _require_header(held, 0, 0, size)
     if not has_fits_start(buffer):
         raise FrameError("not a FITS file")
-    hdus: list[Hdu] = []
-    start = 0
+    start = count = 0
     # Padding may follow the last unit; every later unit starts with XTENSION.
-    while start < size and (not hdus or bytes(buffer[start : start + 8]) == b"XTENSION"):
-        header, data_start = _read_header(buffer, start)
+    while start < size:
+        _require_header(held, start, start, size)
+        if count and bytes(buffer[start : start + 8]) != b"XTENSION":
+            return
+        header, data_start = _read_header(buffer, start, held)
         data_size = _data_size(header)
         if data_start + data_size > size:
             raise FrameError(
-                f"file is cut short: {size} bytes, extension {len(hdus)} needs "
-                f"{data_start + data_size}"
+                f"file is cut short: {size} bytes, extension {count} needs {data_start + data_size}"
             )
-        name = header.get("EXTNAME", "PRIMARY" if not hdus else "")
-        hdus.append(Hdu(str(name).strip().upper(), header, data_start, data_size))
-        start = data_start + -(-data_size // BLOCK) * BLOCK
-    return hdus
+        name = header.get("EXTNAME", "" if count else "PRIMARY")
+        yield Hdu(str(name).strip().upper(), header, data_start, data_size)
+        start = data_start + pad(data_size)
+        count += 1
+
+
+def pad(size: int) -> int:
+    """Return the length of data with their padding.
+
+    Parameters
+    ----------
+    size : int
+        Bytes without it.
+
+    Returns
+    -------
+    int
+        The next multiple of a block.
+    """
+    return -(-size // BLOCK) * BLOCK
+
+
+def require(held: Spans | None, spans: Iterable[Span]) -> None:
+    """Raise an error unless bytes of a file are there.
+
+    Parameters
+    ----------
+    held : Spans or None
+        Which bytes are there; None for all.
+    spans : iterable of (int, int)
+        Which bytes are needed.
+
+    Raises
+    ------
+    MissingBytesError
+        If some of them are not held; it has all that are missing.
+    """
+    missing = held.find_missing(spans) if held is not None else []
+    if missing:
+        raise MissingBytesError(
+            f"{sum(stop - start for start, stop in missing):,} bytes of the frame are needed that "
+            "were not read",
+            spans=missing,
+        )
+
+
+def _require_header(held: Spans | None, start: int, offset: int, size: int) -> None:
+    """Require the block at an offset of the header that begins at `start`."""
+    if held is not None and not held.holds(offset, min(offset + BLOCK, size)):
+        # A long header is asked for in parts that grow.
+        more = max(ASKED_HEADER_BLOCKS * BLOCK, offset - start)
+        require(held, [(offset, min(offset + more, size))])
 
 
 def verify(buffer: Buffer) -> tuple[str, ...]:
@@ -213,7 +294,7 @@ def verify(buffer: Buffer) -> tuple[str, ...]:
     words = np.frombuffer(buffer, "<u4", len(buffer) // 4)
     stale, start = [], 0
     for hdu in scan(buffer):
-        stop = hdu.data_start + -(-hdu.data_size // BLOCK) * BLOCK
+        stop = hdu.data_start + pad(hdu.data_size)
         expected = _read_sum(hdu.header, "DATASUM", _DATASUM)
         has_checksum = _read_sum(hdu.header, "CHECKSUM", _CHECKSUM) is not None
         header, start = words[start // 4 : hdu.data_start // 4], stop
@@ -280,6 +361,37 @@ def map_image(buffer: memoryview, hdu: Hdu, bitpix: int, dtype: str) -> np.ndarr
     return np.frombuffer(buffer, dtype, shape[0] * shape[1], hdu.data_start).reshape(shape)
 
 
+def locate_rows(hdu: Hdu, rows: np.ndarray) -> list[Span]:
+    """Return where some rows of an image are in the file.
+
+    Parameters
+    ----------
+    hdu : Hdu
+        An image of two dimensions.
+    rows : (ny,) bool array
+        Which rows; those that it does not have are left out.
+
+    Returns
+    -------
+    list of (int, int)
+        One span for rows that follow one another: its first byte, and the one after the last.
+
+    Raises
+    ------
+    FrameError
+        If its header does not say how long a row is.
+    """
+    header = hdu.header
+    width = abs(header.integer("BITPIX")) // 8 * header.integer("NAXIS1")
+    end = hdu.data_start + hdu.data_size
+    edges = np.flatnonzero(np.diff(rows.astype(np.int8), prepend=0, append=0)).tolist()
+    spans = (
+        (hdu.data_start + first * width, min(hdu.data_start + last * width, end))
+        for first, last in zip(edges[::2], edges[1::2], strict=True)
+    )
+    return [span for span in spans if span[0] < span[1]]
+
+
 def add_sums(one: int, other: int) -> int:
     """Add ones' complement sums.
 
@@ -297,10 +409,11 @@ def add_sums(one: int, other: int) -> int:
     return (total & 0xFFFFFFFF) + (total >> 32)
 
 
-def _read_header(buffer: Buffer, start: int) -> tuple[Header, int]:
+def _read_header(buffer: Buffer, start: int, held: Spans | None) -> tuple[Header, int]:
     cards: dict[bytes, bytes] = {}
     for block_number in range(MAX_HEADER_BLOCKS):
         offset = start + block_number * BLOCK
+        _require_header(held, start, offset, len(buffer))
         block = bytes(buffer[offset : offset + BLOCK])
         if len(block) < BLOCK:
             break

@@ -8,10 +8,11 @@ import numpy as np
 
 from spxdask.errors import FrameError
 from spxdask.science.flags import FLAG_BITS
-from spxdask.science.level2.fits import Hdu, Header, map_image
-from spxdask.science.level2.rice import decompress, is_row_compressed
+from spxdask.science.level2.fits import Hdu, Header, locate_rows, map_image, require
+from spxdask.science.level2.rice import decompress, is_row_compressed, locate_descriptors
+from spxdask.science.level2.spans import Span, Spans
 
-__all__ = ["read_flag_bits", "read_flags"]
+__all__ = ["locate_flags", "read_flag_bits", "read_flags"]
 
 
 def read_flag_bits(header: Header) -> dict[str, int]:
@@ -44,7 +45,13 @@ def read_flag_bits(header: Header) -> dict[str, int]:
     return FLAG_BITS | bits
 
 
-def read_flags(buffer: memoryview, hdu: Hdu, shape: tuple[int, int]) -> np.ndarray:
+def read_flags(
+    buffer: memoryview,
+    hdu: Hdu,
+    shape: tuple[int, int],
+    held: Spans | None = None,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the pixels of FLAGS.
 
     Parameters
@@ -55,6 +62,10 @@ def read_flags(buffer: memoryview, hdu: Hdu, shape: tuple[int, int]) -> np.ndarr
         Plain integers, as in QR2, or compressed ones, as in QR3.
     shape : (int, int)
         Rows and columns of IMAGE, which a compressed extension must have, too.
+    held : Spans, optional
+        Which bytes of it are there, if not all.
+    rows : (ny,) bool array, optional
+        Which rows are wanted, if not all. Others may hold anything.
 
     Returns
     -------
@@ -65,14 +76,45 @@ def read_flags(buffer: memoryview, hdu: Hdu, shape: tuple[int, int]) -> np.ndarr
     ------
     FrameError
         If they cannot be read.
+    MissingBytesError
+        If what these rows need is not held.
     """
     if is_row_compressed(hdu):
         _check_compressed(hdu.header, shape)
-        return decompress(buffer, hdu)
+        return decompress(buffer, hdu, held, rows)
     if hdu.header.get("ZIMAGE") is True:
         _check_compressed(hdu.header, shape)
+        require(held, [(hdu.data_start, hdu.data_start + hdu.data_size)])
         return _decompress_with_astropy(buffer)
     return map_image(buffer, hdu, 32, ">i4")
+
+
+def locate_flags(hdu: Hdu, rows: np.ndarray) -> list[Span]:
+    """Return where the bytes are that the pixels of some rows are read from.
+
+    Parameters
+    ----------
+    hdu : Hdu
+        FLAGS.
+    rows : (ny,) bool array
+        Which rows.
+
+    Returns
+    -------
+    list of (int, int)
+        Of tiles of one row each, it is the table that says where they are, which has to be read
+        before them; of other compressed integers, all of it.
+
+    Raises
+    ------
+    FrameError
+        If it cannot be read.
+    """
+    if is_row_compressed(hdu):
+        return [locate_descriptors(hdu)]
+    if hdu.header.get("ZIMAGE") is True:
+        return [(hdu.data_start, hdu.data_start + hdu.data_size)]
+    return locate_rows(hdu, rows)
 
 
 def _check_compressed(header: Header, shape: tuple[int, int]) -> None:

@@ -8,18 +8,20 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spxdask.errors import FrameError
 from spxdask.science.flags import FLAG_BITS
-from spxdask.science.level2.fits import Hdu, Header, map_image, scan
-from spxdask.science.level2.flags import read_flag_bits, read_flags
+from spxdask.science.level2.fits import Hdu, Header, locate_rows, map_image, require, scan, walk
+from spxdask.science.level2.flags import locate_flags, read_flag_bits, read_flags
+from spxdask.science.level2.spans import Span, Spans
 from spxdask.science.level2.wavelength import WavelengthTable, read_wavelength_table
 from spxdask.science.level2.wcs import TanSip
 from spxdask.science.sphere import angular_distance
 
-__all__ = ["Frame", "map_file", "open_frame"]
+__all__ = ["Frame", "list_spans", "map_file", "open_frame", "open_head"]
 
 NEEDED = ("IMAGE", "FLAGS", "VARIANCE", "ZODI", "WCS-WAVE")
 # The PSF is 5 to 6 arcsec wide; a width outside of these limits is an error in the header.
@@ -41,10 +43,13 @@ class PsfExtension:
         The whole file.
     hdu : Hdu
         ``EPSF``, a table, or ``PSF``, a cube.
+    held : Spans or None
+        Which bytes of the content are there; None for all.
     """
 
     content: memoryview
     hdu: Hdu
+    held: Spans | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,9 @@ class Frame:
         Length of the file.
     checksum : str or None
         Hash of the file's content, where it is known.
+    rows : (ny,) bool array or None
+        Which rows of the four planes may be used, of a frame that was read in parts; the others
+        hold anything, also where their bytes happen to be there. None if all may be.
     """
 
     filename: str
@@ -103,6 +111,7 @@ class Frame:
     warnings: tuple[str, ...] = ()
     file_bytes: int = 0
     checksum: str | None = None
+    rows: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,7 +155,13 @@ class Frame:
         return float(ra[0]), float(dec[0]), float(farthest) * 1.001
 
 
-def open_frame(source: str | os.PathLike | memoryview, filename: str | None = None) -> Frame:
+def open_frame(
+    source: str | os.PathLike | memoryview,
+    filename: str | None = None,
+    *,
+    held: Spans | None = None,
+    rows: np.ndarray | None = None,
+) -> Frame:
     """Open a Level 2 file of any release.
 
     Parameters
@@ -156,6 +171,10 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
         layout (flags compressed). Extensions are found by name.
     filename : str, optional
         The archive's own name of the file; default: that of the path.
+    held : Spans, optional
+        Which bytes of the content are there, if not all. It may grow while the frame is in use.
+    rows : (ny,) bool array, optional
+        Which rows of the planes are wanted, if not all.
 
     Returns
     -------
@@ -167,6 +186,8 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     ------
     FrameError
         If the file is not a readable Level 2 frame; the message describes the reason.
+    MissingBytesError
+        If bytes that these rows need are not held; it has all that are known to be missing.
     OSError
         If the file cannot be opened.
     """
@@ -175,45 +196,112 @@ def open_frame(source: str | os.PathLike | memoryview, filename: str | None = No
     else:
         filename = filename or Path(source).name
         buffer = map_file(source)
-    hdus = _find_extensions(buffer)
+    hdus = _find_extensions(buffer, held)
     header = hdus["IMAGE"].header
-    _check_unit(header)
-    band, obs_id = _read_band(header), _read_obs_id(header)
-    mjd, origin = _read_mjd(header), _read_origin(header)
+    values = _read_values(header)
 
     image = map_image(buffer, hdus["IMAGE"], -32, ">f4")
     ny, nx = image.shape
-    planes = {
-        "FLAGS": read_flags(buffer, hdus["FLAGS"], (ny, nx)),
-        "VARIANCE": map_image(buffer, hdus["VARIANCE"], -32, ">f4"),
-        "ZODI": map_image(buffer, hdus["ZODI"], -32, ">f4"),
-    }
+    if rows is not None and rows.shape != (ny,):
+        raise FrameError(f"IMAGE has {ny} rows, and not {rows.shape}")
+    planes = {name: map_image(buffer, hdus[name], -32, ">f4") for name in ("VARIANCE", "ZODI")}
+    if held is not None:
+        require(held, list_spans(hdus, np.ones(ny, bool) if rows is None else rows))
+    planes["FLAGS"] = read_flags(buffer, hdus["FLAGS"], (ny, nx), held, rows)
     for name, plane in planes.items():
         if plane.shape != image.shape:
             raise FrameError(f"{name} is {plane.shape} pixels, IMAGE is {image.shape}")
 
     frame = Frame(
         filename=filename or "",
-        obs_id=obs_id,
-        band=band,
-        mjd=mjd,
         image=image,
         variance=planes["VARIANCE"],
         zodi=planes["ZODI"],
         flags=planes["FLAGS"],
-        wcs=TanSip.from_header(header),
         wavelengths=read_wavelength_table(buffer, hdus["WCS-WAVE"]),
-        origin=origin,
-        psf_fwhm=_read_psf_fwhm(header),
-        observer_km=_read_observer(header),
-        psf=_find_psf(buffer, hdus),
+        psf=_find_psf(buffer, hdus, held),
         flag_bits=read_flag_bits(hdus["FLAGS"].header),
-        warnings=_list_warnings(header),
         file_bytes=len(buffer),
+        rows=rows,
+        **values,
     )
-    if not np.isfinite(frame.bounding_circle).all():
-        raise FrameError("no usable celestial WCS: the frame is nowhere on the sky")
+    _check_place(frame)
     return frame
+
+
+def open_head(content: memoryview, filename: str, *, held: Spans | None = None) -> Frame:
+    """Read what the header of IMAGE says: what a frame is, and where it is on the sky.
+
+    Parameters
+    ----------
+    content : memoryview
+        As long as the file.
+    filename : str
+        The archive's own name of it.
+    held : Spans, optional
+        Which bytes of the content are there, if not all.
+
+    Returns
+    -------
+    Frame
+        Without pixels and wavelengths: none of its `rows` may be used, and its wavelengths are
+        NaN. All that headers of other extensions say has its default.
+
+    Raises
+    ------
+    FrameError
+        If this header is not that of a Level 2 frame.
+    MissingBytesError
+        If bytes of the headers up to that of IMAGE are not held.
+    """
+    hdu = next((hdu for hdu in walk(content, held) if hdu.name == "IMAGE"), None)
+    if hdu is None:
+        raise FrameError("no extension named IMAGE")
+    shape = map_image(content, hdu, -32, ">f4").shape
+    nothing = np.broadcast_to(np.array(np.nan, ">f4"), shape)
+    lattice = np.array([0.0, 1.0])
+    frame = Frame(
+        filename=filename,
+        image=nothing,
+        variance=nothing,
+        zodi=nothing,
+        flags=np.broadcast_to(np.array(-1, ">i4"), shape),
+        wavelengths=WavelengthTable(x=lattice, y=lattice, values=np.full((2, 2, 2), np.nan)),
+        file_bytes=len(content),
+        rows=np.zeros(shape[0], bool),
+        **_read_values(hdu.header),
+    )
+    _check_place(frame)
+    return frame
+
+
+def list_spans(hdus: dict[str, Hdu], rows: np.ndarray) -> list[Span]:
+    """Return where the bytes are, headers apart, that a frame of some rows is opened with.
+
+    Parameters
+    ----------
+    hdus : dict of str to Hdu
+        The extensions by name; all that a frame must have.
+    rows : (ny,) bool array
+        Rows of the planes.
+
+    Returns
+    -------
+    list of (int, int)
+        They are not sorted. Tiles of compressed flags are not among them, as the table that is
+        says where they are.
+
+    Raises
+    ------
+    FrameError
+        If an extension cannot be read.
+    """
+    table = hdus["WCS-WAVE"]
+    spans = [(table.data_start, table.data_start + table.data_size)]
+    spans += locate_flags(hdus["FLAGS"], rows)
+    for name in ("IMAGE", "VARIANCE", "ZODI"):
+        spans += locate_rows(hdus[name], rows)
+    return spans
 
 
 def map_file(path: str | os.PathLike) -> memoryview:
@@ -242,10 +330,30 @@ def map_file(path: str | os.PathLike) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _find_extensions(buffer: memoryview) -> dict[str, Hdu]:
+def _read_values(header: Header) -> dict[str, Any]:
+    """Return the attributes of a frame that the header of IMAGE has."""
+    _check_unit(header)
+    return {
+        "band": _read_band(header),
+        "obs_id": _read_obs_id(header),
+        "mjd": _read_mjd(header),
+        "origin": _read_origin(header),
+        "wcs": TanSip.from_header(header),
+        "psf_fwhm": _read_psf_fwhm(header),
+        "observer_km": _read_observer(header),
+        "warnings": _list_warnings(header),
+    }
+
+
+def _check_place(frame: Frame) -> None:
+    if not np.isfinite(frame.bounding_circle).all():
+        raise FrameError("no usable celestial WCS: the frame is nowhere on the sky")
+
+
+def _find_extensions(buffer: memoryview, held: Spans | None) -> dict[str, Hdu]:
     """Return the extensions by name, the first of each; all that are needed are there."""
     hdus: dict[str, Hdu] = {}
-    for hdu in scan(buffer):
+    for hdu in scan(buffer, held):
         hdus.setdefault(hdu.name, hdu)
     missing = [name for name in NEEDED if name not in hdus]
     if missing:
@@ -305,10 +413,10 @@ def _read_observer(header: Header) -> tuple[float, float, float] | None:
     return found[0], found[1], found[2]
 
 
-def _find_psf(buffer: memoryview, hdus: dict[str, Hdu]) -> PsfExtension | None:
+def _find_psf(buffer: memoryview, hdus: dict[str, Hdu], held: Spans | None) -> PsfExtension | None:
     for name in ("EPSF", "PSF"):
         if name in hdus:
-            return PsfExtension(buffer, hdus[name])
+            return PsfExtension(buffer, hdus[name], held)
     return None
 
 

@@ -9,7 +9,7 @@ its plane, and is moved there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ def make_cube_model(
     oversampling: int = OVERSAMPLING,
     at: tuple[ArrayLike, ArrayLike] | None = None,
     is_bilinear: bool = False,
+    require_planes: Callable[[np.ndarray], None] = lambda needed: None,
 ) -> PsfModel:
     """Make the model from a cube, integrated over native pixels and centred on its core.
 
@@ -104,6 +105,9 @@ def make_cube_model(
         the whole detector.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones.
+    require_planes : callable
+        Called with the planes that are about to be read, for a cube that is there in parts; it
+        raises an error if one is not.
 
     Returns
     -------
@@ -124,6 +128,7 @@ def make_cube_model(
             f"got {samples.shape} at {oversampling} samples a pixel"
         )
     needed, selected = zones.select(at, is_bilinear)
+    require_planes(needed)
     words = np.ascontiguousarray(samples, ">f4").view("<u4")
     words.flags.writeable = False
     coefficients, core = prepare_cube(words, needed, oversampling)
@@ -132,7 +137,11 @@ def make_cube_model(
         if at is not None:
             # The neighbours of a zone without a PSF may not be among those that are needed.
             return make_cube_model(
-                zones, samples, oversampling=oversampling, is_bilinear=is_bilinear
+                zones,
+                samples,
+                oversampling=oversampling,
+                is_bilinear=is_bilinear,
+                require_planes=require_planes,
             )
         places = np.meshgrid(zones.x, zones.y)
         selected = arrange_zones(places[0].ravel(), places[1].ravel(), usable)

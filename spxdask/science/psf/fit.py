@@ -16,10 +16,10 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.kernels.pixels import Conversion, Planes
-from spxdask.science.kernels.psf_fit import examine_pairs, fit_stamps
+from spxdask.science.kernels.psf_fit import examine_pairs, find_linked, fit_stamps
 from spxdask.science.psf.model import PsfModel
 
-__all__ = ["Contaminants", "PsfPhotometry", "measure_psf_fluxes"]
+__all__ = ["Contaminants", "PsfPhotometry", "choose_linked", "measure_psf_fluxes"]
 
 # A PSF with less than this share of its square on usable pixels gives no flux.
 LEAST_FRACTION = 0.3
@@ -190,6 +190,47 @@ def measure_psf_fluxes(
         empty=empty,
         same_contaminants=int(is_double.sum()),
     )
+
+
+def choose_linked(
+    x: np.ndarray,
+    y: np.ndarray,
+    other_x: np.ndarray,
+    other_y: np.ndarray,
+    size: int,
+    radius: float,
+) -> np.ndarray:
+    """Choose the sources without which the fluxes of some others would not be the same.
+
+    Groups of sources whose stamps do not overlap are solved apart, so that those that are in no
+    group with a source that gets a row can be left out, and their pixels need not be read.
+
+    Parameters
+    ----------
+    x, y : (n,) float array
+        0-based pixel positions of the sources that get rows.
+    other_x, other_y : (m,) float array
+        Those of all others.
+    size : int
+        Rows and columns of a stamp, or more.
+    radius : float
+        Of the aperture, pixels.
+
+    Returns
+    -------
+    (m,) bool array
+        Which of the others are linked with a source that gets a row, by overlapping stamps and
+        apertures, directly or through others.
+    """
+    n = len(x)
+    if n == 0 or len(other_x) == 0:
+        return np.zeros(len(other_x), bool)
+    both = np.append(y, other_y), np.append(x, other_x)
+    corners = np.floor(np.stack(both, axis=1) + 0.5).astype(np.int64)
+    order = np.argsort(corners[:, 0], kind="stable")
+    linked = np.empty(len(corners), bool)
+    linked[order] = find_linked(corners[order], order < n, size, radius)
+    return linked[n:]
 
 
 def _fill_gaps(values: np.ndarray) -> np.ndarray:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spxdask.errors import FrameError
-from spxdask.science.level2.fits import Hdu
+from spxdask.science.level2.fits import Hdu, require
 from spxdask.science.level2.frame import PsfExtension
+from spxdask.science.level2.spans import Spans
 from spxdask.science.psf.cube import arrange_cube_zones, make_cube_model, read_centres
 from spxdask.science.psf.epsf import make_epsf_model
 from spxdask.science.psf.model import PsfModel
@@ -38,11 +39,14 @@ def read_frame_psf(
     ------
     FrameError
         If the extension has no PSF that could be used.
+    MissingBytesError
+        If what these sources need of it is not held.
     """
-    content, hdu = extension.content, extension.hdu
+    content, hdu, held = extension.content, extension.hdu, extension.held
     if hdu.name == "EPSF":
+        require(held, [(hdu.data_start, hdu.data_start + hdu.data_size)])
         return read_epsf(content, hdu, at=at, is_bilinear=is_bilinear)
-    return read_cube(content, hdu, at=at, is_bilinear=is_bilinear)
+    return read_cube(content, hdu, at=at, is_bilinear=is_bilinear, held=held)
 
 
 def read_epsf(
@@ -92,6 +96,7 @@ def read_cube(
     *,
     at: tuple[ArrayLike, ArrayLike] | None = None,
     is_bilinear: bool = False,
+    held: Spans | None = None,
 ) -> PsfModel:
     """Read an optical PSF from a cube with a plane for each zone.
 
@@ -106,6 +111,8 @@ def read_cube(
         read.
     is_bilinear : bool
         Whether the PSF is interpolated between four zones.
+    held : Spans, optional
+        Which bytes of the content are there, if not all.
 
     Returns
     -------
@@ -115,12 +122,20 @@ def read_cube(
     ------
     FrameError
         If it is no such cube.
+    MissingBytesError
+        If planes of the zones are not held.
     """
     header = hdu.header
     shape = tuple(header.integer(f"NAXIS{axis}", 0) for axis in (3, 2, 1))
     if header.get("NAXIS") != 3 or header.get("BITPIX") != -32 or min(shape) < 1:
         raise FrameError(f"PSF must be a cube of 32-bit floats, got {shape}")
     samples = np.frombuffer(content, ">f4", int(np.prod(shape)), hdu.data_start).reshape(shape)
+    width = 4 * shape[1] * shape[2]
+
+    def require_planes(needed: np.ndarray) -> None:
+        starts = (hdu.data_start + needed * width).tolist()
+        require(held, ((start, start + width) for start in starts))
+
     try:
         return make_cube_model(
             arrange_cube_zones(*read_centres(header, shape[0])),
@@ -128,6 +143,7 @@ def read_cube(
             oversampling=header.integer("OVERSAMP", 10),
             at=at,
             is_bilinear=is_bilinear,
+            require_planes=require_planes,
         )
     except ValueError as error:
         raise FrameError(f"the cube PSF is not one of a PSF: {error}") from error
