@@ -39,13 +39,11 @@ from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration, ope
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.fits import verify
 from spxdask.science.level2.frame import Frame, map_file, open_frame
-from spxdask.science.level2.partial import MOST_ATTEMPTS
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import Measurement, find_needed_rows, measure
 from spxdask.stages.reading import RowRule
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
-from spxdask.tables.schema import APERTURE_ONLY, SCHEMA, WITH_PSF
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +120,7 @@ def extract(
         If there is no room for the table.
     """
     store, name = locate_file(image)
-    measured = _extract(
-        name, lambda: _open_stored(store, name, fetched), per_image, options, _measure_whole
-    )
+    measured = _extract(name, lambda: _open_stored(store, name, fetched), per_image, options)
     if fetched is not None and fetched.file_bytes == measured.frame_bytes:
         return list_outcomes(fetched, measured)[1]
     return measured
@@ -157,7 +153,8 @@ def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outc
     Parameters
     ----------
     frame : Frame
-        The frame. Of a whole one, the rows are used that the options' rule says.
+        The frame. Of a whole one, the rows are used that the options' rule says. Where no source
+        is on it, its head will do.
     per_image : str
         Folder of the tables.
     options : ExtractOptions
@@ -173,21 +170,44 @@ def extract_frame(frame: Frame, per_image: str, options: ExtractOptions) -> Outc
     MissingRowsError, MissingBytesError
         If parts are needed of a frame of which some rows came, and did not come.
     """
-    measure_it = _measure_whole if frame.rows is None else _measure
-    return _extract(frame.filename, lambda: frame, per_image, options, measure_it)
+    return _extract(frame.filename, lambda: frame, per_image, options)
+
+
+def record_failure(
+    filename: str, error: Exception, per_image: str, options: ExtractOptions
+) -> Outcome:
+    """Return the outcome of a frame whose measurement has raised an error before it began.
+
+    Parameters
+    ----------
+    filename : str
+        Of the frame.
+    error : Exception
+        The error.
+    per_image : str
+        Folder of the tables.
+    options : ExtractOptions
+        What all tasks share.
+
+    Returns
+    -------
+    Outcome
+        As that of `extract`, failed.
+    """
+
+    def fail() -> Frame:
+        raise error
+
+    return _extract(filename, fail, per_image, options)
 
 
 def _extract(
-    filename: str,
-    open_it: Callable[[], Frame],
-    per_image: str,
-    options: ExtractOptions,
-    measure_it: Callable[[Frame, ExtractOptions], dict[str, Any]],
+    filename: str, open_it: Callable[[], Frame], per_image: str, options: ExtractOptions
 ) -> Outcome:
     started = time.monotonic()
     try:
         with _one_at_a_time if options.serial else nullcontext():
-            measured = measure_it(open_it(), options)
+            measured = _measure(open_it(), options)
         name = table_name(filename, options.format)
         open_store(per_image).put(name, measured.pop("content"))
         result: dict[str, Any] = {"status": "done", **measured}
@@ -210,26 +230,7 @@ def _extract(
     )
 
 
-def _measure_whole(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
-    """Measure a whole frame on the rows that would have been read of it by rows."""
-    rule = options.row_rule
-    if rule is None or frame.file_bytes < rule.least_file_bytes:
-        return _measure(frame, options)
-    rows = find_rows(frame, options)
-    if rows is None:
-        return _measure_none(frame, options)
-    if not rule.applies(rows, frame.file_bytes):
-        return _measure(frame, options)
-    for _ in range(MOST_ATTEMPTS):
-        try:
-            return _measure(dataclasses.replace(frame, rows=rows), options)
-        except MissingRowsError as error:
-            assert error.rows is not None, "it says which rows are missing"
-            rows = rows | error.rows
-    raise FrameError(f"more rows were needed {MOST_ATTEMPTS} times")
-
-
-def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
+def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray:
     """Return the rows of pixels that the sources on a frame need.
 
     Parameters
@@ -241,8 +242,8 @@ def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
 
     Returns
     -------
-    (ny,) bool array or None
-        None if no source is on the frame that would get a row in its table.
+    (ny,) bool array
+        None of them if no source is on the frame that would get a row in its table.
     """
     catalogue, others, calibration, circle = _open_inputs(frame, options)
     observer = locate_observer(frame.mjd, frame.observer_km)
@@ -251,50 +252,14 @@ def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
     return find_needed_rows(frame, ra, dec, options.photometry, calibration, contaminants)
 
 
-def record_empty(head: Frame, per_image: str, options: ExtractOptions) -> Outcome:
-    """Write the table of a frame on which no source is, of which no more is known than its head.
-
-    Parameters
-    ----------
-    head : Frame
-        The head of the frame.
-    per_image : str
-        Folder of the tables.
-    options : ExtractOptions
-        What all tasks share.
-
-    Returns
-    -------
-    Outcome
-        As that of `extract`, without rows.
-
-    Raises
-    ------
-    DiskFullError
-        If there is no room for the table.
-    """
-    return _extract(head.filename, lambda: head, per_image, options, _measure_none)
-
-
-def _measure_none(head: Frame, options: ExtractOptions) -> dict[str, Any]:
-    """Return what `_measure` does for a frame without sources."""
-    layout = APERTURE_ONLY if options.photometry.psf == "none" else WITH_PSF
-    columns = {name: pa.array([], SCHEMA.field(name).type) for name in layout.per_image}
-    catalogue, _, _, circle = _open_inputs(head, options)
-    near = catalogue.within(*circle)
-    return {
-        **_describe_table(encode_rows(columns, options.format)),
-        "warnings": head.warnings,
-        "sources_fingerprint": catalogue.digest(near).hex(),
-        "bounding_circle": circle,
-        "frame_bytes": head.file_bytes,
-        "frame_checksum": head.checksum,
-        "properties": {"mjd": head.mjd, "n_sources": len(near), "fit_rows": 0},
-    }
-
-
-def _describe_table(content: bytes) -> dict[str, Any]:
-    return {"content": content, "bytes": len(content), "checksum": hash_table(content)}
+def _find_fit_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
+    """Return the rows that a frame is measured on, None for all."""
+    rule = options.row_rule
+    if frame.rows is not None or rule is None or frame.file_bytes < rule.least_file_bytes:
+        return frame.rows
+    # A whole frame that could have come by rows.
+    rows = find_rows(frame, options)
+    return rows if rule.applies(rows, frame.file_bytes) else None
 
 
 def _open_inputs(
@@ -312,15 +277,23 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     """Return the content of a frame's table, and the fields of its outcome that go with it."""
     catalogue, others, calibration, circle = _open_inputs(frame, options)
     near = catalogue.within(*circle)
+    fit_rows = _find_fit_rows(frame, options)
     found = measure_catalogue(
-        frame, catalogue, near, options.photometry, calibration, contaminants=others
+        frame,
+        catalogue,
+        near,
+        options.photometry,
+        calibration,
+        contaminants=others,
+        few_rows=fit_rows is not None,
     )
     content = encode_rows(found.columns, options.format)
     measured = found.measured
     levels = measured.columns["bg_level"]
     spread = np.percentile(levels, (16, 50, 84)) if len(levels) else np.full(3, np.nan)
     return {
-        **_describe_table(content),
+        "content": content,
+        "bytes": len(content),
         "rows": len(found.columns["target_id"]),
         "skipped": measured.skipped,
         "warnings": found.warnings,
@@ -329,8 +302,9 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
         "bounding_circle": circle,
         "frame_bytes": frame.file_bytes,
         "frame_checksum": frame.checksum,
+        "checksum": hash_table(content),
         "properties": {
-            "fit_rows": None if frame.rows is None else int(frame.rows.sum()),
+            "fit_rows": None if fit_rows is None else int(fit_rows.sum()),
             "mjd": frame.mjd,
             "zodi_scale": measured.zodi_scale,
             "is_zodi_fitted": measured.is_zodi_fitted,
@@ -398,6 +372,7 @@ def measure_catalogue(
     calibration: DetectorCalibration = NO_CALIBRATION,
     *,
     contaminants: Catalogue | None = None,
+    few_rows: bool = False,
 ) -> MeasuredCatalogue:
     """Measure those of some sources of a catalogue that are on a frame.
 
@@ -415,6 +390,8 @@ def measure_catalogue(
         Calibration products.
     contaminants : Catalogue, optional
         Sources of the solution for PSF fluxes that get no rows.
+    few_rows : bool
+        As of `spxdask.science.photometry.measure`.
 
     Returns
     -------
@@ -429,7 +406,7 @@ def measure_catalogue(
     observer = locate_observer(frame.mjd, frame.observer_km)
     ra, dec = find_positions(catalogue, near, observer)
     others = _find_contaminants(frame, contaminants, observer)
-    measured = measure(frame, ra, dec, photometry, calibration, others)
+    measured = measure(frame, ra, dec, photometry, calibration, others, few_rows=few_rows)
     warnings = measured.warnings
     if is_level2_name(frame.filename) and parse_filename(frame.filename)[0] != frame.obs_id:
         warnings += (f"the header says that this is {frame.obs_id}",)

@@ -41,7 +41,7 @@ from spxdask.stages.extract import (
     extract_frame,
     find_rows,
     list_outcomes,
-    record_empty,
+    record_failure,
 )
 from spxdask.stages.reading import choose_way, count_requests
 
@@ -139,6 +139,10 @@ def stream_rows(
     return task.stream_whole() if outcomes is None else outcomes
 
 
+class _InputsError(Exception):
+    """It cannot be said which rows sources need; the cause is what was raised."""
+
+
 class _RowsTask:
     """The task of one frame."""
 
@@ -156,6 +160,8 @@ class _RowsTask:
         self._fetch_options, self._extract_options = fetch, extract
         self._layouts, self._link, self._refusals = layouts, link, refusals
         self._seconds = 0.0
+        # What the head took of a frame that is then fetched whole.
+        self._n_bytes = self._n_requests = 0
         self._doubtful: str | None = None
         # The head of a frame on which no source is.
         self._head: Frame | None = None
@@ -171,7 +177,17 @@ class _RowsTask:
                 measured = self._read_and_measure()
                 break
             except _WholeWantedError:
+                self._n_bytes, self._n_requests = received.n_bytes, received.n_requests
                 return None
+            except _InputsError as error:
+                assert isinstance(error.__cause__, Exception), "it has the error"
+                measured = record_failure(
+                    self._observation.filename,
+                    error.__cause__,
+                    self._per_image,
+                    self._extract_options,
+                )
+                break
             except FileChangedError:
                 # The pieces are dropped; which attempt it is was counted and waited for.
                 continue
@@ -197,11 +213,13 @@ class _RowsTask:
         downloaded, extracted = fetch_frame(
             self._observation, None, self._fetch_options, self._measure_frame
         )
-        changes = {"refusal": refusal, "seconds": downloaded.seconds + self._seconds}
-        if refusal is None and downloaded.status == "done":
-            changes["bytes"] = downloaded.bytes + self._received.n_bytes
-            changes["requests"] = downloaded.requests + self._received.n_requests
-        downloaded = dataclasses.replace(downloaded, **changes)
+        downloaded = dataclasses.replace(
+            downloaded,
+            refusal=refusal,
+            seconds=downloaded.seconds + self._seconds,
+            bytes=downloaded.bytes + (self._n_bytes if downloaded.status == "done" else 0),
+            requests=downloaded.requests + self._n_requests,
+        )
         return list_outcomes(downloaded, extracted)
 
     def _measure_frame(self, frame: Frame) -> Outcome:
@@ -223,14 +241,18 @@ class _RowsTask:
         frame = self._drive(reading)
         if frame is None:
             assert self._head is not None, "no rows were chosen"
-            return record_empty(self._head, self._per_image, self._extract_options)
+            return self._measure_frame(self._head)
         return self._drive(measure_partly(content, received.held, frame, self._measure_frame))
 
     def _choose_rows(self, head: Frame) -> np.ndarray | None:
         """Return the rows that sources need, None if there is none; or ask for the whole frame."""
         check_band(head, self._observation)
-        rows = find_rows(head, self._extract_options)
-        if rows is None:
+        try:
+            rows = find_rows(head, self._extract_options)
+        except Exception as error:
+            # It is none of the download, and is recorded like that of a measurement.
+            raise _InputsError from error
+        if not rows.any():
             self._head = head
             return None
         rule = self._extract_options.row_rule
