@@ -140,7 +140,11 @@ def stream_rows(
 
 
 class _InputsError(Exception):
-    """It cannot be said which rows sources need; the cause is what was raised."""
+    """It cannot be said which rows sources need."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class _RowsTask:
@@ -180,13 +184,8 @@ class _RowsTask:
                 self._n_bytes, self._n_requests = received.n_bytes, received.n_requests
                 return None
             except _InputsError as error:
-                assert isinstance(error.__cause__, Exception), "it has the error"
-                measured = record_failure(
-                    self._observation.filename,
-                    error.__cause__,
-                    self._per_image,
-                    self._extract_options,
-                )
+                name, options = self._observation.filename, self._extract_options
+                measured = record_failure(name, error.error, self._per_image, options)
                 break
             except FileChangedError:
                 # The pieces are dropped; which attempt it is was counted and waited for.
@@ -251,7 +250,7 @@ class _RowsTask:
             rows = find_rows(head, self._extract_options)
         except Exception as error:
             # It is none of the download, and is recorded like that of a measurement.
-            raise _InputsError from error
+            raise _InputsError(error) from error
         if not rows.any():
             self._head = head
             return None
