@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -54,6 +54,7 @@ __all__ = [
     "Fault",
     "LoggedRequest",
     "SimulatedArchive",
+    "Traffic",
     "make_mirror",
 ]
 
@@ -200,6 +201,21 @@ class Fault:
         Redirect (302) to this URL.
     no_range : bool
         Ignore the Range header and send the whole file.
+    range_status : int, optional
+        Answer a request for a range with this HTTP status, and serve others.
+    changed : bool
+        The file is of another version: ETag and Last-Modified differ, and an If-Range or If-Match
+        header that names the usual one does not hold.
+    unconditional : bool
+        As `changed`, and If-Range and If-Match are ignored.
+    short_range : int, optional
+        Send this many bytes of the range that is asked for, as if they were asked for.
+    wrong_range : int, optional
+        Send the range that begins so many bytes later.
+    multipart : bool
+        Send the range as the only part of a multipart/byteranges body.
+    no_version : bool
+        Leave out ETag and Last-Modified.
 
     Raises
     ------
@@ -216,11 +232,18 @@ class Fault:
     garbage: bool = False
     redirect: str | None = None
     no_range: bool = False
+    range_status: int | None = None
+    changed: bool = False
+    unconditional: bool = False
+    short_range: int | None = None
+    wrong_range: int | None = None
+    multipart: bool = False
+    no_version: bool = False
 
     def __post_init__(self) -> None:
-        numbers = (self.status, self.truncate, self.short, self.stall, self.redirect)
-        n_faults = sum(value is not None for value in numbers)
-        if n_faults + self.html + self.garbage + self.no_range > 1:
+        values = (getattr(self, item.name) for item in fields(self) if item.name != "retry_after_s")
+        # A number may be 0.
+        if sum(value is not None and value is not False for value in values) > 1:
             raise ValueError(f"one request can have only one fault: {self}")
         if self.retry_after_s is not None and self.status is None:
             raise ValueError("retry_after_s needs a status")
@@ -236,6 +259,16 @@ class LoggedRequest(NamedTuple):
     method: str
     path: str
     status: int
+
+
+class Traffic(NamedTuple):
+    """Number of answers of one kind, and of bytes in their bodies that were sent."""
+
+    answers: int = 0
+    sent_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.answers:,} answers, {self.sent_bytes / 1e6:,.1f} MB"
 
 
 @dataclass(kw_only=True)
@@ -283,6 +316,9 @@ class SimulatedArchive:
         ``itertools.repeat(fault)`` makes a fault permanent.
     bandwidth : float, optional
         Bytes per second for all files together; unlimited if None.
+    latency_s : float
+        Seconds before each answer begins. They pass at the same time for requests that are made
+        at the same time.
     extra_artifacts : iterable of (ArchivedFrame, str, Path)
         Further files (frame they belong to, URI, file on disk), listed as artifacts of that
         frame's plane.
@@ -297,6 +333,10 @@ class SimulatedArchive:
         All requests in the order in which their responses began; paths have a leading slash.
     open_connections, peak_connections : int
         Number of requests for files in progress, and its largest value so far.
+    traffic : dict of str to Traffic
+        What was sent so far of whole files ("file"), of ranges of files ("range"), and of anything
+        else ("other"), such as listings and answers to queries. What a client has not read of an
+        answer may be among it.
 
     Raises
     ------
@@ -313,6 +353,7 @@ class SimulatedArchive:
         sync_limit_rows: int | None = None,
         faults: Mapping[str, Iterable[Fault]] | None = None,
         bandwidth: float | None = None,
+        latency_s: float = 0.0,
         extra_artifacts: Iterable[tuple[ArchivedFrame, str, Path]] = (),
         query_error_status: int = 400,
         products: Iterable[ArchivedProduct] = (),
@@ -322,6 +363,7 @@ class SimulatedArchive:
         self._sync_limit = maxrec if sync_limit_rows is None else min(maxrec, sync_limit_rows)
         self._bandwidth = bandwidth
         self._bandwidth_free_at = 0.0
+        self._latency_s = latency_s
         self._query_error_status = query_error_status
         self._rows, self._files = _archive_tables(frames, extra_artifacts)
         self._files |= {product.uri: product.path for product in products}
@@ -334,6 +376,7 @@ class SimulatedArchive:
         self.requests: list[LoggedRequest] = []
         self.open_connections = 0
         self.peak_connections = 0
+        self.traffic = {kind: Traffic() for kind in ("file", "range", "other")}
 
         self._thread: threading.Thread | None = None
 
@@ -369,6 +412,17 @@ class SimulatedArchive:
             Without a trailing slash.
         """
         return f"{self.url}/TAP"
+
+    @property
+    def sent_bytes(self) -> int:
+        """Number of bytes in the bodies of all answers so far.
+
+        Returns
+        -------
+        int
+        """
+        with self._state:
+            return sum(traffic.sent_bytes for traffic in self.traffic.values())
 
     def __enter__(self) -> SimulatedArchive:
         self.start()
@@ -431,6 +485,25 @@ class SimulatedArchive:
         """
         # A new mapping, as the server may be reading the old one.
         self._files = self._files | {product.uri: product.path for product in products}
+
+    def replace_file(self, uri: str, path: Path) -> None:
+        """Serve another file under a URI from now on, without changing the tables.
+
+        Parameters
+        ----------
+        uri : str
+            The URI.
+        path : Path
+            The file on disk.
+
+        Raises
+        ------
+        KeyError
+            If there is no such URI.
+        """
+        if uri not in self._files:
+            raise KeyError(uri)
+        self._files = self._files | {uri: path}
 
     def remove_file(self, uri: str) -> None:
         """Forget a file, without changing the tables.
@@ -554,14 +627,17 @@ class SimulatedArchive:
     async def _inject_fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         with self._state:
             fault = next(self._faults.get(request.path.strip("/"), iter(())), Fault())
-        if fault.status is not None:
+        if self._latency_s:
+            await asyncio.sleep(self._latency_s)
+        status = fault.status
+        if "Range" in request.headers and fault.range_status is not None:
+            status = fault.range_status
+        if status is not None:
             headers = {}
             if fault.retry_after_s is not None:
                 headers["Retry-After"] = f"{fault.retry_after_s:g}"
-            page = f"<html><body><h1>Error {fault.status}</h1></body></html>"
-            return web.Response(
-                status=fault.status, text=page, content_type="text/html", headers=headers
-            )
+            page = f"<html><body><h1>Error {status}</h1></body></html>"
+            return web.Response(status=status, text=page, content_type="text/html", headers=headers)
         if fault.redirect is not None:
             return web.Response(status=302, headers={"Location": fault.redirect})
         if fault.html:
@@ -590,10 +666,12 @@ class SimulatedArchive:
 
         start, stop = 0, size
         headers = dict(validators or {})
+        kind = "file" if validators else "other"
         if validators and not fault.no_range:
             headers["Accept-Ranges"] = "bytes"
             if_range = request.headers.get("If-Range")
-            if "Range" in request.headers and (if_range is None or if_range in validators.values()):
+            holds = if_range is None or if_range in validators.values() or fault.unconditional
+            if "Range" in request.headers and holds:
                 try:
                     start, stop, _ = request.http_range.indices(size)
                 except ValueError:
@@ -601,13 +679,23 @@ class SimulatedArchive:
                 if start >= stop:
                     headers["Content-Range"] = f"bytes */{size}"
                     return web.Response(status=416, headers=headers)
-                status = 206
+                status, kind = 206, "range"
+                if fault.short_range is not None:
+                    stop = min(stop, start + fault.short_range)
+                if fault.wrong_range is not None:
+                    start, stop = (min(end + fault.wrong_range, size) for end in (start, stop))
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+                if fault.multipart:
+                    body, start, stop = _as_multipart(body, start, stop, headers)
+                    content_type = "multipart/byteranges"
+        if fault.no_version:
+            headers = {name: headers[name] for name in headers if name not in (validators or {})}
 
         response = web.StreamResponse(status=status, headers=headers)
         response.content_type = content_type
         response.content_length = stop - start
         await response.prepare(request)
+        self._count(kind, Traffic(answers=1))
         if request.method == "HEAD":
             return response
         cut = fault.truncate if fault.truncate is not None else fault.stall
@@ -615,11 +703,17 @@ class SimulatedArchive:
         body.seek(start)
         async for chunk in self._chunks(body, count):
             await response.write(chunk)
+            self._count(kind, Traffic(sent_bytes=len(chunk)))
         if fault.stall is not None:
             await self._stopping.wait()
         if cut is not None and request.transport is not None:
             request.transport.close()
         return response
+
+    def _count(self, kind: str, traffic: Traffic) -> None:
+        with self._state:
+            so_far = self.traffic[kind]
+            self.traffic[kind] = Traffic(*(a + b for a, b in zip(so_far, traffic, strict=True)))
 
     async def _chunks(self, body: BinaryIO, count: int) -> AsyncIterator[bytes]:
         """Yield the next `count` bytes, no faster than the bandwidth allows."""
@@ -648,15 +742,18 @@ class SimulatedArchive:
         return await self._send_file(request, path)
 
     async def _send_file(self, request: web.Request, path: Path) -> web.StreamResponse:
+        fault = _current_fault.get()
+        etag, modified = entity_tag(path), path.stat().st_mtime
+        if fault.changed or fault.unconditional:
+            etag, modified = f'"changed-{etag[1:]}', modified + 1
+        if request.headers.get("If-Match", "*") not in ("*", etag) and not fault.unconditional:
+            return _s3_error(412, "PreconditionFailed", "The file has changed.")
         with path.open("rb") as body, self._transfer():
             return await self._send(
                 request,
                 body,
                 content_type="application/fits",
-                validators={
-                    "ETag": entity_tag(path),
-                    "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True),
-                },
+                validators={"ETag": etag, "Last-Modified": formatdate(modified, usegmt=True)},
             )
 
     async def _list_folder(self, request: web.Request) -> web.StreamResponse:
@@ -697,8 +794,6 @@ class SimulatedArchive:
         path = self._files.get(SERVICE_PREFIX + request.match_info["key"])
         if path is None:
             return _s3_error(404, "NoSuchKey", "The specified key does not exist.")
-        if request.headers.get("If-Match", entity_tag(path)) not in ("*", entity_tag(path)):
-            return _s3_error(412, "PreconditionFailed", "The file has changed.")
         return await self._send_file(request, path)
 
     # TAP
@@ -876,6 +971,21 @@ class SimulatedArchive:
             ' xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance">'
             f"<schema><name>spherex</name>{tables}</schema></vosi:tableset>"
         )
+
+
+def _as_multipart(
+    body: BinaryIO, start: int, stop: int, headers: dict[str, str]
+) -> tuple[BinaryIO, int, int]:
+    """Return a body of one part, and its first byte and its length."""
+    body.seek(start)
+    content = (
+        b"--part\r\nContent-Type: application/fits\r\nContent-Range: "
+        + headers.pop("Content-Range").encode()
+        + b"\r\n\r\n"
+        + body.read(stop - start)
+        + b"\r\n--part--\r\n"
+    )
+    return io.BytesIO(content), 0, len(content)
 
 
 def _xml_response(document: str) -> web.Response:
