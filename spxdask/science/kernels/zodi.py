@@ -54,8 +54,16 @@ class ZodiSums(NamedTuple):
         -------
         ZodiSums
         """
-        numbers = (one + two for one, two in zip(self[:6], other[:6], strict=True))
-        return ZodiSums(*numbers, self.finite or other.finite, self.valid or other.valid)
+        return ZodiSums(
+            weighted_iz=self.weighted_iz + other.weighted_iz,
+            weighted_zz=self.weighted_zz + other.weighted_zz,
+            iz=self.iz + other.iz,
+            zz=self.zz + other.zz,
+            clear=self.clear + other.clear,
+            unflagged=self.unflagged + other.unflagged,
+            finite=self.finite or other.finite,
+            valid=self.valid or other.valid,
+        )
 
 
 @compiled

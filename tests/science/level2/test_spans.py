@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ def is_tidy(spans, gap=0) -> bool:
     """Whether intervals are not empty, sorted, and farther apart than a gap."""
     spans = list(spans)
     return all(start < stop for start, stop in spans) and all(
-        one[1] + gap < other[0] for one, other in zip(spans, spans[1:], strict=False)
+        one[1] + gap < other[0] for one, other in itertools.pairwise(spans)
     )
 
 
@@ -49,7 +51,7 @@ def test_intervals_that_are_near_are_merged(spans, gap):
     assert list_bytes(merged) >= list_bytes(spans)
     # Only bytes between two intervals are read along, and none where the gap is wider.
     plain = merge_spans(spans)
-    gaps = {(a[1], b[0]) for a, b in zip(plain, plain[1:], strict=False) if b[0] - a[1] <= gap}
+    gaps = {(a[1], b[0]) for a, b in itertools.pairwise(plain) if b[0] - a[1] <= gap}
     assert list_bytes(merged) == list_bytes(spans) | list_bytes(gaps)
 
 
