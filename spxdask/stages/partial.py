@@ -199,7 +199,7 @@ class _RowsTask:
                     self._measure_frame,
                     received.take_whole(),
                 )
-                refused = dataclasses.replace(downloaded, refusal=str(error))
+                refused = dataclasses.replace(downloaded, refusal=error.reason)
                 return list_outcomes(refused, extracted)
             except (ArchiveError, FrameError, OSError) as error:
                 failure = self._judge(error)
@@ -258,10 +258,9 @@ class _RowsTask:
         assert rule is not None, "frames are read by rows by a rule"
         if not rule.applies(rows, head.file_bytes):
             raise _WholeWantedError
+        row_bytes = head.image.shape[1] * head.image.itemsize
+        n_requests, n_bytes = count_requests(rows, row_bytes, self._link.cheap_gap_bytes)
         if self._fetch_options.read == "auto":
-            row_bytes = head.image.shape[1] * head.image.itemsize
-            gap_bytes = self._link.cheap_gap_bytes
-            n_requests, n_bytes = count_requests(rows, row_bytes, gap_bytes)
             way = choose_way(
                 file_bytes=head.file_bytes,
                 wanted_bytes=n_bytes,
@@ -272,6 +271,8 @@ class _RowsTask:
             if way == "whole":
                 raise _WholeWantedError
         self._are_rows_chosen = True
+        # This may wait; the head, which is short, does not count before.
+        self._leased.reserve(self._received.held.total + n_bytes)
         return rows
 
     def _drive(self, reading: Generator[list[Span], None, T]) -> T:
@@ -287,10 +288,6 @@ class _RowsTask:
 
     def _fetch(self, spans: list[Span]) -> None:
         received, options = self._received, self._fetch_options
-        if self._are_rows_chosen:
-            # The head is short, and is read before it is known how much follows it.
-            wanted = sum(stop - start for start, stop in received.held.find_missing(spans))
-            self._leased.reserve(received.held.total + wanted)
         began = time.monotonic()
         try:
             fetch_pieces(
