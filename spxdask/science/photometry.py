@@ -9,9 +9,9 @@ and "bad" means that a pixel has one of the configured flag bits.
 - **Zodiacal light**: I' = I - s ZODI with s = sum(w I Z) / sum(w Z^2), w = 1/variance,
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
-- **Few rows**: in a frame that is read in parts, this fit and the median variance are those of
-  the rows that its sources need, and of some that are spread over the frame where these do not
-  tell enough. Everything else is as in a whole frame.
+- **Few rows**: in a frame that is read in parts, this fit and the median variance are from the
+  rows that its sources need, and from some that are spread over the frame. Everything else is as
+  in a whole frame.
 - **Background**: median, after clipping about the mean, of usable pixels in a window or
   an annulus; its error is their standard deviation / sqrt(number before clipping). A
   round of clipping that would leave no pixel is not done.
@@ -40,18 +40,19 @@ from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
 from spxdask.science.kernels.statistics import Clipping, find_positive_median
-from spxdask.science.kernels.zodi import sum_zodi
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
 from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_frame_psf
 from spxdask.science.rows import (
-    choose_spread_rows,
+    MORE_BANDS,
+    find_spread_rows,
     find_stamp_rows,
     find_window_rows,
     is_fit_poor,
     require_rows,
+    sum_zodi_of_rows,
 )
 
 # From the planes' MJy/sr to uJy/arcsec^2.
@@ -189,8 +190,8 @@ def measure(
         ICRS ra and dec, deg, of sources that take part in the solution for the PSF fluxes, and
         get no rows.
     few_rows : bool
-        Whether zodiacal light and the median variance are those of the rows that the sources
-        need (`find_needed_rows`; more of them if these do not tell enough), and not of all. The
+        Whether the scale of zodiacal light and the median variance are from the rows of
+        `find_needed_rows` (and more of them if these do not tell enough), and not from all. The
         results are then the same of a whole frame and of one that has these rows alone, to the
         bit. Without a source, nothing is read: the head of a frame will do.
 
@@ -239,17 +240,18 @@ def find_needed_rows(
     Returns
     -------
     (ny,) bool array
-        Those of windows or annuli with all that they may grow to, of apertures, and of the stamps
-        of the solution. None when no source is on the frame. `measure` may need more only if
-        these rows do not tell enough of the zodiacal light, or the frame's own PSF has larger
-        stamps than those of the archive.
+        Those of windows or annuli with all that they may grow to, of apertures, of the stamps of
+        the solution, and some spread over the frame for the fit of the zodiacal light. None when
+        no source is on the frame. `measure` needs more only if these do not tell enough of the
+        zodiacal light, or the frame's own PSF has larger stamps than those of the archive.
     """
     ny, _ = head.shape
     radius = _choose_aperture_radius(head, _choose_pixel_scale(head, config, []), config, [])
     _, x, y = on_frame(head, ra, dec, config)
     if not len(x):
         return np.zeros(ny, bool)
-    rows = find_window_rows(ny, y, radius, _make_region(radius, config))
+    rows = find_spread_rows(ny)
+    rows |= find_window_rows(ny, y, radius, _make_region(radius, config))
     if config.psf != "none":
         size = _guess_stamp_size(calibration)
         others = _find_others(head, ra, dec, contaminants, size, radius, config)
@@ -288,9 +290,10 @@ def _measure_planes(
             if model is None or model.size <= size:
                 break
             size = model.size
-    rows = np.ones(ny, bool)
-    if few_rows:
-        rows = find_window_rows(ny, y, radius, _make_region(radius, config))
+    rows = np.full(ny, not few_rows)
+    if few_rows and len(index):
+        rows = find_spread_rows(ny)
+        rows |= find_window_rows(ny, y, radius, _make_region(radius, config))
         if model is not None:
             rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
     require_rows(frame, rows)
@@ -627,20 +630,14 @@ def _fit_zodi(
     planes: Planes, frame: Frame, excluded: np.uint32, rows: np.ndarray, config: PhotometryConfig
 ) -> ZodiFit:
     """Fit the scale of ZODI to IMAGE in some rows, and in more if these do not tell enough."""
-    ny, nx = planes.image.shape
     is_subtracted = config.subtract_zodi
     if not rows.any():
         return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, lambda: math.nan)
-    sums = sum_zodi(planes, excluded, np.flatnonzero(rows))
-    share = sums.clear / (np.count_nonzero(rows) * nx)
-    more = choose_spread_rows(ny) & ~rows
-    if more.any() and is_fit_poor(sums, np.count_nonzero(rows) * nx, is_subtracted):
-        require_rows(frame, rows | more)
-        others = sum_zodi(planes, excluded, np.flatnonzero(more))
-        # These rows stand for all that are not those of sources.
-        share_of_others = others.clear / (np.count_nonzero(more) * nx)
-        share += (share_of_others - share) * (1.0 - np.count_nonzero(rows) / ny)
-        sums, rows = sums.add(others), rows | more
+    sums, share = sum_zodi_of_rows(planes, excluded, rows)
+    if not rows.all() and is_fit_poor(sums, share, is_subtracted):
+        rows = rows | find_spread_rows(len(rows), MORE_BANDS)
+        require_rows(frame, rows)
+        sums, share = sum_zodi_of_rows(planes, excluded, rows, MORE_BANDS)
 
     @functools.cache
     def median_variance() -> float:

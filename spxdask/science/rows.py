@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from spxdask.errors import MissingRowsError
 from spxdask.science.kernels.background import Region
-from spxdask.science.kernels.zodi import ZodiSums
+from spxdask.science.kernels.pixels import Planes
+from spxdask.science.kernels.zodi import NO_SUMS, ZodiSums, sum_zodi
 from spxdask.science.level2.frame import Frame
 
 __all__ = [
-    "choose_spread_rows",
+    "MORE_BANDS",
     "find_share",
+    "find_spread_rows",
     "find_stamp_rows",
     "find_window_rows",
     "is_fit_poor",
     "require_rows",
+    "sum_zodi_of_rows",
 ]
 
-# The scale of the zodiacal light from this many pixels moves a background by less than a third of
-# its error, as that of a window is from 2,500 pixels at most.
+# Light that is not in the model of the zodiacal light, such as a gradient, is in its scale, which
+# would be another one from rows in one place only. So a fit always sees some bands of rows that are
+# spread evenly over the frame, each of which stands for the rows around it.
+BANDS = 8
+ROWS_OF_BAND = 3
+# There are more of them where these do not tell enough.
+MORE_BANDS = 32
+# The scale from this many pixels moves a background by less than a third of its error, as that of
+# a window is from 2,500 pixels at most.
 LEAST_CLEAR_PIXELS = 25_000
-# The scale is fitted when half of the pixels are clear. Where the share in the rows of the sources
-# is this close to one half, that of the frame may be on the other side.
-NEAR_HALF = 0.1
-# The rows that are added then, in bands spread evenly over the frame. They tell the share of clear
-# pixels to 0.01.
-SPREAD_BANDS = 16
-ROWS_OF_BAND = 2
+# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01.
+NEAR_HALF = 0.03
 
 
 def find_window_rows(ny: int, y: np.ndarray, radius: float, region: Region) -> np.ndarray:
@@ -75,31 +82,75 @@ def find_stamp_rows(ny: int, y: np.ndarray, size: int) -> np.ndarray:
     return _mark(ny, first, first + size - 1)
 
 
-def choose_spread_rows(ny: int) -> np.ndarray:
+def find_spread_rows(ny: int, bands: int = BANDS) -> np.ndarray:
     """Return rows that are spread over a frame, the same for all frames of this height.
 
     Parameters
     ----------
     ny : int
         Rows of the frame.
+    bands : int
+        Number of bands.
 
     Returns
     -------
     (ny,) bool array
     """
-    first = np.floor((np.arange(SPREAD_BANDS) + 0.5) * ny / SPREAD_BANDS)
+    first = np.floor((np.arange(bands) + 0.5) * ny / bands)
     return _mark(ny, first, first + ROWS_OF_BAND - 1)
 
 
-def is_fit_poor(sums: ZodiSums, pixels: int, is_subtracted: bool) -> bool:
+def sum_zodi_of_rows(
+    planes: Planes, excluded: np.uint32, rows: np.ndarray, bands: int = BANDS
+) -> tuple[ZodiSums, float]:
+    """Estimate the sums of `sum_zodi` over a whole frame from some of its rows.
+
+    Parameters
+    ----------
+    planes : Planes
+        The frame.
+    excluded : uint32
+        The bad bits and the SOURCE bit.
+    rows : (ny,) bool array
+        The rows that are used; `find_spread_rows` are among them.
+    bands : int
+        The number of bands of these.
+
+    Returns
+    -------
+    sums : ZodiSums
+        Those of all rows, if all are used. Otherwise, rows in each part of the frame that has a
+        band stand for all of this part in the weighted sums; `clear` and `unflagged` are numbers
+        of pixels in the rows used.
+    share : float
+        That of clear pixels in the frame.
+    """
+    ny, nx = planes.image.shape
+    if rows.all():
+        sums = sum_zodi(planes, excluded, np.arange(ny))
+        return sums, sums.clear / planes.image.size
+    edges = (np.arange(bands + 1) * ny) // bands
+    total, clear, rows_of_parts = NO_SUMS, 0.0, 0
+    for first, last in pairwise(edges.tolist()):
+        used = first + np.flatnonzero(rows[first:last])
+        if len(used):
+            weight = (last - first) / len(used)
+            sums = sum_zodi(planes, excluded, used)
+            total = total.add(sums, weight)
+            clear += weight * sums.clear
+            rows_of_parts += last - first
+    return total, clear / (max(rows_of_parts, 1) * nx)
+
+
+def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
     """Return whether some rows do not tell enough of the zodiacal light of their frame.
 
     Parameters
     ----------
     sums : ZodiSums
-        Of these rows.
-    pixels : int
-        Their number of pixels.
+        From `sum_zodi_of_rows`.
+    share : float
+        That of clear pixels.
     is_subtracted : bool
         Whether zodiacal light is subtracted at all.
 
@@ -111,12 +162,9 @@ def is_fit_poor(sums: ZodiSums, pixels: int, is_subtracted: bool) -> bool:
     """
     if not (sums.finite and sums.valid):
         return True
-    if not is_subtracted:
+    if not is_subtracted or share < 0.5 - NEAR_HALF:
         return False
-    above_half = sums.clear - 0.5 * pixels
-    if abs(above_half) <= NEAR_HALF * pixels:
-        return True
-    return above_half > 0 and sums.clear < LEAST_CLEAR_PIXELS
+    return share <= 0.5 + NEAR_HALF or sums.clear < LEAST_CLEAR_PIXELS
 
 
 def find_share(frame: Frame, rows: np.ndarray) -> float:

@@ -42,28 +42,33 @@ class ZodiSums(NamedTuple):
     finite: bool
     valid: bool
 
-    def add(self, other: ZodiSums) -> ZodiSums:
-        """Return the sums of both.
+    def add(self, other: ZodiSums, weight: float) -> ZodiSums:
+        """Return these sums and those of other rows.
 
         Parameters
         ----------
         other : ZodiSums
             Of other rows.
+        weight : float
+            Factor of their sums, but not of their numbers of pixels.
 
         Returns
         -------
         ZodiSums
         """
         return ZodiSums(
-            weighted_iz=self.weighted_iz + other.weighted_iz,
-            weighted_zz=self.weighted_zz + other.weighted_zz,
-            iz=self.iz + other.iz,
-            zz=self.zz + other.zz,
+            weighted_iz=self.weighted_iz + weight * other.weighted_iz,
+            weighted_zz=self.weighted_zz + weight * other.weighted_zz,
+            iz=self.iz + weight * other.iz,
+            zz=self.zz + weight * other.zz,
             clear=self.clear + other.clear,
             unflagged=self.unflagged + other.unflagged,
             finite=self.finite or other.finite,
             valid=self.valid or other.valid,
         )
+
+
+NO_SUMS = ZodiSums(0.0, 0.0, 0.0, 0.0, 0, 0, False, False)
 
 
 @compiled
