@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import ssl
+import threading
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from spxdask.archive.urls import strip_credentials
 from spxdask.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+_MAKING_SSL_CONTEXT = threading.Lock()
 
 # Variables that name a file of certificates, or a folder of them.
 TRUST_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -104,7 +106,9 @@ def get_ssl_context() -> ssl.SSLContext:
     ssl.SSLContext
         The same one while the environment is the same.
     """
-    return _make_ssl_context(tuple(_list_named_stores()))
+    # Requests that are made at once would each read all certificates.
+    with _MAKING_SSL_CONTEXT:
+        return _make_ssl_context(tuple(_list_named_stores()))
 
 
 def _list_named_stores() -> Iterator[tuple[str, str]]:

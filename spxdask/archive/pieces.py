@@ -29,8 +29,8 @@ from spxdask.science.level2.spans import Spans, merge_spans
 
 CHANGED = "the file changed during the transfer"
 IGNORED = "the server sends whole files instead of the parts of them that are asked for"
-# Answers to a request for a range that say something of the file or of whoever asks.
-_STATUS_OF_FILE = frozenset({401, 404, 407, 410})
+# Answers to a request for a range that say nothing of ranges in general.
+_STATUS_OF_FILE = TRANSIENT_STATUS | {401, 404, 407, 410, 416}
 
 
 @dataclass
@@ -241,9 +241,10 @@ class _Piece(Reception):
             if answer.is_encoded or span[0] != self.position or span[1] > self._stop:
                 raise FrameError(WRONG_RANGE)
             self._check_total(answer.total)
-            if self._received.total != span[1] - span[0] and not _can_compare(answer.version):
-                raise _VersionlessError("the server states no version of the file")
             if self._received.version == FileVersion():
+                is_all = self._received.total == span[1] - span[0]
+                if not (is_all or answer.version.strong_etag or answer.version.modified):
+                    raise _VersionlessError("the server states no version of the file")
                 self._received.version = answer.version
             self._answered_stop = span[1]
             return self
@@ -294,11 +295,6 @@ class _Piece(Reception):
 
     def _move(self, count: int) -> None:
         self.position += count
-
-
-def _can_compare(version: FileVersion) -> bool:
-    """Return whether other bytes can be told to be of the same version."""
-    return bool(version.strong_etag or version.modified)
 
 
 class _VersionlessError(FrameError):
@@ -436,10 +432,11 @@ class _Fetch:
             return None
         if isinstance(error, _VersionlessError):
             return str(error)
-        if status is not None and status not in TRANSIENT_STATUS | _STATUS_OF_FILE | {416}:
+        may_forbid = status is not None and status not in _STATUS_OF_FILE
+        if may_forbid and not isinstance(error, FrameError):
             return f"the server answers HTTP {status} to a request for a part of a file"
         # What is wrong with ranges alone is no reason to do without the file.
         is_last = self._received.attempts == self._retry.max_retries
         if is_last and (status == 416 or isinstance(error, FrameError)):
-            return f"HTTP {status}" if status == 416 else str(error)
+            return f"the server does not serve parts of files as it should ({error})"
         return None

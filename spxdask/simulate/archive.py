@@ -687,23 +687,24 @@ class SimulatedArchive:
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
                 if fault.multipart:
                     body, start, stop = _as_multipart(body, start, stop, headers)
-                    content_type = "multipart/byteranges"
+                    content_type = "multipart/byteranges; boundary=part"
         if fault.no_version:
             headers = {name: headers[name] for name in headers if name not in (validators or {})}
 
         response = web.StreamResponse(status=status, headers=headers)
         response.content_type = content_type
         response.content_length = stop - start
-        await response.prepare(request)
+        # Counted before, so that a client that has the bytes finds them counted.
         self._count(kind, Traffic(answers=1))
+        await response.prepare(request)
         if request.method == "HEAD":
             return response
         cut = fault.truncate if fault.truncate is not None else fault.stall
         count = stop - start if cut is None else min(cut, stop - start)
         body.seek(start)
         async for chunk in self._chunks(body, count):
-            await response.write(chunk)
             self._count(kind, Traffic(sent_bytes=len(chunk)))
+            await response.write(chunk)
         if fault.stall is not None:
             await self._stopping.wait()
         if cut is not None and request.transport is not None:

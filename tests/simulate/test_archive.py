@@ -23,7 +23,13 @@ import pyvo
 import requests
 from pyvo.dal.exceptions import DALOverflowWarning, DALQueryError, DALServiceError
 
-from spxdask.simulate.archive import ArchivedFrame, Fault, LoggedRequest, SimulatedArchive
+from spxdask.simulate.archive import (
+    ArchivedFrame,
+    Fault,
+    LoggedRequest,
+    SimulatedArchive,
+    Traffic,
+)
 
 NEP = (270.0, 66.56)
 FOOTPRINT = ((265.6, 64.8), (274.4, 64.8), (275.2, 68.3), (264.8, 68.3))
@@ -353,6 +359,81 @@ def test_faults_are_used_up_one_a_request(frames, content):
             ("GET", f"/{uri}", 302),
             ("GET", f"/{frames[1].uri}", 200),
         ]
+
+
+def test_faults_of_ranges(frames, content):
+    uri, asked = frames[0].uri, {"Range": "bytes=10-19"}
+    with SimulatedArchive(frames) as archive:
+        url = f"{archive.url}/{uri}"
+        usual = download(url, asked)[1]
+        for validator in ("ETag", "Last-Modified"):
+            archive.add_faults(uri, [Fault(changed=True), Fault(unconditional=True)])
+            conditional = asked | {"If-Range": usual[validator]}
+            status, headers, body = download(url, conditional)
+            assert (status, body) == (200, content)
+            assert headers[validator] != usual[validator]
+            status, headers, body = download(url, conditional)
+            assert (status, body) == (206, content[10:20])
+            assert headers[validator] != usual[validator]
+        archive.add_faults(uri, [Fault(range_status=403)] * 2)
+        assert failed_download(url, asked)[0] == 403
+        assert download(url)[2] == content
+        archive.add_faults(uri, [Fault(short_range=3), Fault(wrong_range=5)])
+        status, headers, body = download(url, asked)
+        assert (status, headers["Content-Range"], body) == (206, "bytes 10-12/5000", content[10:13])
+        status, headers, body = download(url, asked)
+        assert (status, headers["Content-Range"], body) == (206, "bytes 15-24/5000", content[15:25])
+        archive.add_faults(uri, [Fault(multipart=True), Fault(no_version=True)])
+        status, headers, body = download(url, asked)
+        assert (status, headers["Content-Type"]) == (206, "multipart/byteranges; boundary=part")
+        assert headers["Content-Range"] is None
+        assert b"Content-Range: bytes 10-19/5000\r\n\r\n" + content[10:20] in body
+        status, headers, body = download(url, asked)
+        assert (status, headers["ETag"], headers["Last-Modified"]) == (206, None, None)
+
+
+def test_a_file_can_be_replaced(frames, content, tmp_path):
+    other = tmp_path / "other.fits"
+    other.write_bytes(content[::-1])
+    with SimulatedArchive(frames) as archive:
+        url = f"{archive.url}/{frames[0].uri}"
+        before = download(url)[1]["ETag"]
+        archive.replace_file(frames[0].uri, other)
+        _, headers, body = download(url, {"Range": "bytes=0-9", "If-Range": before})
+        assert body == content[::-1]
+        assert headers["ETag"] != before
+        with pytest.raises(KeyError):
+            archive.replace_file("ibe/none.fits", other)
+
+
+def test_what_is_sent_is_counted(frames):
+    with SimulatedArchive(frames) as archive:
+        url = f"{archive.url}/{frames[0].uri}"
+        download(url)
+        download(url, method="HEAD")
+        download(url, {"Range": "bytes=10-19"})
+        download(url, {"Range": "bytes=-5"})
+        assert archive.traffic["file"] == Traffic(answers=2, sent_bytes=FILE_SIZE)
+        assert archive.traffic["range"] == (2, 15)
+        assert archive.traffic["other"] == (0, 0)
+        run_query(archive, mode="sync")
+        assert archive.traffic["other"].answers == 1
+        assert archive.sent_bytes == sum(kind.sent_bytes for kind in archive.traffic.values())
+        assert str(archive.traffic["range"]) == "2 answers, 0.0 MB"
+
+
+def test_latency_passes_at_the_same_time_for_requests_at_the_same_time(frames, content):
+    n_clients = 5
+    with (
+        SimulatedArchive(frames, latency_s=0.2) as archive,
+        ThreadPoolExecutor(n_clients) as pool,
+    ):
+        url = f"{archive.url}/{frames[0].uri}"
+        begun = time.monotonic()
+        answers = list(pool.map(download, [url] * n_clients, [{"Range": "bytes=0-9"}] * n_clients))
+        seconds = time.monotonic() - begun
+    assert [body for _, _, body in answers] == [content[:10]] * n_clients
+    assert 0.2 <= seconds < 0.2 * n_clients
 
 
 def test_a_fault_can_last(frames):
