@@ -637,7 +637,7 @@ def _fit_zodi(
     if not rows.all() and is_fit_poor(sums, share, is_subtracted):
         rows = rows | find_spread_rows(len(rows), MORE_BANDS)
         require_rows(frame, rows)
-        sums, share = sum_zodi_of_rows(planes, excluded, rows, MORE_BANDS)
+        sums, share = sum_zodi_of_rows(planes, excluded, rows)
 
     @functools.cache
     def median_variance() -> float:

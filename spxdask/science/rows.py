@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from spxdask.errors import MissingRowsError
@@ -21,15 +19,16 @@ __all__ = [
     "is_fit_poor",
     "require_rows",
     "sum_zodi_of_rows",
+    "weigh_rows",
 ]
 
 # Light that is not in the model of the zodiacal light, such as a gradient, is in its scale, which
 # would be another one from rows in one place only. So a fit always sees some bands of rows that are
 # spread evenly over the frame, each of which stands for the rows around it.
-BANDS = 8
-ROWS_OF_BAND = 3
+BANDS = 16
+ROWS_OF_BAND = 2
 # There are more of them where these do not tell enough.
-MORE_BANDS = 32
+MORE_BANDS = 48
 # The scale from this many pixels moves a background by less than a third of its error, as that of
 # a window is from 2,500 pixels at most.
 LEAST_CLEAR_PIXELS = 25_000
@@ -100,8 +99,35 @@ def find_spread_rows(ny: int, bands: int = BANDS) -> np.ndarray:
     return _mark(ny, first, first + ROWS_OF_BAND - 1)
 
 
+def weigh_rows(rows: np.ndarray) -> np.ndarray:
+    """Return how many rows of a frame each of some rows stands for.
+
+    Parameters
+    ----------
+    rows : (ny,) bool array
+        The rows, at least one.
+
+    Returns
+    -------
+    (ny,) float array
+        1 for each of these, and as much more for those at the ends of a band that a gap is shared
+        by the nearest rows on both sides of it. Zero for all others, and ny in sum.
+    """
+    ny = len(rows)
+    weights = rows.astype(float)
+    edges = np.flatnonzero(np.diff(rows, prepend=False, append=False))
+    firsts, lasts = edges[::2], edges[1::2]
+    gaps = firsts[1:] - lasts[:-1]
+    before, after = np.append(firsts[0], gaps / 2), np.append(gaps / 2, ny - lasts[-1])
+    for first, last, below, above in zip(firsts, lasts, before, after, strict=True):
+        width = min(ROWS_OF_BAND, last - first)
+        weights[first : first + width] += below / width
+        weights[last - width : last] += above / width
+    return weights
+
+
 def sum_zodi_of_rows(
-    planes: Planes, excluded: np.uint32, rows: np.ndarray, bands: int = BANDS
+    planes: Planes, excluded: np.uint32, rows: np.ndarray
 ) -> tuple[ZodiSums, float]:
     """Estimate the sums of `sum_zodi` over a whole frame from some of its rows.
 
@@ -112,34 +138,24 @@ def sum_zodi_of_rows(
     excluded : uint32
         The bad bits and the SOURCE bit.
     rows : (ny,) bool array
-        The rows that are used; `find_spread_rows` are among them.
-    bands : int
-        The number of bands of these.
+        The rows that are used, at least one.
 
     Returns
     -------
     sums : ZodiSums
-        Those of all rows, if all are used. Otherwise, rows in each part of the frame that has a
-        band stand for all of this part in the weighted sums; `clear` and `unflagged` are numbers
-        of pixels in the rows used.
+        Each row stands for those around it (`weigh_rows`), but in `clear` and `unflagged`, which
+        are numbers of pixels in the rows used.
     share : float
         That of clear pixels in the frame.
     """
-    ny, nx = planes.image.shape
-    if rows.all():
-        sums = sum_zodi(planes, excluded, np.arange(ny))
-        return sums, sums.clear / planes.image.size
-    edges = (np.arange(bands + 1) * ny) // bands
-    total, clear, rows_of_parts = NO_SUMS, 0.0, 0
-    for first, last in pairwise(edges.tolist()):
-        used = first + np.flatnonzero(rows[first:last])
-        if len(used):
-            weight = (last - first) / len(used)
-            sums = sum_zodi(planes, excluded, used)
-            total = total.add(sums, weight)
-            clear += weight * sums.clear
-            rows_of_parts += last - first
-    return total, clear / (max(rows_of_parts, 1) * nx)
+    weights = weigh_rows(rows)
+    total, clear = NO_SUMS, 0.0
+    # All rows of a weight together: those of a whole frame are summed in one pass.
+    for weight in np.unique(weights[rows]).tolist():
+        sums = sum_zodi(planes, excluded, np.flatnonzero(weights == weight))
+        total = total.add(sums, weight)
+        clear += weight * sums.clear
+    return total, clear / planes.image.size
 
 
 def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
