@@ -67,6 +67,8 @@ LISTING_PREFIX = "ibe/dir/list/spherex"
 _VOTABLE_TYPE = "application/x-votable+xml"
 _UWS = 'xmlns:uws="http://www.ivoa.net/xml/UWS/v1.0" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _CHUNK_SIZE = 256 * 1024
+# How much later than it should be a chunk may be sent without loss of bandwidth.
+_LONGEST_LAG_S = 0.1
 _ACTIVE_PHASES = {"PENDING", "QUEUED", "EXECUTING"}
 # How long a transfer may still take when the archive stops.
 _SHUTDOWN_TIMEOUT_S = 0.1
@@ -718,7 +720,7 @@ class SimulatedArchive:
 
     async def _chunks(self, body: BinaryIO, count: int) -> AsyncIterator[bytes]:
         """Yield the next `count` bytes, no faster than the bandwidth allows."""
-        chunk_size = _CHUNK_SIZE
+        begun, chunk_size = self._loop.time(), _CHUNK_SIZE
         if self._bandwidth is not None:
             chunk_size = min(chunk_size, math.ceil(self._bandwidth / 50))
         while count > 0 and (chunk := body.read(min(chunk_size, count))):
@@ -728,7 +730,8 @@ class SimulatedArchive:
             if self._bandwidth is not None:
                 # All transfers share the same bandwidth, one chunk after the other.
                 now = self._loop.time()
-                start = max(now, self._bandwidth_free_at)
+                # A chunk that is late, as the machine is busy, leaves the next no later.
+                start = max(begun, now - _LONGEST_LAG_S, self._bandwidth_free_at)
                 self._bandwidth_free_at = start + len(chunk) / self._bandwidth
                 delay = self._bandwidth_free_at - now
             await asyncio.sleep(delay)

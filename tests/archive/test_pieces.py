@@ -341,7 +341,8 @@ def test_it_is_tried_again(frame, content, fault, refusals):
 def test_a_broken_piece_goes_on_from_where_it_stopped(frame, content, fault):
     received = receive()
     with SimulatedArchive([frame], faults={frame.uri: [fault]}) as archive:
-        fetch(at(archive, frame), received, [(1_000, 2_000)], stall_timeout_s=0.5)
+        options = {} if fault.stall is None else {"stall_timeout_s": 0.5}
+        fetch(at(archive, frame), received, [(1_000, 2_000)], **options)
         assert archive.traffic["range"] == Traffic(2, 1_000)
     assert (received.attempts, received.n_requests, received.n_bytes) == (2, 2, 1_000)
     assert_holds(received, content, [(1_000, 2_000)])
@@ -364,10 +365,11 @@ def test_a_failure_has_the_words_that_it_has_for_whole_files(frame, fault, refus
     received, whole = receive(), ReceivedFile(memoryview(bytearray(SIZE)), SIZE)
     with SimulatedArchive([frame], faults={frame.uri: itertools.repeat(fault)}) as archive:
         url = at(archive, frame)
+        stall_timeout_s = 10.0 if fault.stall is None else 0.2
         with pytest.raises(ArchiveError) as of_pieces:
-            fetch(url, received, HEAD, refusals, retries=1, stall_timeout_s=0.2)
+            fetch(url, received, HEAD, refusals, retries=1, stall_timeout_s=stall_timeout_s)
         with pytest.raises(ArchiveError) as of_whole:
-            fetch_whole(url, whole, retries=1, stall_timeout_s=0.2)
+            fetch_whole(url, whole, retries=1, stall_timeout_s=stall_timeout_s)
         assert refusals.find(url) is None
     assert str(of_pieces.value) == str(of_whole.value)
     assert of_pieces.value.blame == of_whole.value.blame
@@ -669,7 +671,8 @@ def test_faults_of_a_bucket_pass(content, bucket, fault, refusals):
     serve, url = bucket
     received = receive()
     with serve([fault, Fault(), Fault(), fault]) as archive:
-        options = {"endpoint": archive.url, "stall_timeout_s": 0.7}
+        stall_timeout_s = 10.0 if fault.stall is None else 0.7
+        options = {"endpoint": archive.url, "stall_timeout_s": stall_timeout_s}
         fetch(url, received, HEAD, refusals, **options)
         fetch(url, received, ROWS, refusals, **options)
         assert_holds(received, content, HEAD + ROWS)
