@@ -95,7 +95,8 @@ def test_a_part_of_the_bytes_gives_the_rows_of_whole_frames(
     download = by_rows.reports["download"]
     assert (download.done, download.by_rows, download.failed) == (N_FRAMES + 1, N_FRAMES + 1, {})
     assert download.file_bytes == field.total_bytes
-    assert download.bytes < 0.15 * field.total_bytes
+    # The link is fast enough to read many a gap along.
+    assert download.bytes < 0.5 * field.total_bytes
     text = f"fetched {download.bytes / 1e9:.3g} GB of {field.total_bytes / 1e9:.3g} GB, by rows"
     assert text in str(by_rows.summary)
     output = Path(output_of(by_rows).path)
