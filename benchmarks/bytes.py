@@ -8,8 +8,8 @@
 
 The simulated archive is limited in bandwidth, for all connections together, and waits before each
 answer. Each cell is a run of download and extraction without aggregation, with frames not kept, on
-a cluster of two workers that is there already. Runs of one cell take turns. The results go to
-benchmarks/results/bytes.json, with the tables for the documentation in bytes.md and a plot.
+a cluster of two workers that is there already. The results go to benchmarks/results/bytes.json,
+with a plot, and as tables into docs/speed.md and docs/survey.md; those of a quick run do not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {"qr2": {}, "qr3": {"release": "qr3", "vers
 SOURCES = (0, 1, 3, 10, 100, 1000)
 WINDOWS = (50, 30)
 WAYS = ("rows", "auto")
+CONNECTIONS = 8
 # A run lasts about so long, and has at least and at most so many frames.
 SECONDS_A_RUN = 12.0
 FEWEST_FRAMES, MOST_FRAMES = 4, 60
@@ -98,6 +100,7 @@ def run(
             output_dir=str(output),
             keep_images=False,
             read=way,
+            max_download_workers=CONNECTIONS,
             max_images=len(frames),
             tap_url=archive.tap_url,
             archive_url=archive.archive_url,
@@ -145,6 +148,8 @@ def measure_cells(client: Client, work: Path, options: argparse.Namespace) -> li
             whole = run(client, work, frames, link, "whole", 10, windows[0])
             print(f"{link:7} {layout} whole: {describe(whole)}", flush=True)
             for n_sources, window in itertools.product(sources, windows):
+                if options.quick and link == "irsa" and n_sources > 10:
+                    continue
                 cell: dict[str, Any] = {
                     "link": link,
                     "layout": layout,
@@ -156,7 +161,6 @@ def measure_cells(client: Client, work: Path, options: argparse.Namespace) -> li
                 share = 1 - np.exp(-n_sources * (window + 8) / 2040)
                 guess = max(share * whole["seconds"], 0.05)
                 n = int(np.clip(seconds / guess, FEWEST_FRAMES, MOST_FRAMES))
-                n = 2 if options.quick and link == "irsa" and share > 0.5 else n
                 for way in WAYS:
                     # Other names, so that nothing is known of these frames.
                     frames = make_frames(n, layout, file, next(counter))
@@ -267,13 +271,23 @@ def draw(cells: list[dict]) -> None:
     figure.savefig(RESULTS / "bytes.png", dpi=110)
 
 
-def report(cells: list[dict]) -> None:
-    """Print the tables, and write them and the plot."""
+def report(cells: list[dict], *, is_quick: bool = False) -> None:
+    """Print the tables, and write them into the documentation, with the plot."""
     parts = (write_table(cells), find_break_even(cells), estimate_survey(cells))
-    text = "\n\n".join("\n".join(lines) for lines in parts) + "\n"
-    print(text)
-    (RESULTS / "bytes.md").write_text(text)
+    table, break_even, survey = ("\n".join(lines) for lines in parts)
+    print(table, break_even, survey, sep="\n\n")
+    if is_quick:
+        return
+    fill_in("speed", "bytes", f"{table}\n\n{break_even}")
+    fill_in("survey", "survey", survey)
     draw(cells)
+
+
+def fill_in(page: str, name: str, text: str) -> None:
+    """Replace what a page of the documentation has between two comments."""
+    path = HERE.parent / "docs" / f"{page}.md"
+    block = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+    path.write_text(block.sub(lambda match: f"{match[1]}{text}\n{match[2]}", path.read_text()))
 
 
 def main() -> None:
@@ -304,8 +318,10 @@ def main() -> None:
         "quick": options.quick,
         "cells": cells,
     }
+    if options.quick:
+        results = work / "bytes-quick.json"
     results.write_text(json.dumps(found, indent=2) + "\n")
-    report(cells)
+    report(cells, is_quick=options.quick)
 
 
 if __name__ == "__main__":
