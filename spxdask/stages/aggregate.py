@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from spxdask.cluster.session import Client
 
 # Raised whenever the same tables give other light curves.
-AGGREGATION_VERSION = 1
+AGGREGATION_VERSION = 2
 
 
 class NothingMeasuredError(RunFolderError):
@@ -259,7 +259,10 @@ class Aggregation:
         if self._refused_characters:
             lines.append(self._refused_characters)
         return _digest(
-            [*lines, *(f"{t.name} {t.bytes} {t.rows} {t.checksum}" for t in self._tables)]
+            [
+                *lines,
+                *(f"{t.name} {t.bytes} {t.rows} {t.checksum} {t.release}" for t in self._tables),
+            ]
         )
 
     def _digest_files(self) -> str:
