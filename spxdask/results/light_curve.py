@@ -266,7 +266,7 @@ class LightCurve:
                 for part in used._divide(int(epochs))
             ]
         is_one = len(epochs) == 2 and not isinstance(epochs[0], tuple | list)
-        pairs = [epochs] if is_one else list(epochs)
+        pairs: list[Any] = [epochs] if is_one else list(epochs)
         found = [
             used._take(used._rows.filter(pa.array(used._find_epoch(pair))), True)._make_spectrum(
                 channels, flux
@@ -333,7 +333,7 @@ class LightCurve:
         ax: Any = None,
         *,
         channels: bool | Channels | str | Path = True,
-        epochs: Epoch | None = None,
+        epochs: int | Epoch | Sequence[Epoch] | None = None,
         flux: FluxChoice = "total",
         **style: Any,
     ) -> Any:
@@ -343,7 +343,11 @@ class LightCurve:
         ----------
         ax : matplotlib.axes.Axes, optional
             Where to plot; by default, in a new figure.
-        channels, epochs, flux
+        channels : bool, Channels or path
+            See `spectrum`.
+        epochs : None, int, (first, last), or a list of these pairs
+            See `spectrum`; several get a marker each.
+        flux : {"total", "psf", "corrected", "aperture"}
             See `spectrum`.
         **style
             For `matplotlib.axes.Axes.errorbar`.

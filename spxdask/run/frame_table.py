@@ -105,8 +105,12 @@ def load_frame_table(
     ----------
     state : Store
         Where the file `FRAMES_NAME` is.
-    observations, ledger, sources
-        See `save_frame_table`.
+    observations : Observations
+        The frames; read part by part.
+    ledger : Ledger
+        What became of them.
+    sources : Catalogue or None
+        As for `save_frame_table`.
 
     Returns
     -------

@@ -24,9 +24,10 @@ PENALTIES = 10.0 ** np.arange(-8.0, 6.5, 0.5)
 # Factor of the degrees of freedom in generalised cross-validation; with 1, curves follow the noise
 # now and then, which 1.4 avoids (Kim and Gu 2004, JRSS B 66, 337).
 GCV_FACTOR = 1.4
-# Residuals beyond so many standard deviations weigh less (Huber), in so many rounds.
-HUBER = 3.0
-ROUNDS = 4
+# Residuals beyond so many standard deviations weigh less, by the square of how far beyond they
+# are, so that a far outlier has hardly any influence; in so many rounds.
+OUTLIER = 3.0
+ROUNDS = 5
 # Fewest points of a band that a polynomial of that degree is drawn through.
 MIN_FOR_TREND = 8
 # A point that determines the curve at its wavelength by itself cannot be compared with it.
@@ -149,7 +150,7 @@ def fit_smooth_flux(
         pull = (flux - curve) / flux_error
         # A variable source scatters by more than its errors, which makes no point an outlier.
         spread = max(1.0, 1.4826 * float(np.median(np.abs(pull - np.median(pull)))))
-        robust = np.minimum(1.0, HUBER * spread / np.maximum(np.abs(pull), 1e-12))
+        robust = np.minimum(1.0, OUTLIER * spread / np.maximum(np.abs(pull), 1e-12)) ** 2
     # The value of the curve at a point is a weighted sum of all fluxes, with the part `leverage`
     # of its own; without it, the others' weights are larger by 1 / (1 - leverage).
     own = np.einsum("ni,ij,nj->n", basis, inverse, basis)

@@ -87,7 +87,13 @@ def find_good_rows(
     ----------
     table : pandas.DataFrame, astropy.table.Table, pyarrow.Table or polars.DataFrame
         Rows of spxdask.
-    flags, psf_fraction, psf_chi2, bad_fraction
+    flags : iterable of str or int
+        See `select_good_rows`.
+    psf_fraction : float, optional
+        See `select_good_rows`.
+    psf_chi2 : float, optional
+        See `select_good_rows`.
+    bad_fraction : float, optional
         See `select_good_rows`.
 
     Returns
