@@ -35,6 +35,7 @@ from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import Measurement, measure
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
+from spxdask.tables.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class ExtractOptions:
         Where a machine that does not have them fetches them.
     contaminants : str or None
         File of a catalogue whose sources get no rows.
+    provenance : Provenance or None
+        What tables in Parquet say of how they were made.
     """
 
     catalogue: str
@@ -77,6 +80,7 @@ class ExtractOptions:
     products: tuple[Product, ...] = ()
     product_source: ProductSource | None = None
     contaminants: str | None = None
+    provenance: Provenance | None = None
 
 
 def extract(
@@ -171,7 +175,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     found = measure_catalogue(
         frame, catalogue, near, options.photometry, calibration, contaminants=others
     )
-    content = encode_rows(found.columns, options.format)
+    content = encode_rows(found.columns, options.format, options.provenance)
     measured = found.measured
     levels = measured.columns["bg_level"]
     spread = np.percentile(levels, (16, 50, 84)) if len(levels) else np.full(3, np.nan)

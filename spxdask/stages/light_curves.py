@@ -18,11 +18,14 @@ from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.storage import Store, file_stem, locate_file, open_store
 from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
+from spxdask.tables.metadata import parquet_metadata
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.per_image import hash_table
+from spxdask.tables.provenance import Provenance
 from spxdask.tables.schema import LAYOUTS, LIGHT_CURVE_START, SORT_KEYS, WITH_PSF, Layout
 from spxdask.text import format_count
 
+TITLE = "light curves of SPHEREx sources: a row is a source on a frame"
 TEXT_DTYPE = pd.ArrowDtype(pa.string())
 # A shuffle costs about 30 ms for each input partition, so small tables are read in groups.
 # A group must fit into the memory of a worker many times over.
@@ -83,6 +86,8 @@ class CurveOptions:
         Columns of the tables.
     refused_characters : str
         What file names cannot have where the light curves are written.
+    provenance : Provenance
+        What files say of how they were made.
     run : str
         Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
@@ -94,6 +99,7 @@ class CurveOptions:
     buckets: str | None
     layout: Layout = WITH_PSF
     refused_characters: str = ""
+    provenance: Provenance = Provenance()
     run: str = ""
 
 
@@ -397,7 +403,7 @@ def _write_partition(
     as_parquet = [options.lightcurves] if options.format == "parquet" else []
     as_parquet += [options.buckets] if options.buckets else []
     if as_parquet and number is not None:
-        content = _encode_partition(targets, rows, texts, options.layout)
+        content = _encode_partition(targets, rows, texts, options)
         for folder in as_parquet:
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
@@ -425,14 +431,16 @@ def _encode_partition(
     targets: pa.Array,
     rows: np.ndarray,
     texts: Sequence[bytes | memoryview],
-    layout: Layout,
+    options: CurveOptions,
 ) -> bytes:
     """Return the light curves of a partition as a Parquet file."""
-    text = b"".join((render_header(layout.light_curve), *texts))
-    found = read_csv(pa.BufferReader(text), layout.light_curve)
+    names = options.layout.light_curve
+    text = b"".join((render_header(names), *texts))
+    found = read_csv(pa.BufferReader(text), names)
     ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
     found = found.add_column(0, "target_id", ids)
-    return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
+    metadata = parquet_metadata(("target_id", *names), options.provenance, TITLE)
+    return encode_parquet(found, {**metadata, "sources": str(len(targets))})
 
 
 def light_curve_name(target_id: str, refused_characters: str = "") -> str:
