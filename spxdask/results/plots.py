@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,7 +117,8 @@ def plot_detrended(detrended: Detrended, ax: Any = None, **style: Any) -> Any:
     ax = _make_axes(ax)
     table = detrended.table
     ratio, error = np.asarray(table["ratio"]), np.asarray(table["ratio_error"])
-    _draw(ax, table["mjd"].value, ratio, error, table["band"], None, style)
+    sparse = {fit.band: "few points" for fit in detrended.fits if fit.is_sparse}
+    _draw(ax, table["mjd"].value, ratio, error, table["band"], None, style, sparse)
     ax.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
     _finish(ax, table.meta.get("id"), "MJD [d, UTC]", "flux / smooth spectrum of the band")
     return ax
@@ -137,8 +140,9 @@ def _draw(
     band: np.ndarray,
     x_error: np.ndarray | None,
     style: dict[str, Any],
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Draw the points of each band that are finite in its colour."""
+    """Draw the points of each band that are finite in its colour; notes go to the legend."""
     defaults = {"fmt": "o", "markersize": 3, "elinewidth": 0.8, "linestyle": "none"}
     if "marker" in style:
         del defaults["fmt"]
@@ -152,7 +156,8 @@ def _draw(
         if not mine.any():
             continue
         wide = None if x_error is None else x_error[..., mine]
-        look = {"color": colour, "label": None if name in labelled else name} | defaults | style
+        label = f"{name} ({notes[name]})" if name in notes else name
+        look = {"color": colour, "label": None if label in labelled else label} | defaults | style
         ax.errorbar(x[mine], y[mine], error[mine], wide, **look)
 
 
