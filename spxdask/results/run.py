@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from spxdask import __version__
 from spxdask.archive.calibration import CalibrationSet
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError, StoreError
@@ -25,14 +26,15 @@ from spxdask.results.missing import MISSING_MEANINGS, find_missing, read_skipped
 from spxdask.results.sources import SOURCE_MEANINGS, summarise_sources
 from spxdask.run.aggregation import load_aggregation
 from spxdask.run.calibration import load_calibration
-from spxdask.run.folder import CONFIG_NAME, FILE_NAMES_NAME, RunFolder
+from spxdask.run.description import describe_run
+from spxdask.run.folder import COLUMNS_NAME, CONFIG_NAME, FILE_NAMES_NAME, RunFolder
 from spxdask.run.frame_table import FRAME_COLUMNS, load_frame_table
 from spxdask.run.observations import Observations
-from spxdask.run.provenance import describe_provenance
 from spxdask.run.status import RunStatus, read_status
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.channels import BANDS, PUBLISHED_CHANNELS, Channels
 from spxdask.science.sphere import angular_distance
+from spxdask.tables.provenance import Provenance
 from spxdask.tables.quantities import Meaning, make_qtable
 from spxdask.text import format_count
 
@@ -408,8 +410,23 @@ class Run:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What the rows were made with and of; tables have it in their ``meta``."""
-        config = self.config if self.folder.state.exists(CONFIG_NAME) else None
-        return describe_provenance(config, self._calibration, self._releases)
+        if not self.folder.state.exists(CONFIG_NAME):
+            return Provenance().to_dict()
+        found = describe_run(self.config, self._calibration, self._releases).to_dict()
+        return found | {"software": self._software or found["software"]}
+
+    @cached_property
+    def _software(self) -> str | None:
+        """What made the light curves, as it has written it beside them."""
+        if not self.folder.root.exists(COLUMNS_NAME):
+            return None
+        try:
+            text = self.folder.root.get(COLUMNS_NAME)
+            made = YAML(typ="safe", pure=True).load(text)["software"]
+        except (YAMLError, TypeError, KeyError):
+            # Written by another program.
+            return None
+        return made if isinstance(made, str) else None
 
     @cached_property
     def _releases(self) -> list[str]:
@@ -420,8 +437,8 @@ class Run:
 
     @property
     def versions(self) -> dict[str, Any]:
-        """Versions of spxdask (that reads now), releases, processing of frames, and calibration."""
-        names = ("spxdask", "releases", "calibration", "configuration")
+        """Versions of spxdask, releases, processing of frames, calibration and configuration."""
+        names = ("software", "releases", "calibration", "configuration_digest")
         found = {name: self.provenance[name] for name in names}
         if self.folder.state.exists(CONFIG_NAME) and self.folder.has_query():
             measured = self._frame_table.filter(pc.field("status") == "measured")
@@ -492,7 +509,7 @@ class Run:
         lines.append(("releases", ", ".join(versions["releases"]) or "-"))
         products = ", ".join(f"{k}: {v}" for k, v in sorted(versions["calibration"].items()))
         lines.append(("calibration", products or "of the frames"))
-        lines.append(("spxdask", __version__))
+        lines.append(("software", versions["software"]))
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
