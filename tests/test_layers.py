@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "stages": STAGES,
     "pipeline": STAGES | {"stages"},
     "batch": STAGES | {"pipeline"},
-    "inject": STAGES | {"stages"},
+    "inject": STAGES | {"extras", "stages"},
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

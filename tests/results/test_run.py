@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +253,23 @@ def test_dask_reads_the_columns_that_are_asked_for(tmp_path, format):
     means = frame.groupby("target_id")["psf_flux"].mean().compute(scheduler="synchronous")
     for target_id, rows in curves.items():
         assert means[target_id] == pytest.approx(rows["psf_flux"].to_numpy().mean())
+
+
+EXAMPLES = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def list_examples() -> list[str]:
+    pages = (
+        Path(__file__).parents[2] / "docs" / "results.md",
+        Path(__file__).parents[2] / "README.md",
+    )
+    found = [code for page in pages for code in EXAMPLES.findall(page.read_text())]
+    return [code for code in found if "open_run" in code]
+
+
+@pytest.mark.parametrize("code", list_examples())
+def test_examples_of_the_documentation_run(tmp_path, monkeypatch, code):
+    ids = ["39633458707826492", "arm 3"]
+    make_run(tmp_path / "batch_output", make_curves(ids, 300))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
