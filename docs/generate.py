@@ -30,10 +30,10 @@ def make_tables() -> dict[str, str]:
         "options": _options_table(run),
         "photometry_options": _options_table(option_rows(PhotometryConfig)),
         "columns": _table(
-            ("column", "unit", "in light curves", "meaning"),
+            ("column", "unit", "UCD", "in light curves", "meaning"),
             (
-                (_code(name), unit, "yes" if name in LIGHT_CURVE else "no", meaning)
-                for name, unit, meaning in column_rows()
+                (_code(name), unit, ucd, "yes" if name in LIGHT_CURVE else "no", meaning)
+                for name, unit, ucd, meaning in column_rows()
             ),
         ),
         "frame_columns": _table(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from spxdask.batch import run_batch
     from spxdask.config import BatchConfig
     from spxdask.pipeline import BatchPipeline
+    from spxdask.results.run import open_run
     from spxdask.run.query_summary import load_query_summary
     from spxdask.science.options import PhotometryConfig
     from spxdask.tables.selection import select_good_rows
@@ -19,6 +20,7 @@ __all__ = [
     "BatchPipeline",
     "PhotometryConfig",
     "load_query_summary",
+    "open_run",
     "run_batch",
     "select_good_rows",
 ]
@@ -34,6 +36,7 @@ _MODULES = {
     "BatchConfig": "spxdask.config",
     "BatchPipeline": "spxdask.pipeline",
     "load_query_summary": "spxdask.run.query_summary",
+    "open_run": "spxdask.results.run",
     "PhotometryConfig": "spxdask.science.options",
     "run_batch": "spxdask.batch",
     "select_good_rows": "spxdask.tables.selection",

@@ -41,6 +41,7 @@ __all__ = [
     "BatchConfig",
     "LiteralPath",
     "check_options",
+    "dump_yaml",
     "expand_path",
     "list_missing",
     "load_yaml",
@@ -873,13 +874,27 @@ def to_yaml(options: CheckedOptions, path: str | os.PathLike[str] | None = None)
     -------
     str
     """
-    text = _dump(options.to_dict())
+    text = dump_yaml(options.to_dict())
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
 
 
-def _dump(value: Any, *, in_one_line: bool = False) -> str:
+def dump_yaml(value: Any, *, in_one_line: bool = False) -> str:
+    """Return plain values as YAML.
+
+    Parameters
+    ----------
+    value : object
+        Numbers, texts, lists and mappings.
+    in_one_line : bool
+        Whether lists and mappings stand in brackets.
+
+    Returns
+    -------
+    str
+        Mappings in their order.
+    """
     from ruamel.yaml import YAML
 
     writer = YAML(typ="safe", pure=True)
@@ -993,7 +1008,7 @@ def _template_lines(model: type[CheckedOptions], indent: str) -> Iterator[str]:
 def _as_text(value: Any) -> str:
     """Return a value as it stands in YAML after its name."""
     listed = list(value) if isinstance(value, tuple) else value
-    return _dump([listed], in_one_line=True).strip()[1:-1]
+    return dump_yaml([listed], in_one_line=True).strip()[1:-1]
 
 
 def option_rows(model: type[CheckedOptions]) -> list[tuple[str, str, str]]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from spxdask.config import BatchConfig
 from spxdask.errors import InputError
+from spxdask.extras import import_extra
 from spxdask.pipeline import BatchPipeline
 from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.summary import RunSummary
@@ -78,7 +78,11 @@ def run_demo(output: str) -> RunSummary:
     ------
     InputError
         If the folder contains files that an earlier demo did not write.
+    MissingExtraError
+        If matplotlib is not installed.
     """
+    # Before anything is made.
+    import_extra("matplotlib.figure", "plot", "spxdask demo")
     folder = RunFolder(output)
     _prepare_folder(folder)
     print(
@@ -304,7 +308,8 @@ def _plot_spectra(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
     order = np.argsort(sky.amplitude)[::-1]
     chosen = order[[0, len(order) // 4, len(order) // 2, -len(order) // 8]]
     wavelength = np.linspace(0.75, 5.0, 600)
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    drawing: Any = import_extra("matplotlib.figure", "plot", "spxdask demo")
+    figure = drawing.Figure(figsize=(9, 6), layout="constrained")
     for number, source in enumerate(chosen):
         axes = figure.add_subplot(2, 2, number + 1)
         one = sky.take(np.array([source]))

@@ -25,7 +25,9 @@ __all__ = [
     "FrameError",
     "InputError",
     "MissingBytesError",
+    "MissingExtraError",
     "MissingRowsError",
+    "NoSuchSourceError",
     "RangesRefusedError",
     "RunFolderError",
     "SpxdaskError",
@@ -158,6 +160,57 @@ class CatalogueError(InputError, ValueError):
 
 class RunFolderError(InputError):
     """The output folder lacks what a stage needs, or belongs to something else."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """A library is not installed that only one thing needs.
+
+    Parameters
+    ----------
+    reason : str
+        What needs which library.
+    library : str
+        The library.
+    extra : str
+        The extra of spxdask that brings it.
+    path : path, optional
+        A file that it concerns.
+
+    Attributes
+    ----------
+    library, extra
+        As given.
+    """
+
+    def __init__(
+        self, reason: str = "", *, library: str = "", extra: str = "", path: Location = None
+    ) -> None:
+        super().__init__(reason, path=path)
+        self.library = library
+        self.extra = extra
+
+
+class NoSuchSourceError(InputError, KeyError):
+    """A run has no light curve of the source that is asked for.
+
+    Parameters
+    ----------
+    reason : str
+        What is wrong.
+    source : str
+        The id that was asked for, or that of the source nearest to a position.
+    path : path, optional
+        The output folder.
+
+    Attributes
+    ----------
+    source, path
+        As given.
+    """
+
+    def __init__(self, reason: str = "", *, source: str = "", path: Location = None) -> None:
+        super().__init__(reason, path=path)
+        self.source = source
 
 
 class ArchiveError(SpxdaskError):

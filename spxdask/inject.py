@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from astropy.stats import mad_std
-from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 from tqdm.auto import tqdm
 
@@ -27,6 +26,7 @@ from spxdask.archive.calibration import CalibrationSet
 from spxdask.archive.observation import Observation
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError, FrameError, InputError, RunFolderError, SpxdaskError
+from spxdask.extras import import_extra
 from spxdask.run.folder import INJECTION_FIGURE_NAME, INJECTION_TABLE_NAME, RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.science.astrometry import locate_observer
@@ -148,9 +148,12 @@ def run_injection(
         If there is no run, it has no frames, or another run works in it.
     CatalogueError
         If the catalogue cannot be used.
+    MissingExtraError
+        If matplotlib is not installed.
     InputError
         If no source could be injected into any frame.
     """
+    drawing = import_extra("matplotlib.figure", "plot", "the figure of spxdask inject")
     bright, faint = _check_arguments(frames, per_frame, magnitudes, min_snr, seed)
     folder = RunFolder(output)
     config = folder.saved_config()
@@ -203,7 +206,9 @@ def run_injection(
         rows = pd.concat(tables, ignore_index=True)
         folder.raise_if_lock_lost()
         folder.root.put(INJECTION_TABLE_NAME, rows.to_csv(index=False).encode())
-        folder.root.put(INJECTION_FIGURE_NAME, _draw_figure(rows, (bright, faint), min_snr))
+        folder.root.put(
+            INJECTION_FIGURE_NAME, _draw_figure(drawing, rows, (bright, faint), min_snr)
+        )
     return InjectionReport(
         rows=rows,
         n_frames=len(tables),
@@ -534,9 +539,11 @@ def _format_group(name: Any, group: pd.Series) -> str:
     )
 
 
-def _draw_figure(rows: pd.DataFrame, limits: tuple[float, float], min_snr: float) -> bytes:
+def _draw_figure(
+    drawing: Any, rows: pd.DataFrame, limits: tuple[float, float], min_snr: float
+) -> bytes:
     """Draw bias, scatter of pulls, and completeness against magnitude, a line a band; as PNG."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = drawing.Figure(figsize=(13, 4.2), layout="constrained")
     bias, scatter, completeness = figure.subplots(1, 3)
     for number, (band, of_band) in enumerate(rows.groupby("band")):
         found = summarize_injections(of_band, _bin_magnitudes(of_band, limits))

@@ -19,11 +19,22 @@ SCIENCE = {"errors", "science"}
 INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
 OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
-EVERYTHING = STAGES | {"stages", "pipeline", "batch", "inject", "demo", "cli", "simulate"}
+EVERYTHING = STAGES | {
+    "extras",
+    "results",
+    "stages",
+    "pipeline",
+    "batch",
+    "inject",
+    "demo",
+    "cli",
+    "simulate",
+}
 MAY_IMPORT = {
     "errors": set(),
     "progress": {"errors"},
     "text": set(),
+    "extras": {"errors"},
     "science": SCIENCE,
     "simulate": {"errors"},
     "storage": SCIENCE,
@@ -32,10 +43,11 @@ MAY_IMPORT = {
     "config": INPUT_AND_OUTPUT,
     "run": OPTIONS,
     "cluster": OPTIONS,
+    "results": OPTIONS | {"extras", "run"},
     "stages": STAGES,
     "pipeline": STAGES | {"stages"},
     "batch": STAGES | {"pipeline"},
-    "inject": STAGES | {"stages"},
+    "inject": STAGES | {"extras", "stages"},
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
@@ -45,7 +57,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "distributed": {"cluster", "pipeline"},
     "dask_jobqueue": {"cluster"},
-    "dask": {"cluster", "pipeline", "stages"},
+    "dask": {"cluster", "pipeline", "results", "stages"},
 }
 # Modules of no Dask at all, whatever the libraries that they import do.
 WITHOUT_DASK = ["archive", "config", "run", "science", "simulate", "storage", "tables"]

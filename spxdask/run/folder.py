@@ -37,6 +37,8 @@ PLAIN_CHARACTERS = f"{string.ascii_letters}{string.digits}._-"
 # A catalogue that was given as an object or by a pipe.
 GIVEN_CATALOGUE_NAME = "given_catalogue.parquet"
 SKIPPED_ROWS_NAME = "skipped_rows.csv"
+# What describes the light curves.
+README_NAME, COLUMNS_NAME = "README.txt", "columns.yaml"
 # What `spxdask inject` writes.
 INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME = "injection.csv", "injection.png"
 
@@ -90,7 +92,14 @@ class RunFolder:
         """
         if os.fspath(path) == self.given_catalogue_path:
             return
-        names = QUERY_SUMMARY_NAME, SKIPPED_ROWS_NAME, INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME
+        names = (
+            QUERY_SUMMARY_NAME,
+            SKIPPED_ROWS_NAME,
+            COLUMNS_NAME,
+            README_NAME,
+            INJECTION_TABLE_NAME,
+            INJECTION_FIGURE_NAME,
+        )
         files = (self.root / name for name in names)
         for written in (*self._subfolders, *files):
             if written.contains(os.fspath(path)):

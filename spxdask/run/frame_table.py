@@ -17,7 +17,7 @@ from spxdask.run.plan import BATCH_SIZE, NO_SOURCE, find_empty
 from spxdask.science.catalogue import Catalogue
 from spxdask.storage import Store
 
-__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "save_frame_table"]
+__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "load_frame_table", "save_frame_table"]
 
 FRAMES_NAME = "frames.parquet"
 # Name, type, unit and meaning of each column.
@@ -95,13 +95,7 @@ def save_frame_table(
     bool
         Whether it was written.
     """
-    origin = {
-        "version": _VERSION,
-        "query_time": observations.query_time,
-        "n_frames": len(observations),
-        "ledger": ledger.position,
-        "sources": None if sources is None else sources.identity,
-    }
+    origin = _describe_origin(observations, ledger, sources)
     if _read_origin(state) == origin:
         return False
     schema = _SCHEMA.with_metadata({"origin": json.dumps(origin)})
@@ -114,6 +108,47 @@ def save_frame_table(
         for rows in _make_batches(found, ledger):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return True
+
+
+def load_frame_table(
+    state: Store, observations: Observations, ledger: Ledger, sources: Catalogue | None
+) -> pa.Table:
+    """Return the table of frames, made anew where the file is not up to date.
+
+    Parameters
+    ----------
+    state : Store
+        Where the file `FRAMES_NAME` is.
+    observations : Observations
+        The frames; read part by part.
+    ledger : Ledger
+        What became of them.
+    sources : Catalogue or None
+        As for `save_frame_table`.
+
+    Returns
+    -------
+    pyarrow.Table
+        The columns `FRAME_COLUMNS`.
+    """
+    if _read_origin(state) == _describe_origin(observations, ledger, sources):
+        with state.open_seekable(FRAMES_NAME) as file:
+            return pq.read_table(file)
+    batches = _make_batches(find_empty(observations, sources), ledger)
+    tables = [pa.Table.from_pylist(rows, schema=_SCHEMA) for rows in batches]
+    return pa.concat_tables([_SCHEMA.empty_table(), *tables])
+
+
+def _describe_origin(
+    observations: Observations, ledger: Ledger, sources: Catalogue | None
+) -> dict[str, Any]:
+    return {
+        "version": _VERSION,
+        "query_time": observations.query_time,
+        "n_frames": len(observations),
+        "ledger": ledger.position,
+        "sources": None if sources is None else sources.identity,
+    }
 
 
 def _read_origin(state: Store) -> Any:

@@ -449,8 +449,8 @@ class TableChoice:
 
     Attributes
     ----------
-    tables : list of (str, int, int, str or None)
-        Name, length in bytes, number of rows and checksum of each.
+    tables : list of (str, int, int, str or None, str)
+        Name, length in bytes, number of rows, checksum and release of each.
     stale : list of str
         Names of tables that were made with other inputs, or changed or removed since.
     stale_reason : str
@@ -459,7 +459,7 @@ class TableChoice:
         Frames without a table that can be taken.
     """
 
-    tables: list[tuple[str, int, int, str | None]] = field(default_factory=list)
+    tables: list[tuple[str, int, int, str | None, str]] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     stale_reason: str = ""
     left_out: int = 0
@@ -500,7 +500,8 @@ def choose_tables(
     for observation, state, measured in planned:
         name = table_name(observation.filename, table_format)
         if measured is not None:
-            choice.tables.append((name, measured.bytes, measured.rows, measured.checksum))
+            table = name, measured.bytes, measured.rows, measured.checksum, observation.release
+            choice.tables.append(table)
             continue
         if state == FrameState.EMPTY:
             continue

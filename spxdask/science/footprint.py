@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from spxdask.science.sphere import unit_vectors
 
-__all__ = ["FOOTPRINT_TOLERANCE_DEG", "Circle", "SourceSky", "pack_footprint"]
+__all__ = ["FOOTPRINT_TOLERANCE_DEG", "Circle", "SourceSky", "find_sources_on", "pack_footprint"]
 
 # The archive's footprints are polygons through the corners of the detector. The distortion bends
 # the edges of a frame by up to 39 arcsec out of them (12 real headers, two a detector); 180 arcsec
@@ -86,6 +86,36 @@ def pack_footprint(value: Any) -> bytes | None:
     if np.abs(values[1::2]).max() > 90:
         return None
     return struct.pack(f"<{len(values)}d", *values)
+
+
+def find_sources_on(
+    footprints: Sequence[bytes | None], ra: np.ndarray, dec: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Find which sources lie on each of some frames.
+
+    Parameters
+    ----------
+    footprints : sequence of bytes or None
+        As from `pack_footprint`; None where it is not known.
+    ra, dec : (n,) float array
+        ICRS, deg; at least one source.
+
+    Yields
+    ------
+    (m,) int array
+        Indices of the sources in the polygon of a frame, for each in order; none where the
+        footprint is not known. Edges are those of the archive, without a tolerance.
+    """
+    vectors = unit_vectors(ra, dec)
+    tree = cKDTree(vectors)
+    for footprint in footprints:
+        if footprint is None:
+            yield np.zeros(0, np.int64)
+            continue
+        frame = _Polygons.from_corners(np.frombuffer(footprint, "<f8").reshape(1, -1, 2))
+        near = tree.query_ball_point(frame.centre[0], float(_to_chord(frame.radius[0])))
+        index = np.sort(np.asarray(near, np.int64))
+        yield index[(vectors[index] @ frame.normals[0].T >= 0).all(axis=1)]
 
 
 class SourceSky:

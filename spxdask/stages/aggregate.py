@@ -20,6 +20,7 @@ from spxdask.run.aggregation import (
     save_aggregation,
 )
 from spxdask.run.calibration import load_calibration
+from spxdask.run.description import describe_run, save_description
 from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
 from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
 from spxdask.run.sources import RunSources
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from spxdask.cluster.session import Client
 
 # Raised whenever the same tables give other light curves.
-AGGREGATION_VERSION = 1
+AGGREGATION_VERSION = 2
 
 
 class NothingMeasuredError(RunFolderError):
@@ -178,6 +179,11 @@ class Aggregation:
             folder.buckets.make()
             folder.require_writable(folder.buckets)
         discard_aggregation(folder.state)
+        provenance = describe_run(
+            config,
+            load_calibration(folder.state, config),
+            (table.release for table in self._tables),
+        )
         options = light_curves.CurveOptions(
             per_image=str(folder.per_image),
             table_groups=folder.state.path_to(TABLE_GROUPS_NAME),
@@ -186,6 +192,7 @@ class Aggregation:
             buckets=str(folder.buckets) if config.keep_bucket_files else None,
             layout=light_curves.find_layout(folder.per_image, self._tables[0].name),
             refused_characters=self._refused_characters,
+            provenance=provenance,
         )
         n_partitions = self._n_partitions
         n_groups = light_curves.save_table_groups(
@@ -216,6 +223,7 @@ class Aggregation:
             )
         self._remove_leftovers(written, n_partitions)
         folder.raise_if_lock_lost()
+        save_description(folder.root, provenance, options.layout)
         save_aggregation(
             folder.state,
             AggregationRecord(
@@ -259,7 +267,10 @@ class Aggregation:
         if self._refused_characters:
             lines.append(self._refused_characters)
         return _digest(
-            [*lines, *(f"{t.name} {t.bytes} {t.rows} {t.checksum}" for t in self._tables)]
+            [
+                *lines,
+                *(f"{t.name} {t.bytes} {t.rows} {t.checksum} {t.release}" for t in self._tables),
+            ]
         )
 
     def _digest_files(self) -> str:

@@ -44,6 +44,7 @@ from spxdask.science.photometry import Measurement, find_needed_rows, measure
 from spxdask.stages.reading import RowRule
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
+from spxdask.tables.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class ExtractOptions:
         File of a catalogue whose sources get no rows.
     row_rule : RowRule or None
         Of which frames only the rows are used that their sources need, however the frames came.
+    provenance : Provenance or None
+        What tables in Parquet say of how they were made.
     """
 
     catalogue: str
@@ -89,6 +92,7 @@ class ExtractOptions:
     product_source: ProductSource | None = None
     contaminants: str | None = None
     row_rule: RowRule | None = None
+    provenance: Provenance | None = None
 
 
 def extract(
@@ -287,7 +291,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
         contaminants=others,
         few_rows=fit_rows is not None,
     )
-    content = encode_rows(found.columns, options.format)
+    content = encode_rows(found.columns, options.format, options.provenance)
     measured = found.measured
     levels = measured.columns["bg_level"]
     spread = np.percentile(levels, (16, 50, 84)) if len(levels) else np.full(3, np.nan)

@@ -34,6 +34,7 @@ from spxdask.cluster.tasks import (
 from spxdask.config import BatchConfig
 from spxdask.errors import ClusterError, DiskFullError, InputError
 from spxdask.run.aggregation import discard_aggregation
+from spxdask.run.description import describe_frame
 from spxdask.run.folder import RunFolder
 from spxdask.run.frame_table import save_frame_table
 from spxdask.run.ledger import Outcome
@@ -119,7 +120,7 @@ class FrameRun:
         # Whether the archive has refused to send parts of files.
         self._is_refused = False
         # Options of the tasks for each recipe that is in the ledger, and detector.
-        self._announced: dict[tuple[str, str], extract.ExtractOptions] = {}
+        self._announced: dict[tuple[str, str, str], extract.ExtractOptions] = {}
 
     @cached_property
     def _bag(self) -> db.Bag:
@@ -503,13 +504,17 @@ class FrameRun:
 
         def choose(observation: Observation) -> extract.ExtractOptions:
             recipe = self.inputs.find_recipe(observation)
-            if (recipe.digest, observation.band) not in self._announced:
+            key = recipe.digest, observation.band, observation.release
+            if key not in self._announced:
                 self.folder.ledger.add_recipe(recipe.digest, recipe.steps)
                 products = self.calibration.choose(observation.band, observation.is_early)
-                self._announced[recipe.digest, observation.band] = replace(
-                    common, recipe=recipe.digest, products=tuple(products.values())
+                self._announced[key] = replace(
+                    common,
+                    recipe=recipe.digest,
+                    products=tuple(products.values()),
+                    provenance=describe_frame(recipe, products, observation.release),
                 )
-            return self._announced[recipe.digest, observation.band]
+            return self._announced[key]
 
         return choose
 

@@ -18,18 +18,21 @@ from spxdask.errors import DiskFullError, FrameError, StoreError
 from spxdask.storage import Store, file_stem, locate_file, open_store
 from spxdask.tables.csv import read_csv, render_header, slice_lines
 from spxdask.tables.lines import read_lines, sort_lines
+from spxdask.tables.metadata import parquet_metadata
 from spxdask.tables.parquet import encode_parquet
 from spxdask.tables.per_image import hash_table
-from spxdask.tables.schema import APERTURE_ONLY, LAYOUTS, SORT_KEYS, WITH_PSF, Layout
+from spxdask.tables.provenance import Provenance
+from spxdask.tables.schema import LAYOUTS, LIGHT_CURVE_START, SORT_KEYS, WITH_PSF, Layout
 from spxdask.text import format_count
 
+TITLE = "light curves of SPHEREx sources: a row is a source on a frame"
 TEXT_DTYPE = pd.ArrowDtype(pa.string())
 # A shuffle costs about 30 ms for each input partition, so small tables are read in groups.
 # A group must fit into the memory of a worker many times over.
 GROUP_BYTES = 32_000_000
 GROUP_FILES = 500
 # Length of a row as CSV, bytes, and the length of CSV divided by that of Parquet.
-ROW_BYTES = 480
+ROW_BYTES = 540
 PARQUET_SHRINKS = 3
 # Each thread sorts and writes one output partition at a time, and needs a few copies of it.
 BUCKET_BYTES = 32_000_000
@@ -51,12 +54,15 @@ class Table:
         The number of rows that it must have, None if that is not known.
     checksum : str or None
         That of its content, None if that is not known.
+    release : str
+        That of its frame, empty if it is not known.
     """
 
     name: str
     bytes: int
     rows: int | None
     checksum: str | None = None
+    release: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,8 @@ class CurveOptions:
         Columns of the tables.
     refused_characters : str
         What file names cannot have where the light curves are written.
+    provenance : Provenance
+        What files say of how they were made.
     run : str
         Differs between attempts, so that Dask does not reuse the tasks of a failed one.
     """
@@ -91,6 +99,7 @@ class CurveOptions:
     buckets: str | None
     layout: Layout = WITH_PSF
     refused_characters: str = ""
+    provenance: Provenance = Provenance()
     run: str = ""
 
 
@@ -177,11 +186,19 @@ def save_table_groups(
 
 
 _GROUPS_SCHEMA = pa.schema(
-    {"name": pa.string(), "bytes": pa.int64(), "rows": pa.int64(), "checksum": pa.string()}
+    {
+        "name": pa.string(),
+        "bytes": pa.int64(),
+        "rows": pa.int64(),
+        "checksum": pa.string(),
+        "release": pa.string(),
+    }
 )
 
 
-def describe_table(name: str, size: int, rows: int | None, checksum: str | None = None) -> Table:
+def describe_table(
+    name: str, size: int, rows: int | None, checksum: str | None = None, release: str = ""
+) -> Table:
     """Describe a per-image table.
 
     Parameters
@@ -194,6 +211,8 @@ def describe_table(name: str, size: int, rows: int | None, checksum: str | None 
         The number of rows that it must have, None if that is not known.
     checksum : str, optional
         That of its content, if it is known.
+    release : str, optional
+        That of its frame, if it is known.
 
     Returns
     -------
@@ -203,7 +222,7 @@ def describe_table(name: str, size: int, rows: int | None, checksum: str | None 
     """
     if not name.endswith(".csv"):
         size = ROW_BYTES * rows if rows is not None else PARQUET_SHRINKS * size
-    return Table(name=name, bytes=size, rows=rows, checksum=checksum)
+    return Table(name=name, bytes=size, rows=rows, checksum=checksum, release=release)
 
 
 def count_partitions(
@@ -278,15 +297,15 @@ def read_tables(group: int, options: CurveOptions) -> pd.DataFrame:
         found = file.read_row_group(group).to_pydict()
     folder, read = open_store(options.per_image), []
     contents = folder.get_many(found["name"])
-    columns = (found[column] for column in ("name", "rows", "checksum"))
-    for name, expected, checksum, content in zip(*columns, contents, strict=True):
+    columns = (found[column] for column in ("name", "rows", "checksum", "release"))
+    for name, expected, checksum, release, content in zip(*columns, contents, strict=True):
         if checksum is not None and hash_table(content) != checksum:
             raise FrameError(
                 f"{folder.path_to(name)} is not the table that was written: delete it, then run "
                 "extract"
             )
         try:
-            rows = read_lines(content, options.layout)
+            rows = read_lines(content, options.layout, release)
         except (pa.ArrowException, KeyError, OSError) as error:
             raise FrameError(f"{folder.path_to(name)} is not a per-image table: {error}") from error
         if expected is not None and len(rows) != expected:
@@ -384,7 +403,7 @@ def _write_partition(
     as_parquet = [options.lightcurves] if options.format == "parquet" else []
     as_parquet += [options.buckets] if options.buckets else []
     if as_parquet and number is not None:
-        content = _encode_partition(targets, rows, texts, options.layout)
+        content = _encode_partition(targets, rows, texts, options)
         for folder in as_parquet:
             open_store(folder).put(bucket_name(number), content)
     if options.format == "csv":
@@ -412,14 +431,16 @@ def _encode_partition(
     targets: pa.Array,
     rows: np.ndarray,
     texts: Sequence[bytes | memoryview],
-    layout: Layout,
+    options: CurveOptions,
 ) -> bytes:
     """Return the light curves of a partition as a Parquet file."""
-    text = b"".join((render_header(layout.light_curve), *texts))
-    found = read_csv(pa.BufferReader(text), layout.light_curve)
+    names = options.layout.light_curve
+    text = b"".join((render_header(names), *texts))
+    found = read_csv(pa.BufferReader(text), names)
     ids = targets.take(pa.array(np.repeat(np.arange(len(targets)), rows)))
     found = found.add_column(0, "target_id", ids)
-    return encode_parquet(found.replace_schema_metadata({"sources": str(len(targets))}))
+    metadata = parquet_metadata(("target_id", *names), options.provenance, TITLE)
+    return encode_parquet(found, {**metadata, "sources": str(len(targets))})
 
 
 def light_curve_name(target_id: str, refused_characters: str = "") -> str:
@@ -498,8 +519,7 @@ def find_light_curves(folder: Store, names: set[str]) -> set[str]:
     set of str
     """
     texts = sorted(name for name in names if PurePath(name).suffix == ".csv")
-    # The columns that all light curves begin with.
-    header = render_header(APERTURE_ONLY.light_curve).rstrip(b"\n")
+    header = render_header(LIGHT_CURVE_START).rstrip(b"\n")
     return folder.find_starting_with(texts, header) | find_buckets(folder, names)
 
 

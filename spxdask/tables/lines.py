@@ -25,7 +25,7 @@ COMMA = ord(",")
 LINE_FEED = ord("\n")
 
 
-def read_lines(text: bytearray, layout: Layout) -> pa.Table:
+def read_lines(text: bytearray, layout: Layout, release: str = "") -> pa.Table:
     """Read a per-image table for regrouping: the sort keys of its rows, and their text.
 
     Parameters
@@ -34,12 +34,14 @@ def read_lines(text: bytearray, layout: Layout) -> pa.Table:
         The file, CSV or Parquet; it is overwritten.
     layout : Layout
         Its columns.
+    release : str, optional
+        That of its frame, which no table has.
 
     Returns
     -------
     pyarrow.Table
         The columns `SORT_KEYS`, and ``line``: the row's line in a light curve with its line
-        feed, exactly as it stands, or would stand, in a CSV table.
+        feed, each value exactly as it stands, or would stand, in a CSV table.
 
     Raises
     ------
@@ -49,7 +51,7 @@ def read_lines(text: bytearray, layout: Layout) -> pa.Table:
         If a Parquet file lacks a column.
     """
     if text.startswith(PARQUET_MARK):
-        return _read_parquet_lines(text, layout)
+        return _read_parquet_lines(text, layout, release)
     header = render_header(layout.per_image)
     names = bytes(text[: max(text.find(b"\n"), 0)]).decode("utf-8", "replace").split(",")
     _require_no_others(names, layout)
@@ -57,9 +59,9 @@ def read_lines(text: bytearray, layout: Layout) -> pa.Table:
     columns: dict[str, pa.Array] | None = None
     # Without quotes, each comma separates fields and each line feed ends a row.
     if text.startswith(header) and text.endswith(b"\n") and b'"' not in text:
-        columns = _cut_lines(body, layout)
+        columns = _cut_lines(body, layout, release)
     if columns is None:
-        columns = _parse_lines(pa.BufferReader(text), layout.per_image, layout)
+        columns = _parse_lines(pa.BufferReader(text), layout.per_image, layout, release)
     columns["mjd"] = pc.cast(columns["mjd"], pa.float64())
     return pa.table(columns)
 
@@ -71,10 +73,11 @@ def _require_no_others(names: Iterable[str], layout: Layout) -> None:
         raise pa.ArrowInvalid(f"it has the column {others[0]}, other tables do not")
 
 
-def _read_parquet_lines(content: bytearray, layout: Layout) -> pa.Table:
+def _read_parquet_lines(content: bytearray, layout: Layout, release: str) -> pa.Table:
     _require_no_others(pq.read_schema(pa.BufferReader(content)).names, layout)
-    rows = read_parquet(content, ("target_id", *layout.light_curve))
+    rows = read_parquet(content, layout.per_image)
     columns = {name: rows.column(name).combine_chunks() for name in rows.column_names}
+    columns["release"] = release
     if any(columns[name].null_count for name in SORT_KEYS):
         raise pa.ArrowInvalid(f"each row needs {', '.join(SORT_KEYS)}")
     lines = render_lines({name: columns[name] for name in layout.light_curve})
@@ -105,38 +108,43 @@ def sort_lines(text: bytes | memoryview, layout: Layout) -> bytes:
     return "".join(found["line"].take(order).to_pylist()).encode()
 
 
-def _parse_lines(source: Any, columns: Sequence[str], layout: Layout) -> dict[str, pa.Array]:
+def _parse_lines(
+    source: Any, columns: Sequence[str], layout: Layout, release: str = ""
+) -> dict[str, pa.Array]:
     """Return the sort keys, and the lines of a light curve, of any CSV with such columns."""
     table = read_text(source, columns)
-    texts = {name: table.column(name).combine_chunks() for name in columns}
+    texts: dict[str, Any] = {"release": release}
+    texts |= {name: table.column(name).combine_chunks() for name in columns}
     lines = render_lines({name: texts[name] for name in layout.light_curve})
     found = {name: texts[name] for name in SORT_KEYS if name in columns} | {"line": lines}
     return {name: pc.cast(column, pa.string()) for name, column in found.items()}
 
 
-def _cut_lines(body: np.ndarray, layout: Layout) -> dict[str, pa.Array] | None:
+def _cut_lines(body: np.ndarray, layout: Layout, release: str) -> dict[str, pa.Array] | None:
     """Cut the columns of `read_lines` out of rows as `render_lines` makes them, else None."""
     names = layout.per_image
     marks = np.empty((np.count_nonzero(body == LINE_FEED), len(names) + 1), np.int64)
     if not _find_commas(body, marks):
         return None
 
-    def cut(spans: Sequence[tuple[int, int]], beyond: int = 0) -> pa.Array:
+    def cut(spans: Sequence[tuple[int, int]], beyond: int = 0, end: bytes = b"") -> pa.Array:
         """Join, for each row, the fields of each span, with so many characters behind them."""
         starts = np.stack([marks[:, first] + 1 for first, _ in spans], axis=1)
         stops = np.stack([marks[:, last + 1] + beyond for _, last in spans], axis=1)
         offsets = np.zeros(len(marks) + 1, np.int32)
-        np.cumsum((stops - starts).sum(axis=1), out=offsets[1:])
+        np.cumsum((stops - starts).sum(axis=1) + len(end), out=offsets[1:])
         out = np.empty(offsets[-1], np.uint8)
-        _copy_pieces(body, starts, stops, out)
+        _copy_pieces(body, starts, stops, np.frombuffer(end, np.uint8), out)
         return pa.StringArray.from_buffers(len(marks), pa.py_buffer(offsets), pa.py_buffer(out))
 
     found = {name: cut([(names.index(name),) * 2]) for name in SORT_KEYS}
     found["target_id"].validate(full=True)
-    spans = _find_spans(names, layout.light_curve)
-    # Each span is copied with the character behind it; behind the last, that is the line feed.
-    body[marks[:, spans[-1][1] + 1]] = LINE_FEED
-    found["line"] = cut(spans, beyond=1)
+    *fields, last = layout.light_curve
+    assert last == "release", "it is in no table"
+    # Each span is copied with the comma behind it.
+    body[marks[:, -1]] = COMMA
+    end = render_lines({last: pa.array([release])})[0].as_py().encode()
+    found["line"] = cut(_find_spans(names, fields), beyond=1, end=end)
     return found
 
 
@@ -178,8 +186,10 @@ def _find_commas(body: np.ndarray, marks: np.ndarray) -> bool:
 
 
 @compiled
-def _copy_pieces(body: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: np.ndarray) -> None:
-    """Copy pieces of `body`, several a row, one after the other."""
+def _copy_pieces(
+    body: np.ndarray, starts: np.ndarray, stops: np.ndarray, last: np.ndarray, out: np.ndarray
+) -> None:
+    """Copy pieces of `body`, several a row and behind them always `last`, one after the other."""
     end = 0
     for row in range(starts.shape[0]):
         for piece in range(starts.shape[1]):
@@ -188,3 +198,6 @@ def _copy_pieces(body: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: n
             for i in range(end, stop):
                 out[i] = body[i + shift]
             end = stop
+        for i in range(len(last)):
+            out[end + i] = last[i]
+        end += len(last)

@@ -8,13 +8,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spxdask.tables.csv import Columns, nan_as_null, render_header, render_lines, slice_lines
+from spxdask.tables.metadata import parquet_metadata
 from spxdask.tables.parquet import encode_parquet
+from spxdask.tables.provenance import Provenance
 from spxdask.tables.schema import SCHEMA
 
 __all__ = ["encode_rows", "hash_table"]
 
+TITLE = "photometry of the sources on one SPHEREx frame"
 
-def encode_rows(columns: Columns, format: str) -> bytes:
+
+def encode_rows(columns: Columns, format: str, provenance: Provenance | None = None) -> bytes:
     """Return rows as a whole file.
 
     Parameters
@@ -23,6 +27,8 @@ def encode_rows(columns: Columns, format: str) -> bytes:
         The columns of a `Layout`, in their order; see `spxdask.tables.csv.render_lines`.
     format : str
         ``csv`` or ``parquet``.
+    provenance : Provenance, optional
+        How they were made, which Parquet files say beside units and meanings.
 
     Returns
     -------
@@ -37,7 +43,8 @@ def encode_rows(columns: Columns, format: str) -> bytes:
         array = pa.repeat(column, n) if isinstance(column, str | float) else pa.array(column)
         arrays[name] = pc.cast(nan_as_null(array), SCHEMA.field(name).type)
     schema = pa.schema([field for field in SCHEMA if field.name in arrays])
-    return encode_parquet(pa.table(arrays, schema=schema))
+    metadata = parquet_metadata(tuple(schema.names), provenance or Provenance(), TITLE)
+    return encode_parquet(pa.table(arrays, schema=schema), metadata)
 
 
 def hash_table(content: bytes | bytearray | memoryview) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simulated
 from outputs import output_of, read_files, read_per_image
+from ruamel.yaml import YAML
 
-from spxdask import BatchPipeline, load_query_summary
+from spxdask import BatchPipeline, __version__, load_query_summary
 from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
 from spxdask.science.level2.frame import angular_distance
@@ -35,7 +39,7 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
     assert set(simulated.AWKWARD_IDS) < set(rows["target_id"]) <= set(survey.ids)
     assert {path.name for path in output_of(finished).path.iterdir()} == {
         *("images", "per_image", "lightcurves", "buckets", "state"),
-        "query_summary.yaml",
+        *("query_summary.yaml", "README.txt", "columns.yaml"),
     }
     assert {path.name for path in output_of(finished).path.parent.iterdir()} == {
         "out",
@@ -75,6 +79,28 @@ def test_recovered_flux_is_the_injected_flux(finished, survey):
         assert 0.8 < ratio.median() < 0.9
         ratios.append(ratio)
     assert np.concatenate(ratios).std() < 0.1
+
+
+def test_what_the_light_curves_are_stands_beside_them(finished, finished_parquet):
+    output = output_of(finished)
+    about = YAML(typ="safe").load((output.path / "columns.yaml").read_text())
+    assert [c["name"] for c in about["columns"] if c["lightcurves"]] == list(LIGHT_CURVE)
+    assert {c["name"] for c in about["columns"] if c["per_image"]} == set(PER_IMAGE)
+    assert all(c["ucd"] and c["description"] for c in about["columns"])
+    assert (about["software"], about["releases"]) == (
+        f"spxdask {__version__}",
+        ["qr2", "qr3"],
+    )
+    options = YAML(typ="safe").load(about["configuration"])
+    assert options["photometry"] == finished.config.photometry.to_dict()
+    text = (output.path / "README.txt").read_text()
+    assert str(output.path) not in text
+    for word in ("psf_flux ", "[uJy]", about["configuration_digest"], *about["citation"]):
+        assert word in text
+    # Parquet files have the same in themselves, whatever the formats are.
+    [first, *_] = sorted(output_of(finished_parquet).lightcurves.iterdir())
+    found = json.loads(pq.read_metadata(first).metadata[b"spxdask"])
+    assert found == {name: value for name, value in about.items() if name != "columns"}
 
 
 def test_light_curves_are_the_per_image_rows_by_source(finished):
@@ -166,7 +192,8 @@ def test_frame_without_sources_gives_a_table_without_rows(make_config, client, t
         assert table.read_text() == ",".join(PER_IMAGE) + "\n"
         assert list(output_of(pipeline).lightcurves.iterdir()) == []
     else:
-        assert (pq.read_schema(table), len(pq.read_table(table))) == (SCHEMA, 0)
+        assert pq.read_schema(table).equals(pa.schema([SCHEMA.field(n) for n in PER_IMAGE]))
+        assert len(pq.read_table(table)) == 0
         assert len(pd.read_parquet(output_of(pipeline).lightcurves)) == 0
     assert summary.stages["extract"].done == 1
     assert (summary.n_sources, summary.n_measured) == (1, 0)

@@ -468,7 +468,7 @@ class TestChoiceOfTables:
 
     def test_a_table_that_is_up_to_date(self, inputs, measured):
         choice = self.choose(inputs, measured, table_sizes={TABLE: 77})
-        assert choice.tables == [(TABLE, 77, 3, None)]
+        assert choice.tables == [(TABLE, 77, 3, None, "qr2")]
         assert not choice.stale
         assert choice.left_out == 0
 

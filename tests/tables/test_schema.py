@@ -5,11 +5,13 @@ from __future__ import annotations
 import astropy.units as u
 import pyarrow as pa
 import pytest
+from astropy.io.votable.ucd import check_ucd, parse_ucd
 
 from spxdask.tables.schema import (
     APERTURE_ONLY,
     COLUMNS,
-    LIGHT_CURVE,
+    LAYOUTS,
+    LIGHT_CURVE_START,
     PER_IMAGE,
     SCHEMA,
     SORT_KEYS,
@@ -28,17 +30,19 @@ def test_names_and_types():
         f"{first},aperture_correction,psf_flux,psf_flux_error,psf_chi2,psf_fraction,"
         "neighbour_flux,bad_fraction,bjd_tdb"
     )
-    assert tuple(SCHEMA.names) == PER_IMAGE
-    assert TEXT == ("target_id", "obs_id", "band", "filename")
+    assert tuple(SCHEMA.names) == (*PER_IMAGE, "release")
+    assert TEXT == ("target_id", "obs_id", "band", "filename", "release")
     assert SCHEMA.field("flag").type == pa.int64()
     assert {SCHEMA.field(name).type for name in set(PER_IMAGE) - {*TEXT, "flag"}} == {pa.float64()}
 
 
-def test_columns_of_a_light_curve_are_in_the_order_of_the_tables():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_columns_of_a_light_curve_are_those_of_the_tables_and_then_the_frame(layout):
     """Its lines are cut out of those of the per-image tables."""
-    assert tuple(name for name in PER_IMAGE if name in LIGHT_CURVE) == LIGHT_CURVE
-    assert LIGHT_CURVE[: len(APERTURE_ONLY.light_curve)] == APERTURE_ONLY.light_curve
-    assert set(SORT_KEYS) <= {"target_id", *LIGHT_CURVE}
+    cut = tuple(n for n in layout.per_image if n not in ("target_id", "ra", "dec", "filename"))
+    assert layout.light_curve == (*cut, "filename", "release")
+    assert cut[: len(LIGHT_CURVE_START)] == LIGHT_CURVE_START
+    assert set(SORT_KEYS) <= {"target_id", *LIGHT_CURVE_START}
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
@@ -51,7 +55,14 @@ def test_a_column_has_a_unit_and_a_description(column):
         assert unit.is_equivalent(u.uJy / u.arcsec**2)
 
 
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+def test_a_column_has_a_ucd_of_the_controlled_vocabulary(column):
+    assert check_ucd(column.ucd, check_controlled_vocabulary=True)
+    assert parse_ucd(column.ucd, check_controlled_vocabulary=True)
+    assert column.ucd.startswith("stat.error;") == column.name.endswith("_error")
+
+
 def test_rows_for_the_documentation():
     rows = column_rows()
-    assert [name for name, _, _ in rows] == list(PER_IMAGE)
-    assert rows[1] == ("ra", "deg", COLUMNS[1].description)
+    assert [name for name, *_ in rows] == [*PER_IMAGE, "release"]
+    assert rows[1] == ("ra", "deg", "pos.eq.ra", COLUMNS[1].description)
