@@ -359,7 +359,7 @@ def _write_about(
         bib_reference="; ".join(about["citation"]),
         spxdask_releases=" ".join(about["releases"]),
         spxdask_calibration="; ".join(f"{k}: {v}" for k, v in about["calibration"].items()),
-        spxdask_configuration=about["configuration"],
+        spxdask_configuration=about["configuration_digest"],
     )
     properties.to_properties_file(catalogue)
 

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 
 from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError
 from spxdask.results.run import Run
-from spxdask.run.description import describe_run
 from spxdask.storage import locate_file
 from spxdask.tables.metadata import make_votable
 from spxdask.tables.provenance import Provenance
@@ -138,11 +137,13 @@ def _add_positions(run: Run, rows: pa.Table) -> pa.Table:
 
 def _find_provenance(run: Run) -> Provenance:
     about = run.provenance
-    try:
-        found = describe_run(run.config, None, about["releases"])
-    except RunFolderError:
-        found = Provenance(releases=tuple(about["releases"]))
-    return dataclasses.replace(found, calibration=tuple(sorted(about["calibration"].items())))
+    return Provenance(
+        version=about["software"].removeprefix("spxdask "),
+        digest=about["configuration_digest"],
+        configuration=about["configuration"],
+        calibration=tuple(about["calibration"].items()),
+        releases=tuple(about["releases"]),
+    )
 
 
 def _as_array(column: pa.ChunkedArray) -> tuple[Any, Any]:

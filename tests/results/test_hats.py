@@ -54,7 +54,7 @@ def test_lsdb_opens_the_catalogue_with_nested_light_curves(run, tmp_path, curves
     import lsdb
     from hats.io.validation import is_valid_catalog
 
-    write_hats(run.path, tmp_path / "cat", points_per_partition=20)
+    open_run(run.path).to_hats(tmp_path / "cat", points_per_partition=20)
     assert is_valid_catalog(tmp_path / "cat", strict=True)
     catalog = lsdb.open_catalog(tmp_path / "cat")
     assert len(catalog.get_healpix_pixels()) > 3

@@ -12,6 +12,7 @@ from astropy.table import QTable
 from made_run import make_points, make_rows, make_run
 
 from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError
+from spxdask.results import open_run
 from spxdask.results.votable import write_votable
 
 
@@ -54,7 +55,7 @@ def test_all_rows_with_units_ucds_and_systems(run, tmp_path, curves):
 def test_some_sources(run, tmp_path):
     write_votable(run.path, tmp_path / "rows.vot", ["ü, 2", "a", "a"])
     assert list(QTable.read(tmp_path / "rows.vot")["target_id"]) == ["ü, 2"] * 4 + ["a"] * 4
-    write_votable(run.path, tmp_path / "rows.vot", "b")
+    open_run(run.path).to_votable(tmp_path / "rows.vot", "b")
     assert set(QTable.read(tmp_path / "rows.vot")["target_id"]) == {"b"}
 
 
