@@ -453,10 +453,10 @@ class BatchConfig(CheckedOptions):
         _Format, option("'csv' or 'parquet', for the tables in per_image/", group=OUTPUT)
     ] = "csv"
     lightcurve_format: Annotated[
-        _Format,
+        Literal["csv", "parquet", "hats"],
         option(
             "'csv' is a file per source; 'parquet' one dataset of num_buckets files, for a million "
-            "sources",
+            "sources; 'hats' is that and, in hats/, a catalogue for LSDB with nested light curves",
             group=OUTPUT,
         ),
     ] = "csv"
@@ -676,6 +676,13 @@ class BatchConfig(CheckedOptions):
         if self.catalog_path is not None and self.target is not None:
             raise ConfigError(
                 "catalog_path and target exclude each other: leave one of them out", option="target"
+            )
+        if self.lightcurve_format == "hats" and "://" in self.output_dir.removeprefix("file://"):
+            raise ConfigError(
+                "lightcurve_format hats needs an output_dir on disk: choose parquet, and write the "
+                "catalogue with spxdask.open_run(...).to_hats(...)",
+                option="lightcurve_format",
+                value=self.lightcurve_format,
             )
         if missing := list_missing(vars(self)):
             raise ConfigError(

@@ -7,7 +7,10 @@ from types import ModuleType
 
 from spxdask.errors import MissingExtraError
 
-__all__ = ["import_extra"]
+__all__ = ["HATS_EXTRA", "import_extra"]
+
+# What brings the libraries of HATS catalogues.
+HATS_EXTRA = "hats"
 
 
 def import_extra(module: str, extra: str, purpose: str) -> ModuleType:

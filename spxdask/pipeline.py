@@ -17,6 +17,7 @@ from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
+from spxdask.extras import HATS_EXTRA, import_extra
 from spxdask.progress import Bars, Progress, Silent
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
@@ -64,6 +65,8 @@ class BatchPipeline:
     ------
     ConfigError
         If an argument cannot be used.
+    MissingExtraError
+        If a library that an option needs is not installed.
     """
 
     def __init__(
@@ -78,6 +81,9 @@ class BatchPipeline:
         if not isinstance(config, BatchConfig):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
         self.folder = RunFolder(config.output_dir)
+        if config.lightcurve_format == "hats":
+            # Said before the first frame, not after the last.
+            import_extra("hats.io", HATS_EXTRA, "lightcurve_format hats")
         self._sources = RunSources(config, self.folder)
         self.config = self._sources.config
         self.reports: dict[str, StageReport] = {}

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import spxdask
+from spxdask.tables.provenance import ACKNOWLEDGMENT, RELEASE_DOIS, SOFTWARE_TITLE
 from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, column_rows
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +112,12 @@ def test_the_citation_is_of_this_version():
     assert {"message", "title", "authors"} <= set(citation)
     assert citation["version"] == spxdask.__version__
     assert f"## [{spxdask.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_files_of_a_run_ask_to_be_cited_as_the_repository_does():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().replace("\n> ", " ").split())
+    assert citation["title"] == SOFTWARE_TITLE
+    assert ACKNOWLEDGMENT in readme
+    assert {one["doi"] for one in citation["references"]} == set(RELEASE_DOIS.values())
+    assert all(f"{name.upper()} [{doi}]" in readme for name, doi in RELEASE_DOIS.items())

@@ -22,20 +22,20 @@ import pyarrow.parquet as pq
 
 from spxdask import __version__
 from spxdask.errors import ConfigError, RunFolderError
-from spxdask.extras import import_extra
+from spxdask.extras import HATS_EXTRA, import_extra
 from spxdask.results.run import Run
 from spxdask.results.sources import SOURCE_MEANINGS, summarise_part
 from spxdask.storage import local_path, open_store
 from spxdask.tables.quantities import ROW_MEANINGS, Meaning
 from spxdask.text import format_count
 
-__all__ = ["HATS_EXTRA", "NESTED_COLUMN", "write_hats"]
+__all__ = ["NESTED_COLUMN", "remove_catalogue", "write_hats"]
 
 logger = logging.getLogger(__name__)
 
-HATS_EXTRA = "hats"
 NESTED_COLUMN = "lightcurve"
 INDEX, INDEX_ORDER = "_healpix_29", 29
+BUILDER = "spxdask"
 # Points of a partition, unless a single pixel of the finest order has more: some 200 bytes each.
 POINTS_PER_PARTITION = 500_000
 FINEST_ORDER = 14
@@ -88,21 +88,48 @@ def write_hats(
     if target is None:
         if open_store(path).exists("hats.properties"):
             raise ConfigError("there is a catalogue already: choose another path", path=path)
-        with tempfile.TemporaryDirectory(prefix="spxdask-hats-") as work:
-            _write(run, Path(work), name, points_per_partition, on_progress)
-            _upload(Path(work) / "catalogue", os.fspath(path))
+        with tempfile.TemporaryDirectory(prefix="spxdask-hats-") as temporary:
+            _write(run, Path(temporary), name, points_per_partition, on_progress)
+            _upload(Path(temporary) / "catalogue", os.fspath(path))
         return
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("is not an empty folder: choose another path", path=target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that the catalogue gets its name in one step.
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    work = _make_working_folder(target)
     try:
         _write(run, work, name, points_per_partition, on_progress)
         (work / "catalogue").rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove_catalogue(path: Path) -> None:
+    """Remove a catalogue that `write_hats` wrote on disk, and what killed writers left of one.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the catalogue; none need be there.
+
+    Raises
+    ------
+    RunFolderError
+        If there is a folder with anything else in it.
+    """
+    properties = path / "hats.properties"
+    if properties.is_file() and f"hats_builder={BUILDER} " in properties.read_text():
+        # In one step, so that no part of it remains under its name.
+        path.rename(_make_working_folder(path))
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunFolderError("is in the way of the HATS catalogue: move it", path=path)
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        shutil.rmtree(part)
+
+
+def _make_working_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
 
 
 def _write(
@@ -325,14 +352,14 @@ def _write_about(
         healpix_order=INDEX_ORDER,
         skymap_order=order,
         moc_sky_fraction=float(np.mean(counts > 0)),
-        hats_builder=f"spxdask {__version__}",
+        hats_builder=f"{BUILDER} {__version__}",
         obs_title="SPHEREx light curves measured by spxdask",
         obs_regime="Infrared",
         obs_ack=about["acknowledgment"],
         bib_reference="; ".join(about["citation"]),
         spxdask_releases=" ".join(about["releases"]),
         spxdask_calibration="; ".join(f"{k}: {v}" for k, v in about["calibration"].items()),
-        spxdask_configuration=about["configuration"],
+        spxdask_configuration=about["configuration_digest"],
     )
     properties.to_properties_file(catalogue)
 

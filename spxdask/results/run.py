@@ -7,7 +7,7 @@ import html
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -458,6 +458,40 @@ class Run:
         from spxdask.results.dask import make_dask_frame
 
         return make_dask_frame(self.curves)
+
+    def to_hats(
+        self, path: str | os.PathLike[str], *, name: str | None = None, **options: Any
+    ) -> None:
+        """Write a HATS catalogue of the sources with nested light curves, for LSDB.
+
+        Parameters
+        ----------
+        path : path
+            Folder of the catalogue, which must not exist yet.
+        name : str, optional
+            Of the catalogue; default: the last part of the path.
+        **options : object
+            Those of `spxdask.results.hats.write_hats`.
+        """
+        from spxdask.results.hats import write_hats
+
+        write_hats(self, path, name=name, **options)
+
+    def to_votable(
+        self, path: str | os.PathLike[str], ids: Iterable[str | int] | str | int | None = None
+    ) -> None:
+        """Write light curves as one VOTable, for TOPCAT and Aladin.
+
+        Parameters
+        ----------
+        path : path
+            The file; it replaces one of its name.
+        ids : iterable of str, or str, optional
+            Ids of sources; default: all.
+        """
+        from spxdask.results.votable import write_votable
+
+        write_votable(self, path, ids)
 
     def _describe_field(self) -> str:
         config = self.config

@@ -39,6 +39,8 @@ GIVEN_CATALOGUE_NAME = "given_catalogue.parquet"
 SKIPPED_ROWS_NAME = "skipped_rows.csv"
 # What describes the light curves.
 README_NAME, COLUMNS_NAME = "README.txt", "columns.yaml"
+# The catalogue of `lightcurve_format: hats`.
+HATS_NAME = "hats"
 # What `spxdask inject` writes.
 INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME = "injection.csv", "injection.png"
 
@@ -97,6 +99,7 @@ class RunFolder:
             SKIPPED_ROWS_NAME,
             COLUMNS_NAME,
             README_NAME,
+            HATS_NAME,
             INJECTION_TABLE_NAME,
             INJECTION_FIGURE_NAME,
         )

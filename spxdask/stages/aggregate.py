@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -13,6 +14,7 @@ from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.shuffle import compute_shuffle
 from spxdask.config import BatchConfig
 from spxdask.errors import RunFolderError, SpxdaskError
+from spxdask.results.hats import remove_catalogue, write_hats
 from spxdask.run.aggregation import (
     AggregationRecord,
     discard_aggregation,
@@ -21,7 +23,7 @@ from spxdask.run.aggregation import (
 )
 from spxdask.run.calibration import load_calibration
 from spxdask.run.description import describe_run, save_description
-from spxdask.run.folder import TABLE_GROUPS_NAME, RunFolder
+from spxdask.run.folder import HATS_NAME, TABLE_GROUPS_NAME, RunFolder
 from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
@@ -66,6 +68,10 @@ class Aggregation:
         self._report, self._progress = report, progress
         self._tables: list[light_curves.Table] = []
         self._refused_characters = ""
+
+    @property
+    def _writes_hats(self) -> bool:
+        return self._config.lightcurve_format == "hats"
 
     @property
     def _n_partitions(self) -> int:
@@ -156,6 +162,8 @@ class Aggregation:
             return False
         if record.files != self._digest_files():
             return False
+        if self._writes_hats and not (self._folder.root / HATS_NAME).exists("hats.properties"):
+            return False
         self._report.total = self._report.reused = record.n_light_curves
         self._report.rows = record.n_rows
         return True
@@ -179,6 +187,9 @@ class Aggregation:
             folder.buckets.make()
             folder.require_writable(folder.buckets)
         discard_aggregation(folder.state)
+        if folder.root.local_path is not None:
+            # It is of other light curves from here on.
+            remove_catalogue(folder.root.local_path / HATS_NAME)
         provenance = describe_run(
             config,
             load_calibration(folder.state, config),
@@ -188,7 +199,8 @@ class Aggregation:
             per_image=str(folder.per_image),
             table_groups=folder.state.path_to(TABLE_GROUPS_NAME),
             lightcurves=str(folder.lightcurves),
-            format=config.lightcurve_format,
+            # The catalogue is made of the dataset.
+            format="parquet" if self._writes_hats else config.lightcurve_format,
             buckets=str(folder.buckets) if config.keep_bucket_files else None,
             layout=light_curves.find_layout(folder.per_image, self._tables[0].name),
             refused_characters=self._refused_characters,
@@ -224,6 +236,13 @@ class Aggregation:
         self._remove_leftovers(written, n_partitions)
         folder.raise_if_lock_lost()
         save_description(folder.root, provenance, options.layout)
+        if self._writes_hats:
+            path = folder.root.path_to(HATS_NAME)
+            self._progress.start("hats", 1, "catalogue")
+            with raise_disk_full(path):
+                write_hats(folder.path, path, name=Path(folder.path).name)
+            self._progress.advance()
+            folder.raise_if_lock_lost()
         save_aggregation(
             folder.state,
             AggregationRecord(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from outputs import output_of, read_files
 
 from spxdask import BatchPipeline
 from spxdask.cli import main
-from spxdask.errors import RunFolderError
+from spxdask.errors import ConfigError, MissingExtraError, RunFolderError
 from spxdask.run.status import read_status
 from spxdask.tables.csv import read_csv
 from spxdask.tables.parquet import encode_parquet
@@ -208,3 +209,45 @@ def test_light_curves_stay_without_tables_in_the_new_format(finished, make_confi
     with pytest.raises(RunFolderError, match="run extract first"):
         other.run_aggregate()
     assert read_files(output_of(other).lightcurves) == read_files(output_of(finished).lightcurves)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_catalogue_for_lsdb_beside_the_light_curves(
+    finished, finished_parquet, make_config, client, tmp_path
+):
+    lsdb = pytest.importorskip("lsdb", exc_type=ImportError)
+    copy = shutil.copytree(output_of(finished).path, tmp_path / "copy")
+    config = replace(finished.config, output_dir=copy, lightcurve_format="hats")
+    # What a run left behind that was killed while it wrote.
+    (copy / ".hats.x.part" / "catalogue").mkdir(parents=True)
+    report = BatchPipeline(config, client=client).run_aggregate()
+    assert report.total == finished.summary.n_measured
+    assert read_files(copy / "lightcurves") == read_files(output_of(finished_parquet).lightcurves)
+    catalog = lsdb.open_catalog(copy / "hats").compute(progress_bar=False)
+    assert len(catalog) == report.total
+    assert catalog["points"].sum() == report.rows
+    assert not list(copy.glob(".hats*"))
+    files = {path: path.read_bytes() for path in (copy / "hats").rglob("*") if path.is_file()}
+    # Nothing is left to do, until it is gone; then it is the same bytes.
+    assert BatchPipeline(config, client=client).run_aggregate().reused == report.total
+    shutil.rmtree(copy / "hats")
+    assert BatchPipeline(config, client=client).run_aggregate().done == report.total
+    assert {path: path.read_bytes() for path in files} == files
+    # Light curves in another format are not those of the catalogue.
+    BatchPipeline(replace(config, lightcurve_format="csv"), client=client).run_aggregate()
+    assert not (copy / "hats").exists()
+    assert read_files(copy / "lightcurves") == read_files(output_of(finished).lightcurves)
+    # What is not ours stays.
+    (copy / "hats").mkdir()
+    (copy / "hats" / "mine").write_bytes(b"")
+    with pytest.raises(RunFolderError, match="is in the way of the HATS catalogue: move it"):
+        BatchPipeline(config, client=client).run_aggregate()
+    assert (copy / "hats" / "mine").exists()
+
+
+def test_a_missing_library_is_said_before_the_run(make_config, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "hats.io", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'spxdask\[hats\]'"):
+        BatchPipeline(make_config(lightcurve_format="hats"))
+    with pytest.raises(ConfigError, match="needs an output_dir on disk"):
+        make_config(lightcurve_format="hats", output_dir="s3://bucket/run")
