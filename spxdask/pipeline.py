@@ -17,7 +17,7 @@ from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
-from spxdask.progress import Bars, Progress, Silent
+from spxdask.progress import Progress, Silent, make_progress
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
@@ -39,8 +39,8 @@ class BatchPipeline:
 
     Parameters
     ----------
-    config : BatchConfig
-        The run.
+    config : BatchConfig or RunSources
+        The run; with sources that have been read, they are not read again.
     client : distributed.Client, optional
         Cluster to use; it stays open.
     scheduler : str, optional
@@ -68,32 +68,32 @@ class BatchPipeline:
 
     def __init__(
         self,
-        config: BatchConfig,
+        config: BatchConfig | RunSources,
         *,
         client: Client | None = None,
         scheduler: str | None = None,
         jobqueue: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
     ) -> None:
-        if not isinstance(config, BatchConfig):
+        if isinstance(config, BatchConfig):
+            config = RunSources(config, RunFolder(config.output_dir))
+        elif not isinstance(config, RunSources):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
-        self.folder = RunFolder(config.output_dir)
-        self._sources = RunSources(config, self.folder)
-        self.config = self._sources.config
+        self._sources, self.folder, self.config = config, config.folder, config.config
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        bars: Progress = Bars() if progress is True else progress or Silent()
-        self._progress = ProgressPublisher(bars, self.folder.path)
+        shown: Progress = make_progress() if progress is True else progress or Silent()
+        self._progress = ProgressPublisher(shown, self.folder.path)
         self._session = ClusterSession(
-            max_processes=config.max_extract_workers,
-            n_downloads=config.max_download_workers,
+            max_processes=self.config.max_extract_workers,
+            n_downloads=self.config.max_download_workers,
             client=client,
             scheduler=scheduler,
             jobqueue=jobqueue,
             on_connect=self._progress.connect,
         )
         self._held = ExitStack()
-        self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
+        self._outage_policy = OutagePolicy(patience_s=self.config.outage_patience)
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
@@ -258,8 +258,10 @@ class BatchPipeline:
         self.reports = {}
         n_sources = len(self.catalogue)
         with self._session.hold():
+            if not retry_failed:
+                self.run_query()
             # Nothing found or measured is more often a mistake than a reason to remove curves.
-            if self.folder.require_observations(self.config) if retry_failed else self.run_query():
+            if retry_failed or self.reports["query"].has_sources:
                 self._run_frames("download", "extract", only_failed=retry_failed, recheck=recheck)
                 try:
                     self.run_aggregate()

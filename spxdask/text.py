@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+
+# What a terminal shows in a line, unless its window was made wider.
+TERMINAL_COLUMNS = 80
+
 
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
     """Format a number with its noun.
@@ -43,3 +48,34 @@ def format_duration(seconds: float) -> str:
         return f"{60 * hours + minutes} min"
     days, rest = divmod(round(seconds / 3600), 24)
     return f"{hours} h {minutes} min" if hours < 48 else f"{days} d {rest} h"
+
+
+def wrap_report(text: str, indent: int = 12, width: int = TERMINAL_COLUMNS) -> str:
+    """Break the lines of a report that are too long for a terminal.
+
+    Parameters
+    ----------
+    text : str
+        Lines, whose first `indent` characters are a heading.
+    indent : int
+        Where continued lines begin.
+    width : int
+        Longest line, in characters; only a word that is longer by itself makes a longer one.
+
+    Returns
+    -------
+    str
+        The same words.
+    """
+    wrapper = textwrap.TextWrapper(
+        width - indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+    lines: list[str] = []
+    for line in text.split("\n"):
+        heading, parts = line[:indent], wrapper.wrap(line[indent:]) or [""]
+        lines.append((heading + parts[0]).rstrip())
+        lines += [" " * indent + part for part in parts[1:]]
+    return "\n".join(lines)

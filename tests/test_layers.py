@@ -22,7 +22,7 @@ STAGES = OPTIONS | {"run", "cluster"}
 EVERYTHING = STAGES | {"stages", "pipeline", "batch", "inject", "demo", "cli", "simulate"}
 MAY_IMPORT = {
     "errors": set(),
-    "progress": {"errors"},
+    "progress": {"errors", "text"},
     "text": set(),
     "science": SCIENCE,
     "simulate": {"errors"},

@@ -123,6 +123,7 @@ class ProgressPublisher:
                 "total": total,
                 "done": 0,
                 "failed": 0,
+                "bytes": 0,
                 "failures": [],
                 "state": "running",
                 "waiting": None,
@@ -131,7 +132,7 @@ class ProgressPublisher:
         )
         self._publish()
 
-    def advance(self, *, failed: bool = False, reason: str | None = None) -> None:
+    def advance(self, *, failed: bool = False, reason: str | None = None, n_bytes: int = 0) -> None:
         """Report that one more unit of the stage has ended.
 
         Parameters
@@ -140,10 +141,16 @@ class ProgressPublisher:
             Whether it failed.
         reason : str, optional
             Which unit it was and why it failed, for the page.
+        n_bytes : int
+            How many bytes were fetched for it.
         """
+        receive = getattr(self._progress, "receive", None)
+        if receive is not None and n_bytes:
+            receive(n_bytes)
         self._progress.advance(failed=failed)
         stage = self._stages[-1]
         stage["failed" if failed else "done"] += 1
+        stage["bytes"] += n_bytes
         if reason:
             stage["failures"] = [*stage["failures"], reason][-MAX_FAILURES_SHOWN:]
         if time.monotonic() - self._published_at > self._interval_s:
@@ -163,6 +170,18 @@ class ProgressPublisher:
         if self._stages and self._stages[-1]["waiting"] != reason:
             self._stages[-1]["waiting"] = reason
             self._publish()
+
+    def note(self, text: str) -> None:
+        """Report what the stage is about to do, to the object if it has the method.
+
+        Parameters
+        ----------
+        text : str
+            In words.
+        """
+        forward = getattr(self._progress, "note", None)
+        if forward is not None:
+            forward(text)
 
     def finish(self) -> None:
         """Report that the stage has ended."""

@@ -12,6 +12,10 @@ from spxdask.text import format_count
 
 MAX_FAILURES_SHOWN = 10
 MAX_WARNINGS_SHOWN = 3
+NO_SOURCES = (
+    "no source of the catalogue lies on any of these frames, and a run fetches none: check that "
+    "ra and dec are in degrees and not exchanged, and the field"
+)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -34,6 +38,8 @@ class StageReport:
         For query, frames of each release, such as qr2.
     excluded : Counter
         Frames of the query that are neither fetched nor measured, by reason.
+    without_source : int
+        For query, frames on which no source lies, whether or not they are excluded.
     skipped_sources : int
         For query, and for extract by itself, rows of the user's catalogue that are not used.
     outside : int
@@ -72,6 +78,7 @@ class StageReport:
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
     excluded: Counter = field(default_factory=Counter)
+    without_source: int = 0
     skipped_sources: int = 0
     outside: int = 0
     rechecked: int = 0
@@ -87,6 +94,11 @@ class StageReport:
     warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bytes: int = 0
     seconds: float = 0.0
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether a source of the catalogue lies on any frame that the query found."""
+        return self.without_source < self.total
 
     def __repr__(self) -> str:
         # A notebook displays the value of the last expression of a cell.
@@ -164,7 +176,7 @@ def describe_stage(report: StageReport) -> str:
         Its line of the summary, and lines for what is missing from its results.
     """
     text, speed = _count_results(report)
-    lines = [_line(report.stage, f"{text:<52} {report.seconds:8.1f} s   {speed}".rstrip())]
+    lines = [_line(report.stage, f"{text:<40} {report.seconds:7.1f} s  {speed}".rstrip())]
     lines += [_line("", note) for note in _list_notes(report)]
     return "\n".join(lines)
 
@@ -236,6 +248,8 @@ def _list_notes(report: StageReport) -> list[str]:
     if report.skipped_sources:
         rows = format_count(report.skipped_sources, "row")
         notes.append(f"{rows} of the catalogue skipped, see skipped_rows.csv")
+    if report.without_source == report.total > 0:
+        notes.append(NO_SOURCES)
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from contextlib import contextmanager
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
-from spxdask.run.summary import StageReport
+from spxdask.run.summary import StageReport, describe_stage
 
 __all__ = ["open_stages"]
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -38,6 +41,7 @@ def open_stages(
     """
     reports = [StageReport(stage=stage) for stage in stages]
     started = time.monotonic()
+    logger.info("%s: begins", ", ".join(stages))
     with folder.locked():
         folder.ledger.refresh()
         sources.keep(stages, reports[0])
@@ -52,3 +56,4 @@ def open_stages(
         folder.delete_partial_files()
     for report in reports:
         report.seconds = time.monotonic() - started
+        logger.info("%s", describe_stage(report))
