@@ -602,9 +602,7 @@ def _pipeline(config: BatchConfig, options: argparse.Namespace) -> BatchPipeline
     from spxdask.pipeline import BatchPipeline
 
     if not options.verbose:
-        # Dask announces each shuffle as a warning, and reports a lost scheduler with a
-        # traceback where spxdask does so in a sentence.
-        logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
+        # Dask reports a lost scheduler with a traceback where spxdask does so in a sentence.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     return BatchPipeline(
         sources, scheduler=options.scheduler, jobqueue=options.jobqueue, progress=True

@@ -26,6 +26,7 @@ from spxdask.stages import aggregate, query
 from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.context import open_stages
 from spxdask.stages.frames import make_bag, needs_tasks, prepare_frames
+from spxdask.text import format_html_table, split_report
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,10 @@ class BatchPipeline:
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
 
+    def _repr_html_(self) -> str:
+        pages = split_report(self._session.links) if self.dashboard_link else []
+        return format_html_table("BatchPipeline", [*split_report(str(self)), *pages])
+
     def __enter__(self) -> BatchPipeline:
         # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
         with ExitStack() as stack:
@@ -109,15 +114,11 @@ class BatchPipeline:
     def __exit__(self, *error: Any) -> None:
         self._held.__exit__(*error)
 
-    @property
-    def dashboard_link(self) -> str | None:
-        """The address of the Dask dashboard, while there is a cluster."""
-        return self._session.dashboard_link
+    dashboard_link = property(lambda self: self._session.dashboard_link)
+    """The address of the Dask dashboard, None while there is no cluster."""
 
-    @property
-    def page_link(self) -> str | None:
-        """The address of the page about the run beside the dashboard, while there is one."""
-        return self._session.page_link
+    page_link = property(lambda self: self._session.page_link)
+    """The address of the page about the run beside the dashboard, None while there is none."""
 
     @property
     def catalogue(self) -> Catalogue:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TextIO
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets; the bar is of text, then.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from tqdm.auto import tqdm
 
 from spxdask.text import format_duration
 
@@ -293,7 +297,11 @@ class Bars:
         self._failed = self._bytes = 0
         self._is_waiting = False
         self._bar = tqdm(
-            desc=f"{stage:<10}", total=total, unit=f" {unit}", disable=None, dynamic_ncols=True
+            desc=f"{stage:<10}",
+            total=total,
+            unit=f" {unit}",
+            disable=not is_interactive(),
+            dynamic_ncols=True,
         )
 
     def advance(self, *, failed: bool = False) -> None:

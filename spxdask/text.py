@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
+from collections.abc import Iterable
 
 # What a terminal shows in a line, unless its window was made wider.
 TERMINAL_COLUMNS = 80
@@ -79,3 +81,43 @@ def wrap_report(text: str, indent: int = 12, width: int = TERMINAL_COLUMNS) -> s
         lines.append((heading + parts[0]).rstrip())
         lines += [" " * indent + part for part in parts[1:]]
     return "\n".join(lines)
+
+
+def format_html_table(caption: str, rows: Iterable[tuple[object, object]]) -> str:
+    """Format names and values as a table for a notebook.
+
+    Parameters
+    ----------
+    caption : str
+        What they are of.
+    rows : iterable of (object, object)
+        The names and the values; both are escaped.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
+    cell = "<td style='text-align:left;vertical-align:top;white-space:pre-wrap'>"
+    body = "".join(
+        f"<tr>{cell}{html.escape(str(name))}</td>{cell}{html.escape(str(value))}</td></tr>"
+        for name, value in rows
+    )
+    return f"<b>{html.escape(caption)}</b><table>{body}</table>"
+
+
+def split_report(text: str, indent: int = 12) -> list[tuple[str, str]]:
+    """Split the lines of a report into headings and what is said under them.
+
+    Parameters
+    ----------
+    text : str
+        Lines, whose first `indent` characters are a heading.
+    indent : int
+        Length of the headings.
+
+    Returns
+    -------
+    list of (str, str)
+    """
+    return [(line[:indent].strip(), line[indent:].strip()) for line in text.split("\n")]

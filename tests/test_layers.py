@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "storage": SCIENCE,
     "tables": SCIENCE | {"storage"},
     "archive": SCIENCE | {"storage"},
-    "config": INPUT_AND_OUTPUT,
+    "config": INPUT_AND_OUTPUT | {"text"},
     "run": OPTIONS,
     "cluster": OPTIONS,
     "stages": STAGES,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from spxdask.archive.observation import EARLY_RELEASES
 from spxdask.science.families import FLUX_CORRECTION
-from spxdask.text import format_count
+from spxdask.text import format_count, format_html_table, split_report
 
 MAX_FAILURES_SHOWN = 10
 MAX_WARNINGS_SHOWN = 3
@@ -104,6 +104,9 @@ class StageReport:
         # A notebook displays the value of the last expression of a cell.
         return describe_stage(self)
 
+    def _repr_html_(self) -> str:
+        return format_html_table(self.stage, split_report(describe_stage(self)))
+
 
 @dataclass(kw_only=True, repr=False)
 class RunSummary:
@@ -160,6 +163,9 @@ class RunSummary:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return format_html_table("run", split_report(str(self)))
 
 
 def describe_stage(report: StageReport) -> str:

@@ -12,7 +12,9 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport, describe_stage
 
-__all__ = ["open_stages"]
+__all__ = ["PAGE_NAME", "open_stages"]
+
+PAGE_NAME = "progress.html"
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,11 @@ def open_stages(
             yield reports
         finally:
             # The ledger of a folder that another run has taken over is not ours to write.
+            progress.finish()
             if not folder.is_lock_lost:
                 folder.ledger.flush()
-            progress.finish()
+                # What the dashboard showed, for when the cluster has gone.
+                folder.root.put(PAGE_NAME, progress.format_page().encode())
         # Workers that died leave partial files behind.
         folder.delete_partial_files()
     for report in reports:
