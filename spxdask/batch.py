@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,19 @@ def run_batch(
     )
     pipeline.run_all()
     return pipeline
+
+
+def _list_parameters() -> inspect.Signature:
+    """Return the signature of `run_batch` with each option by its name, for tab completion."""
+    own = inspect.signature(run_batch)
+    given = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = inspect.signature(BatchConfig).parameters.values()
+    by_name = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+    return own.replace(parameters=[*given, *by_name])
+
+
+# Not written out, as they would be the fields of BatchConfig a second time.
+run_batch.__signature__ = _list_parameters()  # type: ignore[attr-defined]
 
 
 def _find_options(given: Any, options: dict[str, Any]) -> dict[str, Any]:

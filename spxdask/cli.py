@@ -31,11 +31,13 @@ from spxdask.config import (
 )
 from spxdask.errors import ConfigError, InputError, SpxdaskError
 from spxdask.science.options import OptionInfo, PhotometryConfig, list_options
+from spxdask.text import wrap_report
 
 if TYPE_CHECKING:
     from spxdask.pipeline import BatchPipeline
+    from spxdask.run.summary import RunSummary
 
-EXIT_DONE, EXIT_FRAMES_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 BATCH_OPTIONS = {info.name: info for info in list_options(BatchConfig)}
 PHOTOMETRY_OPTIONS = {info.name: info for info in list_options(PhotometryConfig)}
@@ -91,10 +93,26 @@ class _Command(NamedTuple):
 
 
 _FIELD_USAGE = "--catalog FILE [--ra DEG --dec DEG --radius DEG] [options]"
+_WORKERS_HELP = {
+    "--scheduler": (
+        "ADDRESS",
+        "Dask scheduler to use, or its scheduler file; by default a cluster is started here",
+    ),
+    "--jobqueue": (
+        "FILE",
+        "YAML file of a batch system, whose jobs are the workers (deploy/slurm has one)",
+    ),
+}
 # In the order in which they are shown.
 COMMANDS = {
     "run": _Command("every day", "all four stages", _FIELD_USAGE),
+    "resume": _Command(
+        "every day", "the last run of a folder, from where it ended", "[DIR] [options]"
+    ),
     "status": _Command("every day", "how far a run is", "[DIR] [--watch]"),
+    "plot": _Command(
+        "every day", "draw spectrum or light curve of a source", "ID [--output DIR] [-o FILE]"
+    ),
     "demo": _Command(
         "first steps",
         "the four stages on a simulated sky, checked against its truth",
@@ -129,12 +147,15 @@ a real one:
   spxdask run --catalog sources.csv --ra 10.685 --dec 41.269 --radius 0.1 \\
       --bands D3 D4
 
-exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped
+exit status: 0 done, 1 frames failed or nothing found, 2 wrong usage or input,
+130 stopped
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
+
+    Whoever reads its output may stop reading: that is no error.
 
     Parameters
     ----------
@@ -144,11 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 done, 1 some frames failed, 2 wrong usage or input, 130 stopped.
+        The exit status: 0 done, 1 frames failed or nothing found, 2 wrong usage or input, 130
+        stopped.
     """
     if sys.platform == "win32":
         print(f"spxdask: {UNSUPPORTED_PLATFORM}", file=sys.stderr)
         return EXIT_USAGE
+    try:
+        return _run_command(arguments)
+    finally:
+        # Here, as Python reports it as an error at its end that it cannot write what is left.
+        _print("", end="")
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         # Ids and paths may hold characters that the locale's encoding does not have.
         if isinstance(stream, io.TextIOWrapper):
@@ -171,10 +201,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except (SpxdaskError, OSError) as error:
         print(f"spxdask: {error}", file=sys.stderr)
-        return EXIT_FRAMES_FAILED
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("spxdask: stopped; the same command resumes the run", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _print(text: object, end: str = "\n") -> bool:
+    """Print to standard output; return whether anyone reads it, which nobody has to."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 @contextmanager
@@ -307,16 +347,34 @@ def _add_command(commands: Any, name: str) -> None:
             help="process only the frames of the folder's last query that failed",
         )
         _add_recheck(groups[FRAMES])
+        _add_dry_run(groups[FRAMES])
     elif name in STAGES:
         groups = _add_options(command, STAGES[name])
+        if name == "query":
+            _add_dry_run(groups[FRAMES])
         if name == "download":
             _add_recheck(groups[FRAMES])
         if name == "extract":
             groups[FRAMES].add_argument(
                 "--all", action="store_true", help="measure again what is already measured"
             )
+    elif name == "resume":
+        _add_folder(command)
+        _add_cluster(command.add_argument_group("workers"))
+    elif name == "plot":
+        command.add_argument("target_id", metavar="ID", help="id of the source in the catalogue")
+        _add_option(command, BATCH_OPTIONS["output_dir"])
+        command.add_argument(
+            "--light-curve", action="store_true", help="flux against time, not wavelength"
+        )
+        command.add_argument(
+            "-o",
+            "--file",
+            metavar="FILE",
+            help="picture to write, of the kind that its ending names; default: ID.png",
+        )
     elif name == "status":
-        command.add_argument("output_dir", nargs="?", metavar="DIR", help="the output folder")
+        _add_folder(command)
         command.add_argument(
             "--watch", action="store_true", help="report again and again, until the run ends"
         )
@@ -369,6 +427,18 @@ def _add_injection(command: argparse.ArgumentParser) -> None:
     _add_option(command.add_argument_group("folder"), BATCH_OPTIONS["output_dir"])
 
 
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output_dir", nargs="?", metavar="DIR", help="the output folder")
+
+
+def _add_dry_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be fetched, and how long it may take; change nothing",
+    )
+
+
 def _add_recheck(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recheck",
@@ -393,21 +463,18 @@ def _add_options(
         groups[FIELD].add_argument(
             "--config", metavar="FILE", help="YAML file of options; flags take precedence"
         )
-    cluster = groups[WORKERS].add_mutually_exclusive_group()
-    cluster.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Dask scheduler to use, or its scheduler file; by default a cluster is started here",
-    )
-    cluster.add_argument(
-        "--jobqueue",
-        metavar="FILE",
-        help="YAML file of a batch system, whose jobs are the workers (deploy/slurm has one)",
-    )
+    _add_cluster(groups[WORKERS])
     for info in infos:
         if info.name in names or info.name in PHOTOMETRY_OPTIONS:
             _add_option(groups[info.group], info)
     return groups
+
+
+def _add_cluster(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that name a cluster."""
+    cluster = group.add_mutually_exclusive_group()
+    for flag, (metavar, description) in _WORKERS_HELP.items():
+        cluster.add_argument(flag, metavar=metavar, help=description)
 
 
 def _add_option(group: argparse._ActionsContainer, info: OptionInfo) -> None:
@@ -454,6 +521,7 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     flags = _collect_flags(options)
     values: dict[str, Any] = {}
     path = None
+    saved = saved or _means_last_run(options, flags)
     if saved:
         if getattr(options, "config", None) is not None:
             raise ConfigError("--retry-failed uses the options of the last run; drop --config")
@@ -478,6 +546,23 @@ def _configuration(options: argparse.Namespace, *, saved: bool) -> BatchConfig:
     # Each option by itself is right, so that an error is one of options together.
     with name_file(path if measuring else None):
         return BatchConfig.from_dict(merged)
+
+
+def _means_last_run(options: argparse.Namespace, flags: Mapping[str, Any]) -> bool:
+    """Return whether a folder with a run is named and no sources are: its last run is meant."""
+    from spxdask.run.folder import CONFIG_NAME, RunFolder
+
+    if (
+        options.config is not None
+        or "output_dir" not in flags
+        or {"catalog_path", "target"} & {*flags}
+    ):
+        return False
+    folder = RunFolder(expand_path(flags["output_dir"]))
+    if not folder.state.exists(CONFIG_NAME):
+        return False
+    print(f"spxdask: with the options of the last run in {folder.path}", file=sys.stderr)
+    return True
 
 
 def _collect_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -505,36 +590,65 @@ def _not_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[
     return left
 
 
-def _pipeline(options: argparse.Namespace, *, saved: bool) -> BatchPipeline:
+def _pipeline(config: BatchConfig, options: argparse.Namespace) -> BatchPipeline:
+    from spxdask.run.folder import RunFolder
+    from spxdask.run.sources import RunSources
+
+    sources = RunSources(config, RunFolder(config.output_dir))
+    if options.command in ("run", "resume", "query", "extract"):
+        # Before the import of Dask, which takes seconds, and long before a cluster is started.
+        sources.read()
     # Before the levels of Dask's loggers are set, as the import of Dask sets them, too.
     from spxdask.pipeline import BatchPipeline
 
     if not options.verbose:
-        # Dask announces each shuffle as a warning, and reports a lost scheduler with a
-        # traceback where spxdask does so in a sentence.
-        logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
+        # Dask reports a lost scheduler with a traceback where spxdask does so in a sentence.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     return BatchPipeline(
-        _configuration(options, saved=saved),
-        scheduler=options.scheduler,
-        jobqueue=options.jobqueue,
-        progress=True,
+        sources, scheduler=options.scheduler, jobqueue=options.jobqueue, progress=True
     )
 
 
 def _run(options: argparse.Namespace) -> int:
-    pipeline = _pipeline(options, saved=options.retry_failed)
-    # Read now, so that a mistake in it is reported before a cluster is started.
-    _ = pipeline.catalogue
-    summary = pipeline.run_all(retry_failed=options.retry_failed, recheck=options.recheck)
-    print(summary)
-    return EXIT_FRAMES_FAILED if summary.failed else EXIT_DONE
+    config = _configuration(options, saved=options.retry_failed)
+    if options.dry_run:
+        return _print_estimate(config)
+    pipeline = _pipeline(config, options)
+    return _print_summary(
+        pipeline.run_all(retry_failed=options.retry_failed, recheck=options.recheck)
+    )
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from spxdask.run.folder import RunFolder
+
+    output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
+    pipeline = _pipeline(RunFolder(output).saved_config(), options)
+    return _print_summary(pipeline.run_all())
+
+
+def _print_summary(summary: RunSummary) -> int:
+    _print(wrap_report(str(summary)))
+    return EXIT_FAILED if summary.failed or not summary.n_measured else EXIT_DONE
+
+
+def _print_estimate(config: BatchConfig) -> int:
+    from spxdask.run.folder import RunFolder
+    from spxdask.run.sources import RunSources
+    from spxdask.stages.estimate import estimate_run
+
+    estimate = estimate_run(config, RunSources(config, RunFolder(config.output_dir)))
+    _print(wrap_report(str(estimate)))
+    return EXIT_DONE if estimate.has_sources else EXIT_FAILED
 
 
 def _stage(options: argparse.Namespace) -> int:
     from spxdask.run.summary import describe_stage
 
-    pipeline = _pipeline(options, saved=options.command != "query")
+    config = _configuration(options, saved=options.command != "query")
+    if options.command == "query" and options.dry_run:
+        return _print_estimate(config)
+    pipeline = _pipeline(config, options)
     if options.command == "extract":
         pipeline.run_extract(skip_existing=not options.all)
     elif options.command == "download":
@@ -542,10 +656,29 @@ def _stage(options: argparse.Namespace) -> int:
     else:
         getattr(pipeline, f"run_{options.command}")()
     report = pipeline.reports[options.command]
-    print(describe_stage(report))
+    _print(wrap_report(describe_stage(report)))
     for filename, reason in report.failed.items():
         print(f"{filename}: {reason}", file=sys.stderr)
-    return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE
+    is_empty = options.command == "query" and not report.total
+    return EXIT_FAILED if report.failed or is_empty else EXIT_DONE
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from spxdask import open_run
+    from spxdask.storage.names import file_stem
+
+    given = vars(options)
+    run = open_run(expand_path(given.get("output_dir", BATCH_OPTIONS["output_dir"].default)))
+    light_curve = run[options.target_id]
+    draw = light_curve.plot_light_curve if options.light_curve else light_curve.plot_spectrum
+    axes = draw()
+    path = expand_path(options.file or f"{file_stem(options.target_id)}.png", "--file")
+    try:
+        axes.figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(getattr(error, "strerror", None) or str(error), path=path) from error
+    _print(path)
+    return EXIT_DONE
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -553,20 +686,21 @@ def _status(options: argparse.Namespace) -> int:
 
     output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
     if not options.watch:
-        print(read_status(output))
+        _print(wrap_report(str(read_status(output))))
         return EXIT_DONE
     with suppress(KeyboardInterrupt):
         for found in watch_status(output):
             # Move the cursor to the top left, and clear the screen below it.
             clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
-            print(f"{clear}{found}\n", flush=True)
+            if not _print(f"{clear}{wrap_report(str(found))}\n"):
+                break
     return EXIT_DONE
 
 
 def _demo(options: argparse.Namespace) -> int:
     from spxdask.demo import run_demo
 
-    return EXIT_FRAMES_FAILED if run_demo(options.output).failed else EXIT_DONE
+    return EXIT_FAILED if run_demo(options.output).failed else EXIT_DONE
 
 
 def _inject(options: argparse.Namespace) -> int:
@@ -579,14 +713,14 @@ def _inject(options: argparse.Namespace) -> int:
         **{name: given[name] for name in names if name in given},
         progress=True,
     )
-    print(report)
-    return EXIT_FRAMES_FAILED if report.failed else EXIT_DONE
+    _print(report)
+    return EXIT_FAILED if report.failed else EXIT_DONE
 
 
 def _config(options: argparse.Namespace) -> int:
     text = template()
     if options.path is None:
-        print(text, end="")
+        _print(text, end="")
         return EXIT_DONE
     path = expand_path(options.path, "FILE")
     try:
@@ -594,8 +728,8 @@ def _config(options: argparse.Namespace) -> int:
             file.write(text)
     except OSError as error:
         raise InputError(error.strerror or str(error), path=path) from error
-    print(f"wrote {path}; fill in catalog_path, and what else is to be other than it is, then")
-    print(f"spxdask run --config {path}")
+    _print(f"wrote {path}; fill in catalog_path, and what else is to be other than it is, then")
+    _print(f"spxdask run --config {path}")
     return EXIT_DONE
 
 
@@ -622,16 +756,18 @@ def _calibration(options: argparse.Namespace) -> int:
     # Neither catalogue nor field are read.
     config = BatchConfig.from_dict({"catalog_path": "-"} | wanted)
     if config.calibration == "frame":
-        print("calibration is 'frame': nothing but what is in the frames is used")
+        _print("calibration is 'frame': nothing but what is in the frames is used")
         return EXIT_DONE
     statuses = survey_products(config, used, fetch=options.fetch)
-    print(describe_products(statuses))
+    _print(describe_products(statuses))
     is_complete = not any(status.problem for status in statuses)
-    return EXIT_DONE if is_complete else EXIT_FRAMES_FAILED
+    return EXIT_DONE if is_complete else EXIT_FAILED
 
 
 _RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "resume": _resume,
+    "plot": _plot,
     "status": _status,
     "demo": _demo,
     "config": _config,

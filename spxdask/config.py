@@ -31,6 +31,7 @@ from spxdask.science.options import (
     list_options,
     option,
 )
+from spxdask.text import format_html_table
 
 __all__ = [
     "BANDS",
@@ -708,6 +709,12 @@ class BatchConfig(CheckedOptions):
     def fetches_empty_frames(self) -> bool:
         """Whether frames of the field on which no source can lie are fetched and measured, too."""
         return self.region == "circle" and self.keep_images
+
+    def _repr_html_(self) -> str:
+        defaults = {info.name: info.default for info in list_options(type(self))}
+        chosen = {name: value for name, value in self.to_dict().items() if name in defaults}
+        rows = [(n, v) for n, v in chosen.items() if n == "catalog_path" or v != defaults[n]]
+        return format_html_table("BatchConfig, where it differs from the defaults", rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as YAML holds them, such that `from_dict` makes the same of them.

@@ -18,7 +18,7 @@ from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
 from spxdask.extras import HATS_EXTRA, import_extra
-from spxdask.progress import Bars, Progress, Silent
+from spxdask.progress import Progress, Silent, make_progress
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
@@ -27,6 +27,7 @@ from spxdask.stages import aggregate, query
 from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.context import open_stages
 from spxdask.stages.frames import make_bag, needs_tasks, prepare_frames
+from spxdask.text import format_html_table, split_report
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class BatchPipeline:
 
     Parameters
     ----------
-    config : BatchConfig
-        The run.
+    config : BatchConfig or RunSources
+        The run; with sources that have been read, they are not read again.
     client : distributed.Client, optional
         Cluster to use; it stays open.
     scheduler : str, optional
@@ -71,38 +72,42 @@ class BatchPipeline:
 
     def __init__(
         self,
-        config: BatchConfig,
+        config: BatchConfig | RunSources,
         *,
         client: Client | None = None,
         scheduler: str | None = None,
         jobqueue: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
     ) -> None:
-        if not isinstance(config, BatchConfig):
+        if isinstance(config, BatchConfig):
+            config = RunSources(config, RunFolder(config.output_dir))
+        elif not isinstance(config, RunSources):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
-        self.folder = RunFolder(config.output_dir)
-        if config.lightcurve_format == "hats":
+        self._sources, self.folder, self.config = config, config.folder, config.config
+        if self.config.lightcurve_format == "hats":
             # Said before the first frame, not after the last.
             import_extra("hats.io", HATS_EXTRA, "lightcurve_format hats")
-        self._sources = RunSources(config, self.folder)
-        self.config = self._sources.config
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
-        bars: Progress = Bars() if progress is True else progress or Silent()
-        self._progress = ProgressPublisher(bars, self.folder.path)
+        shown: Progress = make_progress() if progress is True else progress or Silent()
+        self._progress = ProgressPublisher(shown, self.folder.path)
         self._session = ClusterSession(
-            max_processes=config.max_extract_workers,
-            n_downloads=config.max_download_workers,
+            max_processes=self.config.max_extract_workers,
+            n_downloads=self.config.max_download_workers,
             client=client,
             scheduler=scheduler,
             jobqueue=jobqueue,
             on_connect=self._progress.connect,
         )
         self._held = ExitStack()
-        self._outage_policy = OutagePolicy(patience_s=config.outage_patience)
+        self._outage_policy = OutagePolicy(patience_s=self.config.outage_patience)
 
     def __repr__(self) -> str:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
+
+    def _repr_html_(self) -> str:
+        pages = split_report(self._session.links) if self.dashboard_link else []
+        return format_html_table("BatchPipeline", [*split_report(str(self)), *pages])
 
     def __enter__(self) -> BatchPipeline:
         # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
@@ -115,15 +120,11 @@ class BatchPipeline:
     def __exit__(self, *error: Any) -> None:
         self._held.__exit__(*error)
 
-    @property
-    def dashboard_link(self) -> str | None:
-        """The address of the Dask dashboard, while there is a cluster."""
-        return self._session.dashboard_link
+    dashboard_link = property(lambda self: self._session.dashboard_link)
+    """The address of the Dask dashboard, None while there is no cluster."""
 
-    @property
-    def page_link(self) -> str | None:
-        """The address of the page about the run beside the dashboard, while there is one."""
-        return self._session.page_link
+    page_link = property(lambda self: self._session.page_link)
+    """The address of the page about the run beside the dashboard, None while there is none."""
 
     @property
     def catalogue(self) -> Catalogue:
@@ -264,8 +265,10 @@ class BatchPipeline:
         self.reports = {}
         n_sources = len(self.catalogue)
         with self._session.hold():
+            if not retry_failed:
+                self.run_query()
             # Nothing found or measured is more often a mistake than a reason to remove curves.
-            if self.folder.require_observations(self.config) if retry_failed else self.run_query():
+            if retry_failed or self.reports["query"].has_sources:
                 self._run_frames("download", "extract", only_failed=retry_failed, recheck=recheck)
                 try:
                     self.run_aggregate()

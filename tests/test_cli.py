@@ -57,10 +57,81 @@ def test_run_ends_with_the_summary(run, tmp_path):
     for text in ("2 frames found", "2 of 2 frames", "light curves", "with a measurement", "failed"):
         assert text in out
     assert "dashboard" in err
-    # Quiet when not on a terminal: no bars.
+    assert "frames: 2 of 2 frames" in err
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in out.splitlines())
+    # When not on a terminal, there are lines and no bars.
     assert "it/s" not in err
     assert "frames/s]" not in err
     assert list((tmp_path / "batch_output" / "lightcurves").glob("*.csv"))
+
+
+def test_dry_run_tells_what_would_be_fetched_and_changes_nothing(run, tmp_path):
+    status, out, _ = run("run", *FIELD, "--dry-run", "--no-keep-images")
+    assert status == 0
+    for text in ("2 frames found, 2 needed", "D3          1 frame, ", "connections of 2 MB/s"):
+        assert text in out
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in out.splitlines())
+    assert not (tmp_path / "batch_output").exists()
+    assert not any(request.path.endswith(".fits") for request in run.archive.requests)
+    assert run("run", *FIELD, "--no-keep-images")[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    status, out, _ = run("query", *FIELD, "--dry-run", "--no-keep-images")
+    assert (status, "2 frames are there" in out) == (0, True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_catalogue_elsewhere_is_refused_before_the_download(run, tmp_path):
+    simulated.write_catalogue(tmp_path / "far.csv", ["a"], [90.0], [-66.0])
+    status, out, _ = run("run", "--catalog", "far.csv", *FIELD[2:], "--output", "far")
+    assert status == 1
+    assert "no source of the catalogue lies on any of these frames" in " ".join(out.split())
+    assert not any(request.path.endswith(".fits") for request in run.archive.requests)
+    assert not list((tmp_path / "far" / "images").iterdir())
+    status, out, _ = run("run", "--catalog", "far.csv", *FIELD[2:], "--dry-run")
+    assert (status, "a run fetches none" in " ".join(out.split())) == (1, True)
+
+
+def test_the_last_run_of_a_folder_is_resumed_by_its_name(run, tmp_path):
+    assert run("query", *FIELD, "--output", "o", "--num-buckets", "3")[0] == 0
+    status, out, err = run("run", "--output", "o")
+    assert (status, "2 of 2 frames" in out) == (0, True)
+    assert f"with the options of the last run in {tmp_path / 'o'}" in err
+    status, out, _ = run("resume", "o", "-vv")
+    assert (status, "2 frames (already there)" in out) == (0, True)
+    assert BatchConfig.from_yaml(tmp_path / "o" / "state" / "config.yaml").num_buckets == 3
+    assert run("resume", "nowhere")[0] == 2
+
+
+def test_verbose_tells_each_stage_and_each_frame(run, frames):
+    _, _, err = run("run", *FIELD, "-v")
+    assert "query: begins" in err
+    assert "aggregate" in err
+    assert frames[1][0].exposure.filename not in err
+    _, _, err = run("extract", "--all", "-vv")
+    assert f"extract {frames[1][0].exposure.filename}: done" in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["config"]])
+def test_a_reader_that_stops_is_no_error(arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spxdask", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
+def test_a_mistake_in_the_catalogue_is_told_before_dask_is_imported(tmp_path):
+    (tmp_path / "bad.csv").write_text("targetid,ra,dec\n1,abc,2\n")
+    code = (
+        "import sys; from spxdask.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(100 if 'distributed' in sys.modules else status)"
+    )
+    command = [sys.executable, "-c", code, "run", "--catalog", str(tmp_path / "bad.csv")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, "bad.csv: ra is not a number" in ended.stderr) == (2, True)
 
 
 def test_stages_find_the_saved_configuration(run, tmp_path):
@@ -111,7 +182,8 @@ def test_bands_as_people_write_them(run, tmp_path, bands):
 
 def test_small_negative_coordinates(run, tmp_path):
     arguments = ["run", *FIELD[:4], "--dec", "-1e-5", *FIELD[6:]]
-    assert run(*arguments)[0] == 0
+    status, out, _ = run(*arguments)
+    assert (status, "no frame covers the field" in out) == (1, True)
     summary = yaml.safe_load((tmp_path / "batch_output" / "query_summary.yaml").read_text())
     assert summary["region"]["center_dec"] == -1e-5
 

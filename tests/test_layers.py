@@ -32,7 +32,7 @@ EVERYTHING = STAGES | {
 }
 MAY_IMPORT = {
     "errors": set(),
-    "progress": {"errors"},
+    "progress": {"errors", "text"},
     "text": set(),
     "extras": {"errors"},
     "science": SCIENCE,
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "storage": SCIENCE,
     "tables": SCIENCE | {"storage"},
     "archive": SCIENCE | {"storage"},
-    "config": INPUT_AND_OUTPUT,
+    "config": INPUT_AND_OUTPUT | {"text"},
     "run": OPTIONS,
     "cluster": OPTIONS,
     "results": OPTIONS | {"extras", "run"},

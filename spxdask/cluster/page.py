@@ -5,7 +5,7 @@ The client sends the scheduler a report once a second. The page stays when the c
 
 from __future__ import annotations
 
-import html
+import itertools
 import json
 import logging
 import os
@@ -28,8 +28,8 @@ from spxdask.cluster.dask_internals import (
     get_web_application,
     get_workers,
 )
+from spxdask.cluster.page_html import format_page
 from spxdask.progress import RATE_WINDOW_S, Progress
-from spxdask.text import format_count, format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ PATH = "/spxdask"
 PUBLISH_INTERVAL_S = 1.0
 # The page shows this many of the last failures of a stage.
 MAX_FAILURES_SHOWN = 20
+# The plot of a stage has at most this many points.
+MAX_SAMPLES = 240
 # Dask's names for the states of a task, and what the page calls them.
 STATE_NAMES = {
     "processing": "running",
@@ -79,6 +81,7 @@ class ProgressPublisher:
         self._interval_s = interval_s
         self._published_at = 0.0
         self._stages: list[dict[str, Any]] = []
+        self._record: _Run | None = None
         self._run = {
             "output": output,
             "process": f"process {os.getpid()} on {socket.gethostname()}",
@@ -123,6 +126,7 @@ class ProgressPublisher:
                 "total": total,
                 "done": 0,
                 "failed": 0,
+                "bytes": 0,
                 "failures": [],
                 "state": "running",
                 "waiting": None,
@@ -131,7 +135,7 @@ class ProgressPublisher:
         )
         self._publish()
 
-    def advance(self, *, failed: bool = False, reason: str | None = None) -> None:
+    def advance(self, *, failed: bool = False, reason: str | None = None, n_bytes: int = 0) -> None:
         """Report that one more unit of the stage has ended.
 
         Parameters
@@ -140,10 +144,16 @@ class ProgressPublisher:
             Whether it failed.
         reason : str, optional
             Which unit it was and why it failed, for the page.
+        n_bytes : int
+            How many bytes were fetched for it.
         """
+        receive = getattr(self._progress, "receive", None)
+        if receive is not None and n_bytes:
+            receive(n_bytes)
         self._progress.advance(failed=failed)
         stage = self._stages[-1]
         stage["failed" if failed else "done"] += 1
+        stage["bytes"] += n_bytes
         if reason:
             stage["failures"] = [*stage["failures"], reason][-MAX_FAILURES_SHOWN:]
         if time.monotonic() - self._published_at > self._interval_s:
@@ -164,6 +174,18 @@ class ProgressPublisher:
             self._stages[-1]["waiting"] = reason
             self._publish()
 
+    def note(self, text: str) -> None:
+        """Report what the stage is about to do, to the object if it has the method.
+
+        Parameters
+        ----------
+        text : str
+            In words.
+        """
+        forward = getattr(self._progress, "note", None)
+        if forward is not None:
+            forward(text)
+
     def finish(self) -> None:
         """Report that the stage has ended."""
         self._progress.finish()
@@ -171,11 +193,28 @@ class ProgressPublisher:
             self._stages[-1] |= {"state": "ended", "waiting": None}
         self._publish()
 
+    def format_page(self) -> str:
+        """Return the page about the run as it is now, for when there is no scheduler to serve it.
+
+        Returns
+        -------
+        str
+            HTML.
+        """
+        runs = [] if self._record is None else [_describe_run(self._record, time.time())]
+        return format_page({"runs": runs, "tasks": {}}, None)
+
     def _publish(self) -> None:
         self._published_at = time.monotonic()
+        client = None if self.client is None else self.client.id
+        report: dict[str, Any] = self._run | {"client": client, "stages": self._stages}
+        if self._stages:
+            now = time.time()
+            self._record = self._record or _Run(report, now)
+            # A copy, as the next report is compared with it.
+            self._record.add(report | {"stages": [dict(s) for s in self._stages]}, now)
         if self.client is None or self.client.status != "running":
             return
-        report = self._run | {"client": self.client.id, "stages": self._stages}
         try:
             self.client.log_event(TOPIC, report)
         except (OSError, RuntimeError) as error:
@@ -248,8 +287,26 @@ class _Run:
 
     report: dict[str, Any]
     reported_at: float
+    # Of the last minutes, for the rate; and of the whole stage, for the plot.
     history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1000))
+    samples: list[tuple[float, int]] = field(default_factory=list)
     is_client_gone: bool = False
+
+    def add(self, report: dict[str, Any], now: float) -> None:
+        """Take the next report."""
+        stage = report["stages"][-1]
+        if self.report["stages"][-1]["started"] != stage["started"]:
+            self.history.clear()
+            self.samples.clear()
+        self.report, self.reported_at, self.is_client_gone = report, now, False
+        point = now, stage["done"] + stage["failed"]
+        self.history.append(point)
+        while len(self.history) > 2 and now - self.history[0][0] > RATE_WINDOW_S:
+            self.history.popleft()
+        self.samples.append(point)
+        if len(self.samples) > MAX_SAMPLES:
+            # Half as many, evenly over the stage, and always the first and the last.
+            self.samples[:] = [*self.samples[:-1:2], point]
 
 
 class Monitor(SchedulerPlugin):
@@ -298,14 +355,8 @@ class Monitor(SchedulerPlugin):
         """
         if topic != TOPIC or not isinstance(msg, dict) or not msg.get("stages"):
             return
-        now, stage = self._clock(), msg["stages"][-1]
-        run = self.runs.get(msg["output"])
-        if run is None or run.report["stages"][-1]["started"] != stage["started"]:
-            run = self.runs[msg["output"]] = _Run(msg, now)
-        run.report, run.reported_at, run.is_client_gone = msg, now, False
-        run.history.append((now, stage["done"] + stage["failed"]))
-        while len(run.history) > 2 and now - run.history[0][0] > RATE_WINDOW_S:
-            run.history.popleft()
+        now = self._clock()
+        self.runs.setdefault(msg["output"], _Run(msg, now)).add(msg, now)
 
     def remove_client(self, scheduler: Any, client: str) -> None:
         """Note that the client of a run has gone.
@@ -362,7 +413,17 @@ def _describe_run(run: _Run, now: float) -> dict[str, Any]:
         "process": run.report["process"],
         "stages": [*before, current],
         "seconds_since_report": now - run.reported_at,
+        "seconds_elapsed": run.reported_at - run.report["stages"][0]["started"],
+        "finish_time": now + remaining / rate if rate else None,
+        "throughput": _find_throughput(run.samples),
     }
+
+
+def _find_throughput(samples: list[tuple[float, int]]) -> list[tuple[float, float]]:
+    """Return units a second over the time since the stage began, s."""
+    begin = samples[0][0] if samples else 0.0
+    pairs = itertools.pairwise(samples)
+    return [((t + u) / 2 - begin, (m - n) / (u - t)) for (t, n), (u, m) in pairs if u > t]
 
 
 class _StateHandler(web.RequestHandler):
@@ -379,55 +440,4 @@ class _PageHandler(_StateHandler):
         self.set_header("Content-Type", "text/html; charset=utf-8")
         # Links are relative, so that they work behind a proxy that adds a prefix to paths.
         root = "../" if self.request.path.endswith("/") else ""
-        self.write(_format_page(self.monitor.describe_state(), root))
-
-
-def _format_page(state: dict[str, Any], root: str) -> str:
-    runs = "".join(map(_format_run, state["runs"])) or "<p>No run has reported yet.</p>"
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>"
-        + ", ".join(f"{n:,} {state}" for state, n in counts.items() if n)
-        + "</td></tr>"
-        for name, counts in state["tasks"].items()
-    )
-    tasks = f"<h2>Tasks now</h2><table>{rows}</table>" if rows else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2">
-<title>spxdask</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; color: #222 }}
-h1 {{ font-size: 1.4em }} h2 {{ font-size: 1.1em; margin: 1.5em 0 .3em }}
-progress {{ width: 100%; height: 1.2em }} td {{ padding: .1em 1.5em .1em 0 }}
-.failed {{ color: #a00 }} code {{ font-size: .9em }}
-</style></head><body>
-<h1>spxdask</h1>
-<p>{format_count(state["workers"], "worker")}, {format_count(state["threads"], "thread")};
-<a href="{root}status">dashboard</a>, <a href="{root}{PATH[1:]}/state.json">as JSON</a></p>
-{runs}{tasks}</body></html>"""
-
-
-def _format_run(run: dict[str, Any]) -> str:
-    since = format_duration(run["seconds_since_report"])
-    gone = ""
-    if run["stages"][-1]["state"] == "client gone":
-        gone = "<p class=failed>The client has disconnected; the same command resumes the run.</p>"
-    return (
-        f"<h2>{html.escape(str(run['output']))}</h2><p>{html.escape(str(run['process']))}, last "
-        f"report {since} ago</p>{gone}" + "".join(map(_format_stage, run["stages"]))
-    )
-
-
-def _format_stage(stage: dict[str, Any]) -> str:
-    name, unit = html.escape(str(stage["stage"])), html.escape(str(stage["unit"]))
-    ended, total = stage["done"] + stage["failed"], stage["total"]
-    failed = f", <span class=failed>{stage['failed']:,} failed</span>" if stage["failed"] else ""
-    rate = ""
-    if stage.get("per_second"):
-        left = format_duration(stage["seconds_left"])
-        rate = f", {total - ended:,} pending at {stage['per_second']:.2f} {unit}/s, {left} left"
-    waiting = html.escape(stage.get("waiting") or "")
-    waiting = f"<p class=failed>{waiting}</p>" if waiting else ""
-    failures = "".join(f"<li><code>{html.escape(str(f))}</code></li>" for f in stage["failures"])
-    failures = f"<p class=failed>Last failures:</p><ul>{failures}</ul>" if failures else ""
-    return f"""<p><b>{name}</b> ({html.escape(stage["state"])}): {stage["done"]:,} of {total:,}
-{unit} done{failed}{rate}<br><progress value="{ended}" max="{max(total, 1)}"></progress></p>
-{waiting}{failures}"""
+        self.write(format_page(self.monitor.describe_state(), root))

@@ -103,7 +103,12 @@ def compute_shuffle(
         If the shuffle is lost at the last attempt.
     """
     # The graph of a shuffle is tied to the client that is current.
-    with client.as_current(), hold_worker_count(client), limit_shuffle_threads(client):
+    with (
+        client.as_current(),
+        hold_worker_count(client),
+        limit_shuffle_threads(client),
+        _hide_announcements(),
+    ):
         for attempt in range(1, attempts + 1):
             try:
                 frame = build_frame(uuid.uuid4().hex)
@@ -122,6 +127,19 @@ def compute_shuffle(
                     "same command resumes the run"
                 ) from error
     raise AssertionError
+
+
+@contextmanager
+def _hide_announcements() -> Iterator[None]:
+    """Keep Dask, unless more is to be logged, from announcing each shuffle as a warning."""
+    announcing = logging.getLogger("distributed.shuffle")
+    level = announcing.level
+    if not logger.isEnabledFor(logging.INFO):
+        announcing.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        announcing.setLevel(level)
 
 
 def _list_worker_folders(client: Client) -> str:

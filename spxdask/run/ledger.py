@@ -113,6 +113,12 @@ class Outcome:
     refusal: str | None = None
     time: str | None = field(default=None, compare=False)
 
+    def __str__(self) -> str:
+        results = [self.status if self.reason is None else f"{self.status}: {self.reason}"]
+        results += [f"{self.rows:,} rows"] if self.stage == "extract" else []
+        results += [f"{self.bytes:,} bytes", f"{self.seconds:.2f} s"]
+        return f"{self.stage} {self.filename}: {', '.join(results)}"
+
     @property
     def content_hash(self) -> str | None:
         """The hash of a file that was fetched, None where it is not known.

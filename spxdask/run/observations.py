@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from spxdask.archive.observation import Observation, frame_url
 from spxdask.archive.urls import strip_credentials
 from spxdask.storage import Store
+from spxdask.text import format_count, format_html_table
 
 # Observations in a part, unless that makes more than so many parts: few enough that reading a
 # part costs nothing, many enough to spread over workers.
@@ -79,6 +81,16 @@ class Observations:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __repr__(self) -> str:
+        return f"<Observations: {format_count(len(self), 'frame')}, queried {self.query_time}>"
+
+    def _repr_html_(self) -> str:
+        bands = Counter(o.band for o in self)
+        rows = [(band, format_count(n, "frame")) for band, n in sorted(bands.items())]
+        n_bytes = sum(o.size_bytes or 0 for o in self)
+        rows += [("size", f"{n_bytes / 1e9:.3g} GB"), ("queried", self.query_time)]
+        return format_html_table(f"Observations: {format_count(len(self), 'frame')}", rows)
 
     def __len__(self) -> int:
         return self._length

@@ -34,11 +34,13 @@ class RunSources:
     ----------
     config : BatchConfig
         The configuration that reads the same sources again, also in another process.
+    folder : RunFolder
+        The folder.
     """
 
     def __init__(self, config: BatchConfig, folder: RunFolder) -> None:
         self.config = config
-        self._folder = folder
+        self.folder = folder
         self._target: Catalogue | None = None
         self._reader: CatalogueReader | None = None
         self._contaminants: CatalogueReader | None = None
@@ -76,7 +78,7 @@ class RunSources:
             assert self._target is not None
             return self._target
         assert self.config.catalog_path is not None
-        self._folder.refuse_within(self.config.catalog_path)
+        self.folder.refuse_within(self.config.catalog_path)
         return self._reader.read()
 
     def read_contaminants(self) -> Catalogue | None:
@@ -96,7 +98,7 @@ class RunSources:
         if path is None or self.config.photometry.psf == "none":
             return None
         if self._contaminants is None:
-            self._folder.refuse_within(path)
+            self.folder.refuse_within(path)
             self._contaminants = CatalogueReader(path)
         return self._contaminants.read()
 
@@ -116,7 +118,7 @@ class RunSources:
         """
         if "extract" in stages:
             return self.read()
-        return None if self.config.fetches_empty_frames else self._folder.saved_catalogue()
+        return None if self.config.fetches_empty_frames else self.folder.saved_catalogue()
 
     def keep(self, stages: Collection[str], report: StageReport) -> None:
         """Keep in the folder what is not in the user's file, or was left out of it.
@@ -134,11 +136,11 @@ class RunSources:
             return
         catalogue = self.read()
         if not reader.can_be_read_again:
-            self._folder.keep_given_catalogue(encode_catalogue(catalogue))
-        elif self.config.catalog_path == self._folder.given_catalogue_path:
+            self.folder.keep_given_catalogue(encode_catalogue(catalogue))
+        elif self.config.catalog_path == self.folder.given_catalogue_path:
             # What was left out of it is known to the run that was given it.
             return
         skipped = reader.skipped
-        self._folder.save_skipped_rows(encode_skipped_rows(skipped) if skipped else b"")
+        self.folder.save_skipped_rows(encode_skipped_rows(skipped) if skipped else b"")
         if report.stage in ("query", "extract"):
             report.skipped_sources = len(skipped)

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 
 from spxdask.archive.observation import EARLY_RELEASES
 from spxdask.science.families import FLUX_CORRECTION
-from spxdask.text import format_count
+from spxdask.text import format_count, format_html_table, split_report
 
 MAX_FAILURES_SHOWN = 10
 MAX_WARNINGS_SHOWN = 3
+NO_SOURCES = (
+    "no source of the catalogue lies on any of these frames, and a run fetches none: check that "
+    "ra and dec are in degrees and not exchanged, and the field"
+)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -34,6 +38,8 @@ class StageReport:
         For query, frames of each release, such as qr2.
     excluded : Counter
         Frames of the query that are neither fetched nor measured, by reason.
+    without_source : int
+        For query, frames on which no source lies, whether or not they are excluded.
     skipped_sources : int
         For query, and for extract by itself, rows of the user's catalogue that are not used.
     outside : int
@@ -78,6 +84,7 @@ class StageReport:
     failed: dict[str, str] = field(default_factory=dict)
     releases: Counter = field(default_factory=Counter)
     excluded: Counter = field(default_factory=Counter)
+    without_source: int = 0
     skipped_sources: int = 0
     outside: int = 0
     rechecked: int = 0
@@ -97,9 +104,17 @@ class StageReport:
     refusal: str | None = None
     seconds: float = 0.0
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether a source of the catalogue lies on any frame that the query found."""
+        return self.without_source < self.total
+
     def __repr__(self) -> str:
         # A notebook displays the value of the last expression of a cell.
         return describe_stage(self)
+
+    def _repr_html_(self) -> str:
+        return format_html_table(self.stage, split_report(describe_stage(self)))
 
 
 @dataclass(kw_only=True, repr=False)
@@ -158,6 +173,9 @@ class RunSummary:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        return format_html_table("run", split_report(str(self)))
+
 
 def describe_stage(report: StageReport) -> str:
     """Describe what a stage did.
@@ -173,7 +191,7 @@ def describe_stage(report: StageReport) -> str:
         Its line of the summary, and lines for what is missing from its results.
     """
     text, speed = _count_results(report)
-    lines = [_line(report.stage, f"{text:<52} {report.seconds:8.1f} s   {speed}".rstrip())]
+    lines = [_line(report.stage, f"{text:<40} {report.seconds:7.1f} s  {speed}".rstrip())]
     lines += [_line("", note) for note in _list_notes(report)]
     return "\n".join(lines)
 
@@ -267,6 +285,8 @@ def _list_notes(report: StageReport) -> list[str]:
     if report.skipped_sources:
         rows = format_count(report.skipped_sources, "row")
         notes.append(f"{rows} of the catalogue skipped, see skipped_rows.csv")
+    if report.without_source == report.total > 0:
+        notes.append(NO_SOURCES)
     if report.outside and report.total:
         sources = format_count(report.outside, "source")
         notes.append(f"{sources} outside the circle: measured only on frames that touch it")

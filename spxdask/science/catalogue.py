@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import os
 import string
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ ZONES = 180
 ZONE_STEP_DEG = 400.0
 # Catalogues and frames are at most so many years apart.
 MOST_YEARS = 50.0
+# A notebook shows so many sources.
+ROWS_SHOWN = 10
 # What a source may have besides a position.
 MOTION_COLUMNS = ("pmra", "pmdec", "parallax", "ref_epoch")
 
@@ -68,6 +71,23 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.ra)
+
+    def __repr__(self) -> str:
+        motions = f" with {', '.join(self.motions)}" if self.motions else ""
+        return f"<Catalogue: {len(self):,} source{'' if len(self) == 1 else 's'}{motions}>"
+
+    def _repr_html_(self) -> str:
+        # In the order of the user's catalogue.
+        first = np.argsort(self.row, kind="stable")[:ROWS_SHOWN]
+        columns = {"target_id": self.target_id.take(pa.array(first)).to_pylist()}
+        names = ("ra", "dec", *self.motions)
+        columns |= {name: getattr(self, name)[first].tolist() for name in names}
+        head = "".join(f"<th>{name}</th>" for name in columns)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>"
+            for row in zip(*columns.values(), strict=True)
+        )
+        return f"{html.escape(repr(self))}<table><tr>{head}</tr>{rows}</table>"
 
     @cached_property
     def id_characters(self) -> set[str]:

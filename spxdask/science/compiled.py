@@ -32,7 +32,7 @@ from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
 
-__all__ = ["compiled", "compiled_helper", "compiled_inline", "prepare_cache"]
+__all__ = ["compiled", "compiled_helper", "compiled_inline", "is_cached", "prepare_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,31 @@ def prepare_cache() -> dict[str, str]:
     }
 
 
+def is_cached() -> bool:
+    """Return whether this machine has compiled the functions that are imported before.
+
+    Returns
+    -------
+    bool
+        False also where there is no cache.
+    """
+    for function in _functions:
+        try:
+            with _opening:
+                folder = Path(_open_cache(function).cache_path)
+        except (OSError, RuntimeError) as error:
+            logger.debug("no cache for compiled code: %s", error)
+            return False
+        if not _is_in_use(folder, function):
+            return False
+    return True
+
+
+def _is_in_use(folder: Path, function: Callable) -> bool:
+    """Return whether a cache has anything compiled from the present sources of a function."""
+    return any(folder.glob(f"*-{_hash_folder(function)}-*.nbc"))
+
+
 class _Cache(FunctionCache):
     """Numba's cache of one function; if it fails, the function is compiled without it."""
 
@@ -197,7 +222,7 @@ def _find_cache_problem() -> str | None:
             # Numba's sentence names the function, and the next one what can be done.
             is_without_place = "no locator available" in str(error)
             return "no folder for it can be written" if is_without_place else str(error)
-        if not any(folder.glob(f"*-{_hash_folder(function)}-*.nbc")):
+        if not _is_in_use(folder, function):
             folders.add(folder)
     return next((p for p in map(_find_write_problem, sorted(folders)) if p is not None), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,13 @@ from contextlib import contextmanager
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
-from spxdask.run.summary import StageReport
+from spxdask.run.summary import StageReport, describe_stage
 
-__all__ = ["open_stages"]
+__all__ = ["PAGE_NAME", "open_stages"]
+
+PAGE_NAME = "progress.html"
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -38,6 +43,7 @@ def open_stages(
     """
     reports = [StageReport(stage=stage) for stage in stages]
     started = time.monotonic()
+    logger.info("%s: begins", ", ".join(stages))
     with folder.locked():
         folder.ledger.refresh()
         sources.keep(stages, reports[0])
@@ -45,10 +51,13 @@ def open_stages(
             yield reports
         finally:
             # The ledger of a folder that another run has taken over is not ours to write.
+            progress.finish()
             if not folder.is_lock_lost:
                 folder.ledger.flush()
-            progress.finish()
+                # What the dashboard showed, for when the cluster has gone.
+                folder.root.put(PAGE_NAME, progress.format_page().encode())
         # Workers that died leave partial files behind.
         folder.delete_partial_files()
     for report in reports:
         report.seconds = time.monotonic() - started
+        logger.info("%s", describe_stage(report))

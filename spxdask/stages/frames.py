@@ -50,6 +50,7 @@ from spxdask.run.plan import (
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
+from spxdask.science.compiled import is_cached
 from spxdask.stages import download, extract, stream
 from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.reading import ReadOption, make_row_rule
@@ -258,6 +259,8 @@ class FrameRun:
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
             self._announce_measurements()
+            if serial and not is_cached():
+                self.progress.note("compiling, once on this machine: half a minute or so")
         make_task = _TaskFactory(
             images=str(folder.images),
             per_image=str(folder.per_image),
@@ -384,6 +387,7 @@ class FrameRun:
 
     def _record(self, observation: Observation, state: FrameState, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
+            logger.debug("%s", outcome)
             self.folder.ledger.add(outcome)
             self.reports[outcome.stage].done += outcome.status == "done"
             self._account(outcome)
@@ -395,7 +399,8 @@ class FrameRun:
         if failed and last.stage == "download" and state == FrameState.FETCH_AND_MEASURE:
             self._record_missing_frame(observation)
         reason = f"{observation.filename}: {last.reason}" if failed else None
-        self.progress.advance(failed=failed, reason=reason)
+        fetched = sum(outcome.bytes for outcome in outcomes if outcome.stage == "download")
+        self.progress.advance(failed=failed, reason=reason, n_bytes=fetched)
 
     def _withdraw_measurement(self, fetched: Outcome) -> bool:
         """Take an earlier measurement out of the report if it was of another file.

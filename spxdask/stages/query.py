@@ -471,6 +471,7 @@ def record_query(
     report.total = report.done = len(found)
     report.bytes = sum(o.size_bytes or 0 for o in taken)
     report.excluded = excluded
+    report.without_source = sum(catalogue.sky.find_empty([o.footprint for o in found]))
     report.releases.update(o.release for o in found)
     if config.region == "circle":
         report.outside = len(catalogue) - len(catalogue.within(*field.circles[0]))

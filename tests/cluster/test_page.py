@@ -15,6 +15,7 @@ import simulated
 
 from spxdask import BatchConfig, BatchPipeline
 from spxdask.cluster.page import TOPIC, Monitor, ProgressPublisher, show_page
+from spxdask.cluster.page_html import format_page
 from spxdask.progress import Silent
 from spxdask.run.status import watch_status
 from spxdask.simulate.archive import Fault, SimulatedArchive
@@ -49,8 +50,17 @@ def test_a_run_is_on_the_page(client, survey, tmp_path):
     assert (frames["total"], frames["done"], frames["failed"]) == (N_FRAMES, N_FRAMES - 1, 1)
     assert [text.partition(":")[0] for text in frames["failures"]] == [bad.rpartition("/")[2]]
     text = page(pipeline)
-    assert f"{N_FRAMES - 1} of {N_FRAMES}" in text
-    assert bad.rpartition("/")[2] in text
+    assert "<title>done aggregate - spxdask</title>" in text
+    # The same stays in the folder when the cluster has gone, without links to it.
+    kept = (pipeline.folder.root / "progress.html").local_path.read_text()
+    for shown in (text, kept):
+        assert f"<td class=n>{N_FRAMES - 1}</td><td class=n>{N_FRAMES} frames</td>" in shown
+        assert bad.rpartition("/")[2] in shown
+    assert frames["bytes"] == sum(
+        frame.path.stat().st_size for frame in survey[1][:2] + survey[1][3:]
+    )
+    assert "href" not in kept
+    assert "http-equiv" not in kept
     assert pipeline.dashboard_link == client.dashboard_link
     assert pipeline.page_link == client.dashboard_link.removesuffix("/status") + "/spxdask"
 
@@ -91,6 +101,25 @@ def test_rate_and_time_left():
     monitor.remove_client(None, "c")
     gone = monitor.describe_state()["runs"][0]["stages"][-1]
     assert (gone["state"], gone["seconds_left"]) == ("client gone", None)
+
+
+def test_the_page_of_a_long_stage_has_a_plot_and_the_time_of_its_end():
+    seconds = itertools.count(1_000_000)
+    monitor = Monitor(clock=lambda: next(seconds))
+    for done in range(1000):
+        stage = {"stage": "frames", "unit": "frames", "total": 2000, "done": done, "failed": 0}
+        stage |= {"failures": [], "state": "running", "started": 1_000_000.0, "bytes": 7 * 10**9}
+        monitor.log_event(TOPIC, {"output": "o", "process": "p", "client": "c", "stages": [stage]})
+    monitor.scheduler = SimpleNamespace(task_prefixes={}, workers={}, total_nthreads=0)
+    state = monitor.describe_state()
+    run = state["runs"][0]
+    assert run["seconds_elapsed"] == 999
+    assert run["finish_time"] == pytest.approx(1_001_000 + 1001)
+    assert 100 < len(run["throughput"]) <= 240
+    assert {rate for _, rate in run["throughput"]} == {1.0}
+    text = format_page(state, "")
+    for shown in ("<title>49 % frames - spxdask</title>", "<polyline", "17 min elapsed", ">7<"):
+        assert shown in text
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
