@@ -24,12 +24,12 @@ __all__ = [
 
 # Light that is not in the model of the zodiacal light, such as a gradient, is in its scale, which
 # would be another one from rows in one place only. So a fit always sees some bands of rows that are
-# spread evenly over the frame, each of which stands for the rows around it. They are few, as each is
-# a request for each of four planes, and broad enough for the noise of their pixels.
-BANDS = 5
-ROWS_OF_BAND = 6
+# spread evenly over the frame, each of which stands for the rows around it. Fewer and broader bands
+# of as many rows are fewer requests, but were seen to move a background by more than its error.
+BANDS = 16
+ROWS_OF_BAND = 2
 # There are more of them where these do not tell enough.
-MORE_BANDS = 16
+MORE_BANDS = 48
 # The scale from this many pixels moves a background by less than a third of its error, as that of
 # a window is from 2,500 pixels at most.
 LEAST_CLEAR_PIXELS = 25_000
