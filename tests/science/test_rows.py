@@ -129,7 +129,7 @@ backgrounds = st.one_of(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["qr2", "qr3"]),
     positions,
@@ -278,3 +278,34 @@ def test_the_links_of_many_sources():
     assert 0.2 < found.mean() < 0.9
     assert alone.sum() < 50
     assert (found | ~alone).all()
+
+
+@pytest.mark.parametrize("is_product", [True, False])
+def test_a_chain_of_contaminants_is_followed(folder, product, is_product):
+    """Each has light on the next one's stamp; the last ones are far from the window."""
+    content = make_content(folder, "qr2")
+    config = PhotometryConfig(psf="nearest", window_size=9, min_usable_pixels=10)
+    step = 6 if is_product else 10
+    x, y = np.array([50.2]), np.array([200.3])
+    chain = np.array([50.4 + np.arange(8), 200.3 + step * np.arange(1, 9)])
+    calibration = product if is_product else NO_CALIBRATION
+    few, same, *_ = measure_both(content, x, y, config, calibration, tuple(chain))
+    assert_equal(few, same)
+    assert np.isfinite(few.psf_columns["psf_flux"]).all()
+    frame = open_frame(memoryview(content), "a.fits")
+    sky = frame.wcs.pixel_to_sky
+    rows = find_needed_rows(frame, *sky(x, y), config, calibration, sky(*chain))
+    # The stamp of the last one: three rows above its middle, or five.
+    last = int(200.3 + 8 * step) + (3 if is_product else 5)
+    beyond = find_spread_rows(NY)
+    assert rows[: last + 1][205:].all()
+    assert np.array_equal(rows[last + 1 :], beyond[last + 1 :])
+    without = rows.copy()
+    without[last] = False
+    arguments = *sky(x, y), config, calibration, sky(*chain)
+    with pytest.raises(MissingRowsError):
+        measure(dataclasses.replace(frame, rows=without), *arguments, few_rows=True)
+    # One that is missing in between cuts off all behind it.
+    broken = chain[:, [0, 2, 3, 4, 5, 6, 7]]
+    fewer = find_needed_rows(frame, *sky(x, y), config, calibration, sky(*broken))
+    assert not (fewer & ~beyond)[int(200.3 + step) + 6 :].any()

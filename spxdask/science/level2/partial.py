@@ -158,17 +158,17 @@ def read_partly(
     may_be_small : bool
         Whether cut-outs are read in parts, too.
 
-    Yields
-    ------
-    list of (int, int)
-        What is needed next, one round of requests: spans (start, stop) within the file that are
-        not held, sorted, disjoint, and not merged where there is a gap between them. Never empty.
-
     Returns
     -------
     Frame or None
         The frame, whose `rows` are those chosen; a small one is whole, and has None. None if no
         row was chosen.
+
+    Yields
+    ------
+    list of (int, int)
+        What is needed next, one round of requests: spans (start, stop) within the file that are
+        not held, sorted, disjoint, and not merged where there is a gap between them. Never empty.
 
     Raises
     ------
@@ -198,20 +198,24 @@ def read_rows(content: memoryview, held: Spans, filename: str, rows: np.ndarray)
 
     Parameters
     ----------
-    content, held, filename
-        As those of `read_partly`.
+    content : memoryview
+        As that of `read_partly`.
+    held : Spans
+        As that of `read_partly`.
+    filename : str
+        The archive's own name of the file.
     rows : (ny,) bool array
         The rows.
-
-    Yields
-    ------
-    list of (int, int)
-        As those of `read_partly`.
 
     Returns
     -------
     Frame
         With these rows.
+
+    Yields
+    ------
+    list of (int, int)
+        As those of `read_partly`.
 
     Raises
     ------
@@ -230,23 +234,25 @@ def measure_partly(
 
     Parameters
     ----------
-    content, held
-        As those of `read_partly`, of which the frame is.
+    content : memoryview
+        As that of `read_partly`, of which the frame is.
+    held : Spans
+        As that of `read_partly`.
     frame : Frame
         The frame.
     measure : callable
         Called with it. Whenever it raises `MissingRowsError` or `MissingBytesError`, it is called
         again, with a frame that has these rows, too.
 
-    Yields
-    ------
-    list of (int, int)
-        As those of `read_partly`.
-
     Returns
     -------
     object
         What `measure` returned.
+
+    Yields
+    ------
+    list of (int, int)
+        As those of `read_partly`.
 
     Raises
     ------

@@ -14,6 +14,7 @@ from spxdask.science.psf.fit import (
     TOO_CLOSE,
     TOO_MASKED,
     Contaminants,
+    choose_linked,
     measure_psf_fluxes,
 )
 
@@ -377,3 +378,28 @@ def test_fluxes_of_an_analytic_psf_are_unbiased(kind, wide):
         mask = CircularAperture((x[k], y[k]), radius).to_mask(method="exact")
         total = np.sum(mask.to_image(scene.image.shape) * scene.image) / 1000.0 / share
         assert total * got.aperture_correction[k] == pytest.approx(1.0, abs=3e-3)
+
+
+@pytest.mark.parametrize("radius", [1.06, 5.3])
+def test_sources_without_a_link_change_nothing(epsf, radius):
+    """Fluxes are equal to the bit without the sources that no overlapping stamps lead to."""
+    rng = np.random.default_rng(8)
+    x, y = rng.uniform(-3, 203, (2, 250))
+    catalogue = np.arange(250) < 30
+    # Sources with rows are ordered among the others in every way.
+    scene = Scene(epsf, x, y, rng.uniform(5, 200, 250), shape=(200, 200), sigma=0.3)
+    others = ~catalogue
+    linked = choose_linked(x[catalogue], y[catalogue], x[others], y[others], epsf.size, radius)
+    assert 20 < linked.sum() < 200
+
+    def list_others(use):
+        unknown = np.full(use.sum(), np.nan)
+        return Contaminants(x=x[others][use], y=y[others][use], level=unknown, level_error=unknown)
+
+    every, some = (
+        scene.measure(np.flatnonzero(catalogue), radius=radius, contaminants=list_others(use))
+        for use in (np.ones_like(linked), linked)
+    )
+    for name in ("flux", "flux_error", "chi2", "fraction", "neighbour_flux", "bad_fraction"):
+        assert getattr(every, name).tobytes() == getattr(some, name).tobytes(), name
+    assert every.empty == some.empty
