@@ -436,7 +436,7 @@ class _Fetch:
         if may_forbid and not isinstance(error, FrameError):
             return f"the server answers HTTP {status} to a request for a part of a file"
         # What is wrong with ranges alone is no reason to do without the file.
-        is_last = self._received.attempts == self._retry.max_retries
+        is_last = 0 < self._retry.max_retries <= self._received.attempts
         if is_last and (status == 416 or isinstance(error, FrameError)):
             return f"the server does not serve parts of files as it should ({error})"
         return None

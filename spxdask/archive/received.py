@@ -444,7 +444,9 @@ def read_content_range(value: str | None) -> tuple[tuple[int, int], int | None]:
     FrameError
         If there is no header, or it names no range of one file.
     """
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", (value or "").strip())
+    # More digits than any file needs would be slow to read.
+    pattern = r"\s*bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\s*"
+    match = re.fullmatch(pattern, value or "", re.ASCII | re.IGNORECASE)
     if match is None:
         raise FrameError(WRONG_RANGE)
     start, stop = int(match[1]), int(match[2]) + 1

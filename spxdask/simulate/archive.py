@@ -698,15 +698,17 @@ class SimulatedArchive:
         response.content_length = stop - start
         # Counted before, so that a client that has the bytes finds them counted.
         self._count(kind, Traffic(answers=1))
-        await response.prepare(request)
-        if request.method == "HEAD":
-            return response
         cut = fault.truncate if fault.truncate is not None else fault.stall
         count = stop - start if cut is None else min(cut, stop - start)
         body.seek(start)
-        async for chunk in self._chunks(body, count):
-            self._count(kind, Traffic(sent_bytes=len(chunk)))
-            await response.write(chunk)
+        # A client may leave when it has heard enough.
+        with suppress(ConnectionResetError):
+            await response.prepare(request)
+            if request.method == "HEAD":
+                return response
+            async for chunk in self._chunks(body, count):
+                self._count(kind, Traffic(sent_bytes=len(chunk)))
+                await response.write(chunk)
         if fault.stall is not None:
             await self._stopping.wait()
         if cut is not None and request.transport is not None:

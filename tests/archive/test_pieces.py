@@ -502,6 +502,17 @@ def test_without_a_version_pieces_cannot_be_joined(frame, content, refusals):
         assert archive.traffic["file"] == Traffic(1, SIZE)
 
 
+def test_wrong_ranges_and_other_faults_in_turn(frame, content, refusals):
+    # The last attempt but one fails for another reason.
+    plan = [Fault(wrong_range=5), Fault(status=503, retry_after_s=0), Fault(wrong_range=5)]
+    received = receive()
+    with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
+        with pytest.raises(RangesRefusedError):
+            fetch(at(archive, frame), received, HEAD, refusals, retries=2)
+        assert fetch_whole(at(archive, frame), received.take_whole()) == content
+        assert statuses(archive) == [200, 206, 206, 503]
+
+
 @pytest.mark.parametrize(
     "fault",
     [Fault(wrong_range=5), Fault(multipart=True), Fault(short_range=1), Fault(range_status=416)],
