@@ -161,8 +161,14 @@ def receive_and_measure(
 
     Parameters
     ----------
-    observation, images, options, measure
-        As those of `fetch_frame`.
+    observation : Observation
+        The frame.
+    images : str or None
+        As that of `fetch_frame`.
+    options : FetchOptions
+        Patience and limits.
+    measure : callable
+        As that of `fetch_frame`.
     received : ReceivedFile
         Takes the file.
 
