@@ -28,7 +28,7 @@ from spxdask.archive.transfer import fetch_file
 from spxdask.archive.urls import strip_credentials
 from spxdask.errors import ArchiveError, FrameError, InputError
 from spxdask.science.calibration import check_product
-from spxdask.science.families import FAMILIES, FLUX_CORRECTION
+from spxdask.science.families import CHANNELS, FAMILIES, FLUX_CORRECTION
 from spxdask.storage import LocalStore, raise_disk_full
 from spxdask.storage.cache import cache_folder
 
@@ -37,6 +37,7 @@ __all__ = [
     "LocatedProduct",
     "Product",
     "ProductSource",
+    "find_channels",
     "find_in_cache",
     "find_products",
     "find_releases",
@@ -320,6 +321,40 @@ def find_products(
                     modified=file.modified,
                 )
     return found
+
+
+def find_channels(source: ProductSource) -> tuple[str, str] | None:
+    """Find the newest product of spectral channels, which is one file for all detectors.
+
+    Parameters
+    ----------
+    source : ProductSource
+        The archive, or a tree of products.
+
+    Returns
+    -------
+    token, url : str
+        Its name, and where it is; None if there is none.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive does not answer.
+    """
+    tokens = []
+    for release in find_releases(source, []):
+        for token in source.list_folder(f"{release}/{CHANNELS}"):
+            if match := _TOKEN.fullmatch(token):
+                age = tuple(int(match[part]) for part in ("version", "year", "day"))
+                tokens.append((age, release, token))
+    for _, release, token in sorted(tokens, reverse=True):
+        folder = f"{release}/{CHANNELS}/{token}"
+        stem = f"{CHANNELS}_spx_{token}.fits"
+        files = source.list_folder(folder)
+        for name in (f"{stem}.gz", stem):
+            if name in files:
+                return token, frame_url(source.url, f"{SERVICE_PREFIX}{folder}/{name}")
+    return None
 
 
 def find_releases(source: ProductSource, observed: Iterable[str]) -> list[str]:

@@ -17,23 +17,24 @@ import pyarrow.compute as pc
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from spxdask.archive.calibration import CalibrationSet
+from spxdask.archive.calibration import CalibrationSet, find_channels
 from spxdask.config import BatchConfig
-from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError, StoreError
+from spxdask.errors import ArchiveError, ConfigError, NoSuchSourceError, RunFolderError, StoreError
 from spxdask.results.curves import Curves, find_curves
 from spxdask.results.light_curve import LightCurve
 from spxdask.results.missing import MISSING_MEANINGS, find_missing, read_skipped_rows
 from spxdask.results.sources import SOURCE_MEANINGS, summarise_sources
 from spxdask.run.aggregation import load_aggregation
-from spxdask.run.calibration import load_calibration
+from spxdask.run.calibration import load_calibration, make_product_source
 from spxdask.run.description import describe_run
 from spxdask.run.folder import COLUMNS_NAME, CONFIG_NAME, FILE_NAMES_NAME, RunFolder
 from spxdask.run.frame_table import FRAME_COLUMNS, load_frame_table
 from spxdask.run.observations import Observations
 from spxdask.run.status import RunStatus, read_status
 from spxdask.science.catalogue import Catalogue
-from spxdask.science.channels import BANDS, PUBLISHED_CHANNELS, Channels
+from spxdask.science.channels import BANDS, PUBLISHED_CHANNELS, Channels, read_channels
 from spxdask.science.sphere import angular_distance
+from spxdask.storage import local_path
 from spxdask.tables.provenance import Provenance
 from spxdask.tables.quantities import Meaning, make_qtable
 from spxdask.text import format_count
@@ -404,8 +405,32 @@ class Run:
 
     @cached_property
     def channels(self) -> Channels:
-        """The 102 channels that spectra are averaged in."""
-        return PUBLISHED_CHANNELS
+        """The 102 channels that spectra are averaged in.
+
+        Those of the product in the run's own tree of products, where that is on a disk; otherwise
+        those of the published table, for which nothing has to be fetched.
+
+        Raises
+        ------
+        InputError
+            If the product is damaged.
+        """
+        if not self.folder.state.exists(CONFIG_NAME):
+            return PUBLISHED_CHANNELS
+        source = make_product_source(self.config)
+        if source is None or local_path(source.url) is None:
+            return PUBLISHED_CHANNELS
+        try:
+            found = find_channels(source)
+        except ArchiveError:
+            # The tree is not on this machine.
+            found = None
+        if found is None:
+            return PUBLISHED_CHANNELS
+        token, url = found
+        path = local_path(url)
+        assert path is not None, "the source is on a disk"
+        return read_channels(path, token)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from simulated import AWKWARD_IDS
 
 import spxdask
 from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError
+from spxdask.science.channels import PUBLISHED_CHANNELS
+from spxdask.simulate.products import make_products
 from spxdask.tables.schema import COLUMNS, WITH_PSF
 
 FORMATS = ["csv", "parquet"]
@@ -230,6 +232,37 @@ def test_light_curves_alone_are_opened(tmp_path, format):
         alone.light_curve(*CENTER)
     with pytest.raises(RunFolderError):
         _ = alone.frames
+
+
+def test_channels_are_those_of_the_runs_own_products(tmp_path):
+    make_products(tmp_path / "products", families=["spectral_channels"], size=8)
+    products = tmp_path / "products" / "qr2" / "spectral_channels"
+    (products / "cal-sch-v1-2026-106").rename(products / "cal-sch-v2-2027-001")
+    [file] = (products / "cal-sch-v2-2027-001").iterdir()
+    file.rename(file.with_name("spectral_channels_spx_cal-sch-v2-2027-001.fits.gz"))
+    make_run(tmp_path / "out", make_curves(["a"]), calibration=str(tmp_path / "products"))
+    run = spxdask.open_run(tmp_path / "out")
+    spectrum = run["a"].spectrum()
+    assert spectrum.table.meta["channels"] == "cal-sch-v2-2027-001"
+    # The simulator has the archive's table from another file.
+    expected = run["a"].spectrum(channels=PUBLISHED_CHANNELS)
+    for name in ("wavelength", "wavelength_min", "wavelength_max", "bandwidth", "flux"):
+        np.testing.assert_allclose(spectrum[name].value, expected[name].value, rtol=1e-9)
+
+
+def test_a_run_in_an_object_store_is_opened(tmp_path, format):
+    """In that of fsspec in memory; the stores are the same to what reads them."""
+    url = f"memory://{tmp_path.name}"
+    make_run(url, make_curves(AWKWARD_IDS), format=format, failed={1: "damaged"})
+    run = spxdask.open_run(url)
+    assert set(run) == set(run.sources["id"]) == set(AWKWARD_IDS)
+    assert len(run["../../etc/passwd"]) == 20
+    assert run.light_curve(*CENTER).id == AWKWARD_IDS[0]
+    assert len(run.frames) == 6
+    assert len(run.missing_sources) == 0
+    assert len(run.to_dask()) == 20 * len(AWKWARD_IDS)
+    with pytest.raises(RunFolderError, match="is not the output folder of a run"):
+        spxdask.open_run(f"{url}/nowhere")
 
 
 def test_representations_say_what_the_run_is(tmp_path):
