@@ -184,28 +184,14 @@ def measure(
     FrameError
         If no pixel of the frame has a finite value, or none a valid variance.
     """
-    with calibration.correct(frame.image, frame.variance, frame.origin) as (image, variance):
-        planes = _view_planes(image, variance, frame)
-        return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants)
-
-
-def _measure_planes(
-    planes: Planes,
-    frame: Frame,
-    ra: np.ndarray,
-    dec: np.ndarray,
-    config: PhotometryConfig,
-    calibration: DetectorCalibration,
-    contaminants: tuple[np.ndarray, np.ndarray] | None,
-) -> Measurement:
-    """Measure sources on planes that have the present flux scale."""
+    planes = _view_planes(frame, calibration.factors_of(frame.shape, frame.origin))
     warnings = list(frame.warnings)
     pixel_scale = _choose_pixel_scale(frame, config, warnings)
     radius = _choose_aperture_radius(frame, pixel_scale, config, warnings)
 
     bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
     # Most frames need no median, which costs as much as the rest of a small catalogue.
-    median_variance = functools.cache(lambda: find_positive_median(planes.variance))
+    median_variance = functools.cache(lambda: find_positive_median(planes.variance, planes.factors))
     zodi = _fit_zodi(planes, bad | source, median_variance, config)
     if zodi.unflagged:
         warnings.append(
@@ -467,8 +453,8 @@ def _choose_aperture_radius(
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
 
 
-def _view_planes(image: np.ndarray, variance: np.ndarray, frame: Frame) -> Planes:
-    """Return planes, of which two need not be those of the frame, as words."""
+def _view_planes(frame: Frame, factors: np.ndarray | None) -> Planes:
+    """Return the planes of a frame as words, and the factors of its flux correction."""
 
     def view(plane: np.ndarray) -> np.ndarray:
         words = np.asarray(plane).view("<u4")
@@ -476,7 +462,7 @@ def _view_planes(image: np.ndarray, variance: np.ndarray, frame: Frame) -> Plane
         words.flags.writeable = False
         return words
 
-    return Planes(*map(view, (image, variance, frame.zodi, frame.flags)))
+    return Planes(*map(view, (frame.image, frame.variance, frame.zodi, frame.flags)), factors)
 
 
 def _mask(bits: Iterable[int]) -> np.uint32:
