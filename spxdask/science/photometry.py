@@ -462,7 +462,8 @@ def _view_planes(frame: Frame, factors: np.ndarray | None) -> Planes:
         words.flags.writeable = False
         return words
 
-    return Planes(*map(view, (frame.image, frame.variance, frame.zodi, frame.flags)), factors)
+    planes = map(view, (frame.image, frame.variance, frame.zodi, frame.flags))
+    return Planes(*planes)._replace(factors=factors)
 
 
 def _mask(bits: Iterable[int]) -> np.uint32:
