@@ -6,7 +6,6 @@ It reads commands as JSON from standard input, one on each line, and answers eac
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -14,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from workloads import obtain_products
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
-from spxdask.archive.calibration import CalibrationSet, ProductSource, obtain_calibration
-from spxdask.archive.retry import RetryPolicy
+from spxdask.archive.calibration import CalibrationSet
 from spxdask.cluster.embedded import embedded_client
 from spxdask.science.level2.frame import open_frame
 from spxdask.stages.extract import ExtractOptions, extract
@@ -57,13 +56,7 @@ class Ours:
 
     def calibrate(self, products: str, cache: str, band: str) -> dict:
         """Fetch the products of a tree into a cache, as a run does once."""
-        os.environ["SPXDASK_CACHE"] = cache
-        source = ProductSource(
-            url=Path(products).absolute().as_uri(),
-            retry=RetryPolicy(max_retries=0),
-            stall_timeout_s=60,
-        )
-        self.calibration = obtain_calibration(source, bands=[band], releases=["qr2"], pins={})
+        self.calibration = obtain_products(Path(products), Path(cache), band)
         return {"families": sorted(product.family for product in self.calibration.products)}
 
     def extract(

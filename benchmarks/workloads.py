@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from spxdask.archive.calibration import CalibrationSet, ProductSource, obtain_calibration
+from spxdask.archive.retry import RetryPolicy
 from spxdask.simulate.archive import ArchivedFrame
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 from spxdask.simulate.products import CATALOG, make_products
@@ -121,6 +123,15 @@ def products(folder: Path) -> Path:
         make_products(parent, detectors=[exposure().detector], tokens=tokens)
         done.touch()
     return parent
+
+
+def obtain_products(tree: Path, cache: Path, band: str) -> CalibrationSet:
+    """Fetch the products of a tree into a cache, as a run does once."""
+    os.environ["SPXDASK_CACHE"] = str(cache)
+    source = ProductSource(
+        url=tree.absolute().as_uri(), retry=RetryPolicy(max_retries=0), stall_timeout_s=60
+    )
+    return obtain_calibration(source, bands=[band], releases=["qr2"], pins={})
 
 
 def archived(number: int, path: Path) -> ArchivedFrame:

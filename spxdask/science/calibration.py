@@ -6,9 +6,7 @@ All products are on the pixels of the full detector.
 from __future__ import annotations
 
 import mmap
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from spxdask.errors import FrameError
 from spxdask.science.families import EPSF, FLUX_CORRECTION, SOLID_ANGLE, SPECTRAL_WCS
 from spxdask.science.level2.fits import Hdu, Header, map_image, scan, verify
-from spxdask.science.maps import USABLE_FACTORS, apply_factors, interpolate_map, repair_factors
+from spxdask.science.maps import USABLE_FACTORS, interpolate_map, repair_factors
 from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_epsf
 
@@ -111,47 +109,39 @@ class DetectorCalibration:
             return None
         return interpolate_map(self.wavelength, x, y), interpolate_map(self.bandwidth, x, y)
 
-    @contextmanager
-    def correct(
-        self, image: np.ndarray, variance: np.ndarray, origin: tuple[float, float]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Put a frame of before QR3 on the flux scale of QR3 during the block.
+    def factors_of(self, shape: tuple[int, int], origin: tuple[float, float]) -> np.ndarray | None:
+        """Return the factors that put a frame of before QR3 on the flux scale of QR3.
 
         Parameters
         ----------
-        image, variance : (ny, nx) big-endian float32 array
-            Planes of the frame.
+        shape : (int, int)
+            Rows and columns of the frame.
         origin : (float, float)
-            Full-frame 0-based pixel of their pixel (0, 0).
+            Full-frame 0-based pixel of its pixel (0, 0).
 
-        Yields
+        Returns
+        -------
+        (ny, nx) float32 array or None
+            Read-only; None without a correction.
+
+        Raises
         ------
-        image, variance : (ny, nx) big-endian float32 array
-            The same arrays without a correction.
+        FrameError
+            If the frame is not a part of the detector.
         """
         factors = self.factors
         if factors is None:
-            yield image, variance
-            return
-        (ny, nx), x0, y0 = image.shape, round(origin[0]), round(origin[1])
+            return None
+        (ny, nx), x0, y0 = shape, round(origin[0]), round(origin[1])
         if not (0 <= x0 <= DETECTOR_PIXELS - nx and 0 <= y0 <= DETECTOR_PIXELS - ny):
             raise FrameError("the frame is not a part of the detector, as its origin has it")
-        planes = None
-        with suppress(IndexError):
-            planes = _free_planes.pop()
-        if planes is None or planes[0].shape != (ny, nx):
-            planes = np.empty((ny, nx), ">f4"), np.empty((ny, nx), ">f4")
-        try:
-            yield apply_factors(image, variance, factors[y0 : y0 + ny, x0 : x0 + nx], planes)
-        finally:
-            _free_planes.append(planes)
+        # One compiled form serves frames and parts of them, which are copied.
+        part = np.ascontiguousarray(factors[y0 : y0 + ny, x0 : x0 + nx])
+        part.flags.writeable = False
+        return part
 
 
 NO_CALIBRATION = DetectorCalibration()
-
-# Planes that a frame was corrected in, for the next one: to map new memory takes longer than to
-# fill it. There are as many as frames were ever measured at the same time.
-_free_planes: deque[tuple[np.ndarray, np.ndarray]] = deque()
 
 
 def _round(position: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # Loops release the GIL, and divide and index as C does.
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 # A cache that has room for this many bytes has room for all compiled functions.
-CACHE_BYTES = 2_000_000
+CACHE_BYTES = 3_000_000
 
 # The functions that `compiled` has returned, as they were written.
 _functions: list[Callable] = []

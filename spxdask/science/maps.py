@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from spxdask.science.kernels.corrections import multiply_pixels
-
-__all__ = ["apply_factors", "interpolate_map", "repair_factors"]
+__all__ = ["interpolate_map", "repair_factors"]
 
 # A factor outside of these limits is wrong.
 USABLE_FACTORS = (0.5, 2.0)
@@ -83,45 +81,3 @@ def repair_factors(factors: np.ndarray) -> np.ndarray:
             raise ValueError(f"no factor of the flux correction is within {low} to {high}")
         factors[hopeless] = np.median(factors[is_good])
     return factors
-
-
-def apply_factors(
-    image: np.ndarray,
-    variance: np.ndarray,
-    factors: np.ndarray,
-    into: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Multiply brightness by the factors of a flux correction, and variance by their squares.
-
-    Parameters
-    ----------
-    image, variance : (ny, nx) big-endian float32 array
-        The planes of a frame, or a band of their rows.
-    factors : (ny, nx) float32 array
-        From `repair_factors`, of the same pixels.
-    into : (array, array), optional
-        Big-endian float32 arrays of the same shape to be filled in; new ones by default.
-
-    Returns
-    -------
-    image, variance : (ny, nx) big-endian float32 array
-        The corrected planes.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
-    if not image.shape == variance.shape == factors.shape:
-        raise ValueError(
-            f"factors of {factors.shape} pixels do not fit IMAGE of {image.shape} "
-            f"and VARIANCE of {variance.shape}"
-        )
-    if into is None:
-        into = np.empty(image.shape, ">f4"), np.empty(image.shape, ">f4")
-    words = [np.asarray(plane, ">f4").view("<u4") for plane in (image, variance)]
-    for plane in words:
-        plane.flags.writeable = False
-    factors = np.ascontiguousarray(factors, np.float32)
-    multiply_pixels(*words, factors, *(plane.view("<u4") for plane in into))
-    return into

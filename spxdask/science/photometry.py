@@ -209,9 +209,8 @@ def measure(
     MissingBytesError
         If the frame's own PSF is needed, and was not read.
     """
-    with calibration.correct(frame.image, frame.variance, frame.origin) as (image, variance):
-        planes = _view_planes(image, variance, frame)
-        return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants, few_rows)
+    planes = _view_planes(frame, calibration.factors_of(frame.shape, frame.origin))
+    return _measure_planes(planes, frame, ra, dec, config, calibration, contaminants, few_rows)
 
 
 def find_needed_rows(
@@ -269,7 +268,7 @@ def _measure_planes(
     contaminants: tuple[np.ndarray, np.ndarray] | None,
     few_rows: bool,
 ) -> Measurement:
-    """Measure sources on planes that have the present flux scale."""
+    """Measure sources on planes, whose factors are those of the present flux scale."""
     ny, _ = frame.shape
     warnings = list(frame.warnings)
     pixel_scale = _choose_pixel_scale(frame, config, warnings)
@@ -589,8 +588,8 @@ def _choose_aperture_radius(
     return fwhm / pixel_scale * config.fwhm_multiplier / 2
 
 
-def _view_planes(image: np.ndarray, variance: np.ndarray, frame: Frame) -> Planes:
-    """Return planes, of which two need not be those of the frame, as words."""
+def _view_planes(frame: Frame, factors: np.ndarray | None) -> Planes:
+    """Return the planes of a frame as words, and the factors of its flux correction."""
 
     def view(plane: np.ndarray) -> np.ndarray:
         words = np.asarray(plane).view("<u4")
@@ -598,7 +597,8 @@ def _view_planes(image: np.ndarray, variance: np.ndarray, frame: Frame) -> Plane
         words.flags.writeable = False
         return words
 
-    return Planes(*map(view, (image, variance, frame.zodi, frame.flags)))
+    planes = map(view, (frame.image, frame.variance, frame.zodi, frame.flags))
+    return Planes(*planes)._replace(factors=factors)
 
 
 def _mask(bits: Iterable[int]) -> np.uint32:
@@ -641,7 +641,8 @@ def _fit_zodi(
 
     @functools.cache
     def median_variance() -> float:
-        return float(find_positive_median(planes.variance, np.flatnonzero(rows)))
+        used = np.flatnonzero(rows)
+        return float(find_positive_median(planes.variance, used, planes.factors))
 
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
-from spxdask.science.maps import apply_factors, interpolate_map, repair_factors
+from spxdask.science.maps import interpolate_map, repair_factors
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f4", ">f8"])
@@ -52,25 +52,3 @@ def test_wrong_factors_become_the_median_of_their_row():
     assert np.isnan(factors[1, 3])  # the argument is as it was
     with pytest.raises(ValueError, match="no factor of the flux correction"):
         repair_factors(np.zeros((2, 2)))
-
-
-def test_factors_multiply_brightness_and_their_squares_the_variance():
-    rng = np.random.default_rng(2)
-    image = rng.normal(size=(40, 30)).astype(">f4")
-    variance = rng.uniform(size=(40, 30)).astype(">f4")
-    image[3, 3], variance[4, 4] = np.nan, np.inf
-    image.flags.writeable = False
-    factors = repair_factors(rng.uniform(0.8, 1.1, (40, 30)))
-    got, got_variance = apply_factors(image, variance, factors)
-    assert got.dtype == got_variance.dtype == np.dtype(">f4")
-    np.testing.assert_allclose(got, image * factors.astype(float), rtol=2e-7)
-    np.testing.assert_allclose(got_variance, variance * factors.astype(float) ** 2, rtol=3e-7)
-    # Bands of rows, into arrays that are there.
-    into = np.zeros((40, 30), ">f4"), np.zeros((40, 30), ">f4")
-    for rows in (slice(0, 13), slice(13, 40)):
-        band = into[0][rows], into[1][rows]
-        apply_factors(image[rows], variance[rows], factors[rows], band)
-    np.testing.assert_array_equal(into[0], got)
-    np.testing.assert_array_equal(into[1], got_variance)
-    with pytest.raises(ValueError, match="do not fit"):
-        apply_factors(image, variance, factors[1:])

@@ -15,12 +15,14 @@ from scipy.interpolate import RegularGridInterpolator
 
 from spxdask.errors import FrameError
 from spxdask.science import photometry
+from spxdask.science.calibration import DetectorCalibration
 from spxdask.science.kernels.aperture import make_aperture_buffers, sum_aperture
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.statistics import find_positive_median
 from spxdask.science.level2.frame import Frame
 from spxdask.science.level2.wavelength import WavelengthTable
 from spxdask.science.level2.wcs import TanSip
+from spxdask.science.maps import repair_factors
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.sphere import angular_distance
 from spxdask.tables.schema import COLUMNS
@@ -297,6 +299,44 @@ def test_unflagged_invalid_variances_are_counted():
     assert set(got.columns) == set(MEASURED)
 
 
+@pytest.mark.parametrize(
+    "origin, options",
+    [
+        ((0, 0), {}),
+        ((1880, 700), {"background_method": "annulus"}),
+        ((37, 1880), {"subtract_zodi": False}),
+    ],
+)
+def test_a_flux_correction_is_as_if_the_planes_had_been_multiplied(origin, options):
+    """To the last bit, medians of the variance and what is not finite included."""
+    rng = np.random.default_rng(6)
+    product = rng.uniform(0.8, 1.1, (2040, 2040)).astype(">f4")
+    product.flat[rng.integers(0, product.size, 20_000)] = 3653.0
+    frame = make_frame(6, origin=origin)
+    calibration = DetectorCalibration(flux_correction=product)
+    (x0, y0), config = origin, PhotometryConfig(**options)
+    factors = repair_factors(product)[y0 : y0 + SIZE, x0 : x0 + SIZE]
+    corrected = dataclasses.replace(
+        frame,
+        image=(frame.image.astype("f4") * factors).astype(">f4"),
+        variance=(frame.variance.astype("f4") * (factors * factors)).astype(">f4"),
+    )
+    ra, dec = frame.wcs.pixel_to_sky(*positions(6, 120))
+    expected = photometry.measure(corrected, ra, dec, config)
+    got = photometry.measure(frame, ra, dec, config, calibration)
+    assert got.zodi_scale == expected.zodi_scale
+    np.testing.assert_array_equal(got.index, expected.index)
+    assert len(got.index) > 30
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(got.columns[name], column, err_msg=name)
+    plain = photometry.measure(frame, ra, dec, config)
+    assert not np.array_equal(plain.columns["flux"], got.columns["flux"])
+    with pytest.raises(FrameError, match="not a part of the detector"):
+        photometry.measure(
+            dataclasses.replace(frame, origin=(1900, 0)), ra, dec, config, calibration
+        )
+
+
 @pytest.mark.parametrize("plane, says", [("image", "IMAGE"), ("variance", "VARIANCE")])
 def test_frame_without_values(plane, says):
     frame = make_frame(1)
@@ -317,7 +357,12 @@ def test_positive_median_is_exact():
         if n > 10:
             plane[0, :3] = [np.nan, -1.0, np.inf]
         good = plane[np.isfinite(plane) & (plane > 0)].astype(float)
-        assert find_positive_median(plane.view("<u4"), np.arange(len(plane))) == np.median(good)
+        rows = np.arange(len(plane))
+        assert find_positive_median(plane.view("<u4"), rows) == np.median(good)
+        factors = rng.uniform(0.5, 2.0, plane.shape).astype("f4")
+        scaled = plane.astype("f4") * (factors * factors)
+        good = scaled[np.isfinite(scaled) & (scaled > 0)].astype(float)
+        assert find_positive_median(plane.view("<u4"), rows, factors) == np.median(good)
     assert np.isnan(find_positive_median(np.full((2, 2), -1.0, ">f4").view("<u4"), np.arange(2)))
 
 

@@ -9,7 +9,15 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled_helper, compiled_inline
-from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import (
+    Conversion,
+    Planes,
+    is_finite,
+    read_brightness,
+    read_real,
+    read_variance,
+    swap_word,
+)
 
 # A pixel outside of the circle can have a fraction up to this, because of rounding of areas that
 # grow with the square of the radius.
@@ -142,7 +150,7 @@ def sum_aperture(
     repaired : bool
         Whether the median variance replaced an invalid one.
     """
-    image, variance, zodi, flags = planes
+    image, variance, zodi, flags, factors = planes
     scale, unit, median_variance = conversion
     edges, (values, variances, fractions), masks = buffers
     ny, nx = image.shape
@@ -152,10 +160,11 @@ def sum_aperture(
     # Pixels are copied first, so that the processor waits for several rows of memory at once.
     for j in range(rows):
         for k in range(columns):
-            row, column = low_row + j, low_column + k
-            values[j, k] = read_real(image[row, column]) - scale * read_real(zodi[row, column])
-            variances[j, k] = read_real(variance[row, column])
-            masks[j, k] = swap_word(flags[row, column])
+            pixel = low_row + j, low_column + k
+            brightness = read_brightness(image, factors, pixel)
+            values[j, k] = brightness - scale * read_real(zodi[pixel])
+            variances[j, k] = read_variance(variance, factors, pixel)
+            masks[j, k] = swap_word(flags[pixel])
     fill_fractions(low_row, low_column, rows, columns, x, y, r, edges, fractions)
     total = total_variance = 0.0
     flag_or = uint32(0)

@@ -9,7 +9,16 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled_helper, compiled_inline
-from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import (
+    Conversion,
+    Planes,
+    is_finite,
+    read_brightness,
+    read_real,
+    read_variance,
+    slice_factors,
+    swap_word,
+)
 from spxdask.science.kernels.statistics import LANES
 
 
@@ -94,7 +103,7 @@ def _gather_ring(
     distance^2 < within; with `check_variance`, unflagged pixels also need a valid variance.
     Returns the size filled, which is a multiple of `LANES`, and the number of usable pixels.
     """
-    image, variance, zodi, flags = planes
+    image, variance, zodi, flags, factors = planes
     scale, unit, _ = conversion
     first_row, last_row, first_column, last_column = box
     columns = last_column - first_column + 1
@@ -104,19 +113,20 @@ def _gather_ring(
         image_row = image[row, first_column : last_column + 1]
         zodi_row = zodi[row, first_column : last_column + 1]
         flags_row = flags[row, first_column : last_column + 1]
+        factors_row = slice_factors(factors, row, first_column, last_column + 1)
         into = values[size : size + columns]
         dy2 = (row - y) ** 2
         dx = first_column - x
         for k in range(columns):
             d2 = (dx + k) ** 2 + dy2
-            value = read_real(image_row[k]) - scale * read_real(zodi_row[k])
+            value = read_brightness(image_row, factors_row, k) - scale * read_real(zodi_row[k])
             use = (d2 > beyond) & (d2 < within) & ((swap_word(flags_row[k]) & excluded) == 0)
             use &= is_finite(value)
             count += use
             into[k] = value * unit if use else math.nan
         if check_variance:
             for k in range(columns):
-                v = read_real(variance[row, first_column + k])
+                v = read_variance(variance, factors, (row, first_column + k))
                 if flags_row[k] == 0 and not (v > 0.0 and v < math.inf):
                     count -= is_finite(into[k])
                     into[k] = math.nan

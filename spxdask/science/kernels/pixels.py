@@ -12,22 +12,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import uint32
 
-from spxdask.science.compiled import compiled_inline
+from spxdask.science.compiled import compiled_helper, compiled_inline
 
 
 class Planes(NamedTuple):
-    """The four planes of a frame.
+    """The four planes of a frame, and the factors of its flux correction.
+
+    The factors are applied wherever pixels are used, by `scale_both` and `scale_variance` to parts
+    of rows and by `read_brightness` and `read_variance` to one pixel, so that no plane is
+    written. Without factors, the compiler leaves nothing of this.
 
     Attributes
     ----------
     image, variance, zodi, flags : (ny, nx) uint32 array
         Words as they are in the file; those of the first three planes are float32.
+    factors : (ny, nx) float32 array or None
+        IMAGE is multiplied by them, VARIANCE by their squares.
     """
 
     image: np.ndarray
     variance: np.ndarray
     zodi: np.ndarray
     flags: np.ndarray
+    factors: np.ndarray | None = None
 
 
 class Conversion(NamedTuple):
@@ -84,6 +91,134 @@ def read_real(word: Any) -> np.float64:
     float64
     """
     return np.float64(swap_word(word).view(np.float32))
+
+
+@compiled_helper
+def slice_factors(factors: Any, row: int, start: int, stop: int) -> Any:
+    """Return the factors of a part of a row.
+
+    Parameters
+    ----------
+    factors : (ny, nx) float32 array or None
+        Those of `Planes`.
+    row, start, stop : int
+        The row, its first pixel, and the one after its last.
+
+    Returns
+    -------
+    (stop - start,) float32 array or None
+    """
+    if factors is None:
+        return None
+    return factors[row, start:stop]
+
+
+@compiled_helper
+def scale_both(
+    image: np.ndarray, variance: np.ndarray, factors: Any, into: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put a part of a row of IMAGE and of VARIANCE on the flux scale of the results.
+
+    Parameters
+    ----------
+    image, variance : (n,) uint32 array
+        Pixels as they are in the file.
+    factors : (n,) float32 array or None
+        Those of these pixels.
+    into : ((m,) uint32 array, (m,) uint32 array)
+        Where the products are put; m is at least n.
+
+    Returns
+    -------
+    image, variance : (n,) uint32 array
+        Words like those of a file, into which the products are rounded; the arguments themselves
+        without factors.
+    """
+    if factors is None:
+        return image, variance
+    n = len(image)
+    new_image, new_variance = into[0][:n], into[1][:n]
+    for k in range(n):
+        factor = factors[k]
+        product = swap_word(image[k]).view(np.float32) * factor
+        new_image[k] = swap_word(np.float32(product).view(uint32))
+        product = swap_word(variance[k]).view(np.float32) * (factor * factor)
+        new_variance[k] = swap_word(np.float32(product).view(uint32))
+    return new_image, new_variance
+
+
+@compiled_helper
+def scale_variance(words: np.ndarray, factors: Any, into: np.ndarray) -> np.ndarray:
+    """Put a part of a row of VARIANCE on the flux scale of the results.
+
+    Parameters
+    ----------
+    words : (n,) uint32 array
+        Pixels as they are in the file.
+    factors : (n,) float32 array or None
+        Those of these pixels, whose squares are applied.
+    into : (m,) uint32 array
+        Where the products are put; m is at least n.
+
+    Returns
+    -------
+    (n,) uint32 array
+        Words like those of a file, into which the products are rounded: `words` without factors.
+    """
+    if factors is None:
+        return words
+    for k in range(len(words)):
+        product = swap_word(words[k]).view(np.float32) * (factors[k] * factors[k])
+        into[k] = swap_word(np.float32(product).view(uint32))
+    return into[: len(words)]
+
+
+@compiled_helper
+def read_brightness(words: np.ndarray, factors: Any, index: Any) -> np.float64:
+    """Return a pixel of IMAGE on the flux scale of the results.
+
+    Parameters
+    ----------
+    words : uint32 array
+        IMAGE or a part of it.
+    factors : float32 array or None
+        Those of the same pixels.
+    index : int or (int, int)
+        Which pixel of these.
+
+    Returns
+    -------
+    float64
+        The product is rounded to a float32, as `scale_both` does.
+    """
+    value = swap_word(words[index]).view(np.float32)
+    if factors is None:
+        return np.float64(value)
+    return np.float64(np.float32(value * factors[index]))
+
+
+@compiled_helper
+def read_variance(words: np.ndarray, factors: Any, index: Any) -> np.float64:
+    """Return a pixel of VARIANCE on the flux scale of the results.
+
+    Parameters
+    ----------
+    words : uint32 array
+        VARIANCE or a part of it.
+    factors : float32 array or None
+        Those of the same pixels, whose squares are applied.
+    index : int or (int, int)
+        Which pixel of these.
+
+    Returns
+    -------
+    float64
+        The product is rounded to a float32, as `scale_variance` does.
+    """
+    value = swap_word(words[index]).view(np.float32)
+    if factors is None:
+        return np.float64(value)
+    return np.float64(np.float32(value * (factors[index] * factors[index])))
 
 
 @compiled_inline

@@ -15,7 +15,15 @@ from numpy import uint32
 
 from spxdask.science.compiled import compiled, compiled_helper
 from spxdask.science.kernels.aperture import SMALLEST_FRACTION, fill_fractions
-from spxdask.science.kernels.pixels import Conversion, Planes, is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import (
+    Conversion,
+    Planes,
+    is_finite,
+    read_brightness,
+    read_real,
+    read_variance,
+    swap_word,
+)
 
 # Conjugate gradients end when no residual exceeds this part of the largest right-hand side.
 TOLERANCE = 1e-12
@@ -61,21 +69,38 @@ class Fit(NamedTuple):
     separation: np.ndarray
 
 
-@compiled_helper
-def _read_stamps(
-    planes: Planes,
-    conversion: Conversion,
-    bad: uint32,
-    corners: np.ndarray,
-    values: np.ndarray,
-    variances: np.ndarray,
-    masks: np.ndarray,
-) -> None:
-    """Fill in brightness, variance and flags of the pixels of every stamp."""
-    image, variance, zodi, flags = planes
+@compiled
+def read_stamps(
+    planes: Planes, conversion: Conversion, bad: uint32, corners: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read the pixels of every stamp.
+
+    Parameters
+    ----------
+    planes : Planes
+        The frame.
+    conversion : Conversion
+        From pixels of the planes to brightness and variance.
+    bad : uint32
+        Bits of pixels that are not usable.
+    corners : (n, 2) int array
+        Row and column of the first pixel of each stamp.
+    size : int
+        Rows and columns of a stamp.
+
+    Returns
+    -------
+    values, variances : (n, size, size) float array
+        Brightness and its variance in result units; both are 0 where a pixel is not usable.
+    masks : (n, size, size) uint32 array
+        Flags; 0 beyond the frame.
+    """
+    image, variance, zodi, flags, factors = planes
     scale, unit, _ = conversion
     ny, nx = image.shape
-    n, size, _ = values.shape
+    n = len(corners)
+    values, variances = np.empty((n, size, size)), np.empty((n, size, size))
+    masks = np.empty((n, size, size), np.uint32)
     for i in range(n):
         for j in range(size):
             row = corners[i, 0] + j
@@ -85,13 +110,15 @@ def _read_stamps(
                 masks[i, j, k] = 0
                 if row < 0 or row >= ny or column < 0 or column >= nx:
                     continue
-                flag = swap_word(flags[row, column])
-                value = read_real(image[row, column]) - scale * read_real(zodi[row, column])
-                v = read_real(variance[row, column])
+                pixel = row, column
+                flag = swap_word(flags[pixel])
+                value = read_brightness(image, factors, pixel) - scale * read_real(zodi[pixel])
+                v = read_variance(variance, factors, pixel)
                 masks[i, j, k] = flag
                 if (flag & bad) == 0 and is_finite(value) and v > 0.0 and v < math.inf:
                     values[i, j, k] = value * unit
                     variances[i, j, k] = v * unit * unit
+    return values, variances, masks
 
 
 @compiled_helper
@@ -488,10 +515,10 @@ def examine_pairs(
 
 @compiled
 def fit_stamps(
-    planes: Planes,
-    conversion: Conversion,
+    values: np.ndarray,
+    variances: np.ndarray,
+    masks: np.ndarray,
     bad: uint32,
-    psf_bad: uint32,
     stamps: np.ndarray,
     corners: np.ndarray,
     x: np.ndarray,
@@ -504,12 +531,10 @@ def fit_stamps(
 
     Parameters
     ----------
-    planes : Planes
-        The frame.
-    conversion : Conversion
-        From pixels of the planes to brightness and variance.
-    bad, psf_bad : uint32
-        Bits of bad pixels in the aperture, and of those that the fit leaves out.
+    values, variances, masks : (n, size, size) array
+        Pixels of the stamps, from `read_stamps`.
+    bad : uint32
+        Bits of bad pixels in the aperture.
     stamps : (n, size, size) float array
         PSF of each source.
     corners : (n, 2) int array
@@ -527,9 +552,6 @@ def fit_stamps(
         One number a source.
     """
     n, size = len(x), stamps.shape[1]
-    values, variances = np.empty(stamps.shape), np.empty(stamps.shape)
-    masks = np.empty(stamps.shape, np.uint32)
-    _read_stamps(planes, conversion, psf_bad, corners, values, variances, masks)
     border = _find_border(size, r)
     counts = np.empty(n, np.int64)
     _count_pairs(corners, size + border, counts)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled, compiled_helper
-from spxdask.science.kernels.pixels import swap_word
+from spxdask.science.kernels.pixels import read_variance, scale_variance, slice_factors, swap_word
 
 # Number of partial sums that are added to in parallel. Arrays of values are filled up with NaN
 # to a multiple of it.
@@ -196,8 +196,10 @@ def find_clipped_median(
 
 
 @compiled
-def find_positive_median(plane: np.ndarray, rows: np.ndarray) -> float:
-    """Return the median of the finite positive values of some rows of a plane.
+def find_positive_median(
+    plane: np.ndarray, rows: np.ndarray, factors: np.ndarray | None = None
+) -> float:
+    """Return the median of the finite positive values of some rows of VARIANCE.
 
     Positive floats sort as their bits do, read as integers. A sample gives two bounds around
     the median. One pass counts the values below the bounds and copies the values between
@@ -209,6 +211,8 @@ def find_positive_median(plane: np.ndarray, rows: np.ndarray) -> float:
         Float32 words as they are in the file.
     rows : (n,) int array
         The rows that are used.
+    factors : (ny, nx) float32 array or None
+        Those of `Planes`.
 
     Returns
     -------
@@ -216,26 +220,29 @@ def find_positive_median(plane: np.ndarray, rows: np.ndarray) -> float:
         The median in the unit of the plane; NaN when there are no such values.
     """
     nx = plane.shape[1]
-    pixels = len(rows) * nx
-    sample = np.empty(pixels // SAMPLE_STRIDE + 1, np.uint32)
+    size = len(rows) * nx
+    sample = np.empty(size // SAMPLE_STRIDE + 1, np.uint32)
     n = 0
-    for i in range(0, pixels, SAMPLE_STRIDE):
-        sample[n] = swap_word(plane[rows[i // nx], i % nx])
+    for i in range(0, size, SAMPLE_STRIDE):
+        place = rows[i // nx], i % nx
+        sample[n] = np.float32(read_variance(plane, factors, place)).view(uint32)
         n += sample[n] - SMALLEST <= LARGEST - SMALLEST
     low, high = SMALLEST, LARGEST
     if n > 1000:
         low, high = _select(sample, n, int(0.485 * n)), _select(sample, n, int(0.515 * n))
-    picked = np.empty(pixels, np.uint32)
+    picked = np.empty(size, np.uint32)
+    scaled = np.empty(nx, np.uint32)
     while True:
         total = before = inside = 0
         for row in rows:
+            pixels = scale_variance(plane[row], slice_factors(factors, row, 0, nx), scaled)
             for start in range(0, nx, LANES):
-                block = plane[row, start : start + LANES]
+                block = pixels[start : start + LANES]
                 some = 0
                 for k in range(len(block)):
                     word = swap_word(block[k])
-                    # The integers are unsigned, so that those below a bound wrap to large ones and
-                    # one comparison checks both bounds.
+                    # The integers are unsigned, so that those below a bound wrap to large ones
+                    # and one comparison checks both bounds.
                     total += word - SMALLEST <= LARGEST - SMALLEST
                     before += word - SMALLEST < low - SMALLEST
                     some += word - low <= high - low

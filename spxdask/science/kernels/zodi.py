@@ -9,7 +9,14 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.compiled import compiled
-from spxdask.science.kernels.pixels import Planes, is_finite, read_real, swap_word
+from spxdask.science.kernels.pixels import (
+    Planes,
+    is_finite,
+    read_real,
+    scale_both,
+    slice_factors,
+    swap_word,
+)
 
 # Number of partial sums that are added to in parallel.
 LANES = 128
@@ -89,7 +96,7 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
     ZodiSums
         A pixel is usable if it is finite in IMAGE and ZODI and has none of the excluded bits.
     """
-    image, variance, zodi, flags = planes
+    image, variance, zodi, flags, factors = planes
     nx = image.shape[1]
     clear = unflagged = 0
     finite = valid = False
@@ -98,10 +105,13 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
     # instructions. The order of the additions, and so the result, does not depend on the length
     # of the vectors.
     izw, zzw = np.zeros(LANES), np.zeros(LANES)
+    scaled = np.empty(nx, np.uint32), np.empty(nx, np.uint32)
     for row in rows:
+        factors_row = slice_factors(factors, row, 0, nx)
+        image_row, variance_row = scale_both(image[row], variance[row], factors_row, scaled)
         for start in range(0, nx, LANES):
-            some_image = image[row, start : start + LANES]
-            some_variance = variance[row, start : start + LANES]
+            some_image = image_row[start : start + LANES]
+            some_variance = variance_row[start : start + LANES]
             some_zodi = zodi[row, start : start + LANES]
             some_flags = flags[row, start : start + LANES]
             any_invalid = False

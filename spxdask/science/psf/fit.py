@@ -16,7 +16,12 @@ import numpy as np
 from numpy import uint32
 
 from spxdask.science.kernels.pixels import Conversion, Planes
-from spxdask.science.kernels.psf_fit import examine_pairs, find_linked, fit_stamps
+from spxdask.science.kernels.psf_fit import (
+    examine_pairs,
+    find_linked,
+    fit_stamps,
+    read_stamps,
+)
 from spxdask.science.psf.model import PsfModel
 
 __all__ = ["Contaminants", "PsfPhotometry", "choose_linked", "measure_psf_fluxes"]
@@ -156,9 +161,10 @@ def measure_psf_fluxes(
         if is_double.any():
             order, stamps, corners = order[kept], stamps[kept], corners[kept]
             enclosed = enclosed[kept]
+        pixels = read_stamps(planes, conversion, uint32(psf_bad), corners, model.size)
         fit = fit_stamps(
-            planes, conversion, uint32(bad), uint32(psf_bad), stamps, corners,
-            x[order], y[order], radius, level[order], level_error[order],
+            *pixels, uint32(bad), stamps, corners, x[order], y[order], radius,
+            level[order], level_error[order],
         )  # fmt: skip
         columns[:, order] = fit[:6]
         separation = np.full(len(x), np.inf)

@@ -70,7 +70,7 @@ class Scene:
         self.level = np.full(len(self.x), level)
         self.level_error = np.zeros(len(self.x))
 
-    def measure(self, some=None, radius=1.06, **options):
+    def measure(self, some=None, radius=1.06, factors=None, **options):
         some = np.arange(len(self.x)) if some is None else some
         words = [plane.astype(">f4").view("<u4") for plane in (self.image, self.variance)]
         words += [np.zeros_like(words[0]), self.flags.astype(">i4").view("<u4")]
@@ -85,7 +85,7 @@ class Scene:
             "psf_bad": PSF_BAD,
         }
         return measure_psf_fluxes(
-            Planes(*words),
+            Planes(*words, factors),
             Conversion(0.0, 1.0, np.nan),
             self.model,
             self.x[some],
@@ -121,6 +121,19 @@ def clusters(seed=0, n=14):
                 x.append(at[0])
                 y.append(at[1])
     return np.array(x), np.array(y), 10 ** rng.uniform(0, 3, len(x))
+
+
+def test_factors_are_as_if_the_planes_had_been_multiplied(model):
+    x, y, flux = clusters(4)
+    scene = Scene(model, x, y, flux, sigma=0.3, shot=0.02)
+    rng = np.random.default_rng(4)
+    factors = rng.uniform(0.8, 1.1, scene.image.shape).astype("f4")
+    got = scene.measure(factors=factors)
+    scene.image = scene.image.astype("f4") * factors
+    scene.variance = scene.variance.astype("f4") * (factors * factors)
+    expected = scene.measure()
+    for name in ("flux", "flux_error", "chi2", "neighbour_flux"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
 
 
 def test_agrees_with_dense_algebra(model):
