@@ -107,8 +107,8 @@ def test_program_from_the_standard_input_fails_before_the_query(make_config, arc
 
 
 def test_program_whose_file_is_gone_fails_before_the_query(make_config, archive, monkeypatch):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/proc/none/gone.py")
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/proc/none/gone.py", raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     n_requests = len(archive.requests)
     with pytest.raises(InputError, match=r"gone\.py is not a file: save it as a script"):
         run_batch(**make_config(bands=["D1"]).to_dict())
