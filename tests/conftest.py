@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,11 @@ if os.environ.get("SPXDASK_TESTS") == "long":
 else:
     settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# With SPXDASK_TESTS=short, so many parameters of each test are run, but all of these folders and
+# files, where parameters choose libraries: to see whether other versions of them have what is used.
+SHORT_PARAMETERS = 2
+NEVER_SHORT = ("tests/storage/", "tests/tables/", "tests/test_config.py")
+
 CURRENT_ITEM = pytest.StashKey[pytest.Item]()
 EXPENSIVE = ("cluster", "kill", "slurm", "s3", "slow")
 # The marker that a test receives because it uses a fixture.
@@ -53,6 +59,8 @@ MARKER_OF_IMPORT = {"LocalCluster": "cluster", "serving": "s3"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("SPXDASK_TESTS") == "short":
+        leave_out_parameters(config, items)
     if getattr(config.option, "dist", "no") != "no" or hasattr(config, "workerinput"):
         put_groups_first(items)
     for item in items:
@@ -64,6 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in EXPENSIVE):
             item.add_marker("quick")
+
+
+def leave_out_parameters(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect all but the first parameters of each test."""
+    seen, left_out = Counter(), []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        seen[name] += 1
+        if seen[name] > SHORT_PARAMETERS and not name.startswith(NEVER_SHORT):
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    deselected = set(left_out)
+    items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
+import dask
 import killing
 import psutil
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 
 N_FRAMES = 10
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
-KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 6))
+KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 3))
 ONLY_LONG = pytest.mark.skipif(not LONG, reason="a similar case runs; SPXDASK_TESTS=long runs all")
 # A long run tries other moments each time; a short one repeats the same.
 SEED = None if LONG else 20261122
@@ -65,9 +66,8 @@ def archive(survey):
         yield archive
 
 
-@pytest.fixture
-def client():
-    """A cluster of processes for one test, which may kill them and patch functions in them."""
+@contextmanager
+def two_workers():
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=3, host="127.0.0.1", dashboard_address="127.0.0.1:0"
@@ -75,6 +75,19 @@ def client():
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+@pytest.fixture(scope="module")
+def mortal_cluster():
+    with two_workers() as client:
+        yield client
+
+
+@pytest.fixture
+def mortal_client(mortal_cluster):
+    """A cluster whose workers each die once at most; as many are there when a test begins."""
+    mortal_cluster.wait_for_workers(2, timeout=60)
+    return mortal_cluster
 
 
 @pytest.fixture
@@ -202,8 +215,8 @@ def test_kills_at_random_moments(home, archive, undisturbed, tmp_path, capsys):
     assert unfinished == []
 
 
-def test_worker_killed_during_downloads(make_config, survey, client, undisturbed):
-    victim = min(client.run(os.getpid).values())
+def test_worker_killed_during_downloads(make_config, survey, mortal_client, undisturbed):
+    victim = min(mortal_client.run(os.getpid).values())
     lock, asked = threading.Lock(), 0
 
     def plan():
@@ -220,7 +233,7 @@ def test_worker_killed_during_downloads(make_config, survey, client, undisturbed
         config = make_config(
             tap_url=archive.tap_url, archive_url=archive.archive_url, stall_timeout=1.0
         )
-        summary = BatchPipeline(config, client=client).run_all()
+        summary = BatchPipeline(config, client=mortal_client).run_all()
         assert asked == N_FRAMES
     assert summary.failed == {}
     assert_like_undisturbed(Path(config.output_dir), undisturbed)
@@ -243,33 +256,40 @@ def test_worker_killed_during_downloads(make_config, survey, client, undisturbed
         pytest.param("unpack", 2, "", marks=ONLY_LONG),
     ],
 )
-def test_worker_killed_at_a_point(make_config, client, undisturbed, tmp_path, point, calls, inside):
+def test_worker_killed_at_a_point(
+    make_config, mortal_client, undisturbed, tmp_path, point, calls, inside
+):
     marker = tmp_path / "killed"
-    client.run(killing.die_once, point, str(marker), calls, inside)
+    # What remains of earlier tests kills none, as their markers are there.
+    mortal_client.run(killing.die_once, point, str(marker), calls, inside)
     config = make_config()
-    summary = BatchPipeline(config, client=client).run_all()
+    summary = BatchPipeline(config, client=mortal_client).run_all()
     assert marker.exists()
     assert summary.failed == {}
     assert summary.stages["aggregate"].rows == read_status(undisturbed.output).rows
     assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
-# Eight workers die, and as many are started.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("point", ["extract", pytest.param("begin", marks=ONLY_LONG)])
 def test_frame_that_kills_its_worker(make_config, survey, client, undisturbed, point):
     deadly = survey[4].path.name
-    client.register_plugin(killing.DieOfFrame(point, deadly))
     # Transfers are so slow that other frames are in flight each time a worker dies.
     size = survey[0].path.stat().st_size
-    with SimulatedArchive(survey, bandwidth=size) as archive:
+    with (
+        SimulatedArchive(survey, bandwidth=size) as archive,
+        # Four workers die, and as many are started; by default it would be eight.
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        two_workers() as mortal,
+    ):
+        mortal.register_plugin(killing.DieOfFrame(point, deadly))
         config = make_config(tap_url=archive.tap_url, archive_url=archive.archive_url)
-        summary = BatchPipeline(config, client=client).run_all()
+        summary = BatchPipeline(config, client=mortal).run_all()
     assert list(summary.failed) == [deadly]
     assert "KilledWorker" in summary.failed[deadly]
     assert summary.stages["extract"].done == N_FRAMES - 1
     # Other workers can measure it.
-    assert BatchPipeline(make_config()).run_all().failed == {}
+    assert BatchPipeline(make_config(), client=client).run_all().failed == {}
     assert_like_undisturbed(Path(config.output_dir), undisturbed)
 
 
@@ -346,6 +366,8 @@ def messages_of(command: Command) -> list[str]:
 
 
 MOMENTS = [pytest.param("query", marks=ONLY_LONG), "download", "writing"]
+# A process that ends at once does so at any moment alike.
+ONCE = ["download", *(pytest.param(moment, marks=ONLY_LONG) for moment in ("query", "writing"))]
 
 
 @pytest.fixture(scope="module", params=MOMENTS)
@@ -368,17 +390,19 @@ def without_scheduler(request, home, survey):
             return Ended(status, seconds, stderr, command.left_behind(), folder / "out")
 
 
-def test_run_whose_scheduler_was_killed_is_resumed(
-    home, archive, without_scheduler, undisturbed, tmp_path
-):
-    ended = without_scheduler
-    assert ended.status not in (None, 0)
-    assert ended.left_behind == []
-    with scheduler_and_workers(tmp_path, free_port(), {}) as (_, address):
-        arguments = run_command(home, archive, ended.output, "--scheduler", address)
-        with Command(*arguments, log=tmp_path / "again") as command:
-            assert command.wait(100) == 0, command.stderr
+def assert_resumes(ended: Ended, make_config, client: Client, undisturbed: Undisturbed) -> None:
+    """Assert that a run goes on with other processes; commands are resumed at random moments."""
+    config = make_config(output_dir=str(ended.output))
+    assert BatchPipeline(config, client=client).run_all().failed == {}
     assert_like_undisturbed(ended.output, undisturbed)
+
+
+def test_run_whose_scheduler_was_killed_is_resumed(
+    make_config, without_scheduler, client, undisturbed
+):
+    assert without_scheduler.status not in (None, 0)
+    assert without_scheduler.left_behind == []
+    assert_resumes(without_scheduler, make_config, client, undisturbed)
 
 
 def test_killed_scheduler_is_reported_in_one_sentence(without_scheduler):
@@ -397,7 +421,7 @@ def interrupted(request, home, survey):
     return interrupt(1, request.param, home, survey, folder)
 
 
-@pytest.fixture(scope="module", params=MOMENTS)
+@pytest.fixture(scope="module", params=ONCE)
 def interrupted_twice(request, home, survey):
     """A run that was stopped by two."""
     folder = home / f"interrupted-twice-{request.param}"
@@ -429,27 +453,21 @@ def interrupt(times: int, moment: str, home: Path, survey: list, folder: Path) -
             return Ended(status, seconds, messages_of(command), left_behind, output)
 
 
-def assert_resumes(ended: Ended, home, archive, undisturbed, tmp_path) -> None:
-    with Command(*run_command(home, archive, ended.output), log=tmp_path / "again") as command:
-        assert command.wait(100) == 0, command.stderr
-    assert_like_undisturbed(ended.output, undisturbed)
-
-
-def test_interrupt(home, archive, interrupted, undisturbed, tmp_path):
+def test_interrupt(make_config, interrupted, client, undisturbed):
     assert interrupted.status == 130
     assert interrupted.seconds < 10
     assert interrupted.left_behind == []
     assert "spxdask: stopping; Ctrl-C again stops at once" in interrupted.stderr
     assert interrupted.stderr[-1] == "spxdask: stopped; the same command resumes the run"
-    assert_resumes(interrupted, home, archive, undisturbed, tmp_path)
+    assert_resumes(interrupted, make_config, client, undisturbed)
 
 
-def test_interrupt_twice(home, archive, interrupted_twice, undisturbed, tmp_path):
+def test_interrupt_twice(make_config, interrupted_twice, client, undisturbed):
     assert interrupted_twice.status == 130
     assert interrupted_twice.seconds < 2
     assert interrupted_twice.left_behind == []
     assert "spxdask: stopped at once" in interrupted_twice.stderr
-    assert_resumes(interrupted_twice, home, archive, undisturbed, tmp_path)
+    assert_resumes(interrupted_twice, make_config, client, undisturbed)
 
 
 def test_interrupt_writes_two_lines(interrupted):

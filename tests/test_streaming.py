@@ -96,11 +96,11 @@ def test_limit_of_fetches_holds_while_workers_die(survey, workers, tmp_path):
     assert count_concurrent(tmp_path / "log", killer.died) == 3
 
 
-def test_worker_holds_no_more_frames_than_its_scratch_allows(survey, workers, tmp_path):
+def test_worker_holds_no_more_frames_than_its_scratch_allows(survey, client, tmp_path):
     """With scratch for less than a frame, each worker has one frame at a time."""
     with SimulatedArchive(survey.archived, bandwidth=survey.size_bytes / 2) as archive:
         config = make_config(survey, archive, tmp_path, max_download_workers=8, scratch_gb=1e-6)
-        summary = BatchPipeline(config, client=workers).run_all()
+        summary = BatchPipeline(config, client=client).run_all()
         assert archive.peak_connections == 2
     assert summary.stages["extract"].done == N_FRAMES
 

@@ -7,12 +7,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from spxdask.science.sphere import unit_vectors
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 __all__ = ["FOOTPRINT_TOLERANCE_DEG", "Circle", "SourceSky", "find_sources_on", "pack_footprint"]
 
@@ -271,6 +273,9 @@ class _Cells:
 
     @cached_property
     def _tree(self) -> cKDTree:
+        # Imported here, as workers need no tree and would start half a second later.
+        from scipy.spatial import cKDTree
+
         return cKDTree(self.vectors)
 
     def examine(self, frames: _Polygons) -> tuple[np.ndarray, np.ndarray]:

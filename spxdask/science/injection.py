@@ -12,7 +12,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from spxdask.science.flags import FLAGS
 from spxdask.science.level2.frame import Frame
@@ -82,6 +81,9 @@ def draw_positions(
     found = np.empty((0, 2))
     if not len(parents):
         return found[:, 0], found[:, 1]
+    # Imported here, as what loads this module need not place sources.
+    from scipy.spatial import KDTree
+
     tree = KDTree(catalogue if others is None else np.vstack([catalogue, np.column_stack(others)]))
     for number in range(N_ROUNDS):
         largest = FIRST_LARGEST_SHIFT * 2**number

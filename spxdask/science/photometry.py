@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import astropy.units as u
 import numpy as np
 
 from spxdask.errors import FrameError, MissingBytesError
@@ -56,7 +55,8 @@ from spxdask.science.rows import (
 )
 
 # From the planes' MJy/sr to uJy/arcsec^2.
-UJY_PER_ARCSEC2 = (1.0 * u.MJy / u.sr).to_value(u.uJy / u.arcsec**2)
+# A number, as every worker would need half a second to import astropy's units.
+UJY_PER_ARCSEC2 = 23.50443053909789
 # AB magnitude of 1 uJy, which is 1e-29 erg/s/cm2/Hz: 2.5 x 29 - 48.6.
 AB_ZERO_POINT_UJY = 23.9
 FWHM_FALLBACK_ARCSEC = 6.0

@@ -31,9 +31,8 @@ from spxdask.cluster.shuffle import (
 from spxdask.errors import DiskFullError, FrameError
 
 
-@pytest.fixture
-def small():
-    """A worker of many threads and little memory."""
+@pytest.fixture(scope="module")
+def small_cluster():
     with (
         LocalCluster(
             n_workers=1,
@@ -43,9 +42,16 @@ def small():
             dashboard_address="127.0.0.1:0",
             silence_logs=50,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+@pytest.fixture
+def small(small_cluster):
+    """A worker of many threads and little memory."""
+    small_cluster.wait_for_workers(1, timeout=30)
+    return small_cluster
 
 
 def threads(client) -> tuple[int, int]:

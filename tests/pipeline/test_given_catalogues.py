@@ -19,6 +19,7 @@ from astropy.table import Table
 from outputs import output_of, read_files
 
 from spxdask import BatchConfig, BatchPipeline, run_batch
+from spxdask.cli import main
 from spxdask.errors import CatalogueError, ConfigError
 from spxdask.run.folder import RunFolder
 from spxdask.run.status import read_status
@@ -158,16 +159,14 @@ def test_skipped_rows_are_counted_and_listed(finished, table, output, no_cluster
     assert read_status(output).skipped_sources == 0
 
 
-def test_columns_that_are_named_on_the_command_line(finished, table, output, tmp_path):
+def test_columns_that_are_named_on_the_command_line(finished, table, output, tmp_path, capfd):
     table.rename(columns={"name": "n", "RAJ2000": "x", "DEJ2000": "y"}).to_csv(
         tmp_path / "x.csv", index=False, quoting=csv.QUOTE_ALL
     )
     config = tmp_path / "run.yaml"
     replace(finished.config, output_dir=output).to_yaml(config)
-    command = [
-        *(sys.executable, "-m", "spxdask", "run", "--config", str(config), "--catalog"),
-        *("PATH", "--id-column", "n", "--ra-column", "x", "--dec-column", "y"),
-    ]
+    command = ["run", "--config", str(config), "--catalog", "PATH"]
+    command += ["--id-column", "n", "--ra-column", "x", "--dec-column", "y"]
     # As a file, as a pipe of the shell, and as the standard input.
     ways = [tmp_path / "x.csv", tmp_path / "pipe", "-"]
     os.mkfifo(ways[1])
@@ -176,16 +175,22 @@ def test_columns_that_are_named_on_the_command_line(finished, table, output, tmp
         writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
         if path == ways[1]:
             writer.start()
-        ended = subprocess.run(
-            [str(path) if part == "PATH" else part for part in command],
-            input=content if path == ways[2] else b"",
-            capture_output=True,
-            check=False,
-        )
+        arguments = [str(path) if part == "PATH" else part for part in command]
+        if path == ways[2]:
+            # Only a process of its own has a standard input of its own.
+            ended = subprocess.run(
+                [sys.executable, "-m", "spxdask", *arguments],
+                input=content,
+                capture_output=True,
+                check=False,
+            )
+            status, out = ended.returncode, ended.stdout.decode()
+        else:
+            status, out = main(arguments), capfd.readouterr().out
         if path == ways[1]:
             writer.join()
-        assert ended.returncode == 0, ended.stderr.decode()
-        assert b"(already there)" in ended.stdout
+        assert status == 0
+        assert "(already there)" in out
         saved = RunFolder(output).saved_config()
         is_kept = path != ways[0]
         assert (Path(saved.catalog_path).name == "given_catalogue.parquet") == is_kept

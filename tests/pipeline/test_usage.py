@@ -95,16 +95,21 @@ def test_command_whose_workers_do_not_start_fails_with_advice(make_config, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["stdin", "missing"])
-def test_program_that_is_not_a_file_fails_before_the_query(make_config, archive, tmp_path, how):
+def test_program_from_the_standard_input_fails_before_the_query(make_config, archive):
     options = make_config(bands=["D1"]).to_dict()
     code = f"from spxdask import run_batch\nif __name__ == '__main__': run_batch(**{options!r})\n"
-    if how == "missing":
-        code = f"__file__ = '/proc/none/gone.py'\n{code}"
     n_requests = len(archive.requests)
     ended = subprocess.run(
         [sys.executable, "-"], input=code, capture_output=True, text=True, check=False
     )
-    name = {"stdin": "<stdin>", "missing": "gone.py"}[how]
-    assert f"{name} is not a file: save it as a script" in ended.stderr.splitlines()[-1]
+    assert "<stdin> is not a file: save it as a script" in ended.stderr.splitlines()[-1]
+    assert len(archive.requests) == n_requests
+
+
+def test_program_whose_file_is_gone_fails_before_the_query(make_config, archive, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/proc/none/gone.py", raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    n_requests = len(archive.requests)
+    with pytest.raises(InputError, match=r"gone\.py is not a file: save it as a script"):
+        run_batch(**make_config(bands=["D1"]).to_dict())
     assert len(archive.requests) == n_requests

@@ -161,11 +161,11 @@ def test_a_source_at_the_limit():
 def test_many_sources_decide_as_one_by_one(dense):
     rng = np.random.default_rng(2)
     ra, dec = dense(rng)
-    centres = rng.choice(len(ra), 40)
+    centres = rng.choice(len(ra), 20)
     frames = [
         exposure((ra[i] + dx) % 360, np.clip(dec[i] + dy, -90, 90), roll).footprint()
         for i, dx, dy, roll in zip(
-            centres, rng.uniform(-3, 3, 40), rng.uniform(-3, 3, 40), rng.uniform(0, 90, 40),
+            centres, rng.uniform(-3, 3, 20), rng.uniform(-3, 3, 20), rng.uniform(0, 90, 20),
             strict=True,
         )
     ]  # fmt: skip

@@ -271,6 +271,11 @@ class TestS3(StoreTests):
         # Of a name of its own.
         return open_store(f"s3://{BUCKET}/{tmp_path.name}")
 
+    @pytest.mark.parametrize("count", [65])
+    def test_many_files(self, store, count):
+        """More than one batch; `TestMemory` has the same code count by count, without a server."""
+        super().test_many_files(store, count)
+
 
 def test_the_kind_of_a_store_follows_from_its_path(tmp_path):
     assert isinstance(open_store(tmp_path), LocalStore)
