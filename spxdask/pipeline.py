@@ -18,6 +18,7 @@ from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
 from spxdask.progress import Bars, Progress, Silent
+from spxdask.report.make import make_report_of_run
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
@@ -265,7 +266,11 @@ class BatchPipeline:
                     self.run_aggregate()
                 except aggregate.NothingMeasuredError as error:
                     logger.warning("%s", error)
-        self.summary = RunSummary(stages=self.reports, n_sources=n_sources, output=self.folder.path)
+            self.summary = RunSummary(
+                stages=self.reports, n_sources=n_sources, output=self.folder.path
+            )
+            if self.config.report:
+                self.summary.report = make_report_of_run(self.summary, self._session.connect)
         return self.summary
 
     def _run_frames(

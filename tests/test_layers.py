@@ -19,7 +19,7 @@ SCIENCE = {"errors", "science"}
 INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
 OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
-EVERYTHING = STAGES | {"stages", "pipeline", "batch", "inject", "demo", "cli", "simulate"}
+EVERYTHING = STAGES | {"report", "stages", "pipeline", "batch", "inject", "demo", "cli", "simulate"}
 MAY_IMPORT = {
     "errors": set(),
     "progress": {"errors"},
@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "run": OPTIONS,
     "cluster": OPTIONS,
     "stages": STAGES,
-    "pipeline": STAGES | {"stages"},
+    "report": OPTIONS | {"run"},
+    "pipeline": STAGES | {"report", "stages"},
     "batch": STAGES | {"pipeline"},
     "inject": STAGES | {"stages"},
     "demo": EVERYTHING,
@@ -45,7 +46,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "distributed": {"cluster", "pipeline"},
     "dask_jobqueue": {"cluster"},
-    "dask": {"cluster", "pipeline", "stages"},
+    "dask": {"cluster", "pipeline", "report", "stages"},
 }
 # Modules of no Dask at all, whatever the libraries that they import do.
 WITHOUT_DASK = ["archive", "config", "run", "science", "simulate", "storage", "tables"]

@@ -39,6 +39,8 @@ GIVEN_CATALOGUE_NAME = "given_catalogue.parquet"
 SKIPPED_ROWS_NAME = "skipped_rows.csv"
 # What `spxdask inject` writes.
 INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME = "injection.csv", "injection.png"
+# What `spxdask report` and each run write.
+REPORT_NAMES = ("report.html", "report.json")
 
 
 class RunFolder:
@@ -90,7 +92,8 @@ class RunFolder:
         """
         if os.fspath(path) == self.given_catalogue_path:
             return
-        names = QUERY_SUMMARY_NAME, SKIPPED_ROWS_NAME, INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME
+        injected = INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME
+        names = QUERY_SUMMARY_NAME, SKIPPED_ROWS_NAME, *injected, *REPORT_NAMES
         files = (self.root / name for name in names)
         for written in (*self._subfolders, *files):
             if written.contains(os.fspath(path)):

@@ -17,7 +17,7 @@ from spxdask.run.plan import BATCH_SIZE, NO_SOURCE, find_empty
 from spxdask.science.catalogue import Catalogue
 from spxdask.storage import Store
 
-__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "save_frame_table"]
+__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "FRAME_SCHEMA", "list_frames", "save_frame_table"]
 
 FRAMES_NAME = "frames.parquet"
 # Name, type, unit and meaning of each column.
@@ -55,7 +55,7 @@ FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
     ("seconds", pa.float64(), "s", "time that measuring it took"),
     ("bytes", pa.int64(), "", "length of the frame's file"),
 )
-_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
+FRAME_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
 # Raised when the same ledger gives another table.
 _VERSION = 1
 
@@ -90,16 +90,40 @@ def save_frame_table(
     }
     if _read_origin(state) == origin:
         return False
-    schema = _SCHEMA.with_metadata({"origin": json.dumps(origin)})
-    found = find_empty(observations, sources)
+    schema = FRAME_SCHEMA.with_metadata({"origin": json.dumps(origin)})
     with (
         state.atomic_path(FRAMES_NAME) as part,
         open(part, "wb") as file,
         pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        for rows in _make_batches(found, ledger):
+        for rows in list_frames(observations, ledger, sources):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return True
+
+
+def list_frames(
+    observations: Observations, ledger: Ledger, sources: Catalogue | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Return the rows of the table of frames in batches.
+
+    Parameters
+    ----------
+    observations : Observations
+        The frames; read part by part.
+    ledger : Ledger
+        What became of them.
+    sources : Catalogue or None
+        The sources where frames without any are not fetched, None where they are.
+
+    Yields
+    ------
+    list of dict
+        Up to `BATCH_SIZE` rows, in order of time, with the names of `FRAME_COLUMNS`; what is not
+        known is not in them.
+    """
+    frames = find_empty(observations, sources)
+    while batch := list(islice(frames, BATCH_SIZE)):
+        yield [_make_row(observation, ledger, is_empty) for observation, is_empty in batch]
 
 
 def _read_origin(state: Store) -> Any:
@@ -111,13 +135,6 @@ def _read_origin(state: Store) -> Any:
             return json.loads(pq.read_schema(file).metadata[b"origin"])
     except (pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-
-
-def _make_batches(
-    frames: Iterator[tuple[Observation, bool]], ledger: Ledger
-) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(islice(frames, BATCH_SIZE)):
-        yield [_make_row(observation, ledger, is_empty) for observation, is_empty in batch]
 
 
 def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[str, Any]:
@@ -139,7 +156,9 @@ def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[
         row["bytes"] = fetched.bytes
     if measured is None or measured.status != "done":
         return row
-    row |= {name: value for name, value in measured.properties.items() if name in _SCHEMA.names}
+    row |= {
+        name: value for name, value in measured.properties.items() if name in FRAME_SCHEMA.names
+    }
     return row | {
         "calibration": _list_tokens(ledger.recipes.get(measured.recipe or "", {})),
         "rows": measured.rows,
