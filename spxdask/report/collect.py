@@ -199,9 +199,7 @@ def identify(folder: RunFolder, config: BatchConfig) -> dict[str, Any]:
         "catalogue": sorted(catalogues),
         "tables": None if aggregation is None else aggregation.tables,
         "light_curves": None if aggregation is None else aggregation.files,
-        "configuration": hashlib.blake2b(
-            repr(_describe_config(config)).encode(), digest_size=16
-        ).hexdigest(),
+        "configuration": options.hexdigest(),
     }
 
 

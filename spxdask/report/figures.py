@@ -74,7 +74,7 @@ def plot_sky(drawing: Drawing) -> tuple[Plot, str]:
         radius = float(np.rad2deg(np.arccos(np.clip(shown @ middle, -1, 1)).max()))
     is_local = radius <= MAX_LOCAL_RADIUS_DEG
     plot, project, place = (
-        _make_local_map(middle, radius + 2.2 if len(centres) else radius * 1.1 + 0.02)
+        _make_local_map(middle, radius + 2.6 if len(centres) else radius * 1.1 + 0.02)
         if is_local
         else _make_sky_map()
     )

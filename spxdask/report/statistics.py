@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spxdask.report.channels import BANDS, CHANNEL_WIDTHS, find_channels
+from spxdask.report.channels import BANDS, CHANNEL_WIDTHS, CHANNELS_PER_BAND, find_channels
 
 __all__ = [
     "MEASURES",
@@ -267,7 +267,10 @@ def compare_measures(rows: Rows) -> Ratios:
 
 
 def compare_releases(rows: Rows, measure: str, one: int, other: int) -> Ratios:
-    """Divide fluxes of one release by those of another, interpolated in wavelength.
+    """Divide fluxes of one release by those of another in the same channel.
+
+    Their wavelengths differ within the channel, either way, which scatters single ratios by a
+    percent or two, but not their medians.
 
     Parameters
     ----------
@@ -281,42 +284,29 @@ def compare_releases(rows: Rows, measure: str, one: int, other: int) -> Ratios:
     Returns
     -------
     Ratios
-        Of each flux of one release, and of the line through its neighbours in wavelength of the
-        other, of the same source and band and no more than two channels apart. All are at least
+        Of the weighted means of each source in each channel, where both are at least
         `MIN_SNR_OF_RATIO` times their errors.
     """
     flux, error = measure_total(rows, measure)
-    with np.errstate(invalid="ignore"):
-        kept = flux > MIN_SNR_OF_RATIO * error
-    kept &= np.isin(rows["release"], (one, other))
-    flux = flux[kept]
-    source, band, release = (rows[n][kept].astype(np.int64) for n in ("source", "band", "release"))
-    wavelength = rows["wavelength"][kept].astype(np.float64)
-    order = np.lexsort((release, wavelength, band, source))
-    flux, band, release, wavelength = (v[order] for v in (flux, band, release, wavelength))
-    group, wave = source[order] * len(BANDS) + band, np.log(wavelength)
-    index, n = np.arange(len(flux)), len(flux)
-    found = []
-    for above in (one, other):
-        # The nearest of the other release on either side.
-        is_below = release != above
-        before = np.maximum.accumulate(np.where(is_below, index, -1))
-        after = np.minimum.accumulate(np.where(is_below, index, n)[::-1])[::-1]
-        middle = np.flatnonzero(~is_below & (before >= 0) & (after < n))
-        a, c = before[middle], after[middle]
-        near = (group[a] == group[middle]) & (group[c] == group[middle])
-        near &= wave[c] - wave[a] <= 2 * CHANNEL_WIDTHS[band[middle]]
-        a, middle, c = a[near], middle[near], c[near]
-        span = wave[c] - wave[a]
-        right = np.where(span > 0, (wave[middle] - wave[a]) / np.where(span > 0, span, 1.0), 0.5)
-        line = (1.0 - right) * flux[a] + right * flux[c]
-        pair = (flux[middle], line) if above == one else (line, flux[middle])
-        found.append((middle, pair[0] / pair[1], pair[1]))
-    place, ratio, below = (np.concatenate(values) for values in zip(*found, strict=True))
+    n_places = len(BANDS) * CHANNELS_PER_BAND
+    found = {}
+    for release in (one, other):
+        kept = np.isfinite(flux) & (error > 0) & (rows["release"] == release)
+        band = rows["band"][kept].astype(np.int64)
+        channel = find_channels(band, rows["wavelength"][kept].astype(np.float64))
+        key = rows["source"][kept].astype(np.int64) * n_places + band * CHANNELS_PER_BAND + channel
+        weight = error[kept] ** -2.0
+        keys, counts, (weights, sums) = summarise_by(key, weight, weight * flux[kept])
+        mean = sums / weights
+        is_bright = mean > MIN_SNR_OF_RATIO / np.sqrt(weights * counts)
+        found[release] = keys[is_bright], mean[is_bright]
+    keys, i, j = np.intersect1d(found[one][0], found[other][0], return_indices=True)
+    place = keys % n_places
+    below = found[other][1][j]
     return Ratios(
-        band=band[place],
-        channel=find_channels(band[place], wavelength[place]),
-        ratio=ratio,
+        band=place // CHANNELS_PER_BAND,
+        channel=place % CHANNELS_PER_BAND,
+        ratio=found[one][1][i] / below,
         magnitude=to_magnitude(below),
     )
 

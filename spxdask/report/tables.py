@@ -27,8 +27,6 @@ __all__ = ["Table", "Tally", "TallyOptions", "read_tables"]
 # Tables that are read together: each group looks up the ids of the whole catalogue.
 GROUP_BYTES = 96_000_000
 GROUP_FILES = 2000
-# Fewer bytes than this are read one after the other, without Dask.
-SERIAL_BYTES = 2 * GROUP_BYTES
 # Length of a CSV table divided by that of the same table in Parquet.
 PARQUET_SHRINKS = 3
 N_BITS = 32
@@ -156,7 +154,13 @@ class Tally:
         return Tally(**sums, sample=sample)
 
 
-def read_tables(tables: Sequence[Table], options: TallyOptions, scheduler: Any = None) -> Tally:
+def read_tables(
+    tables: Sequence[Table],
+    options: TallyOptions,
+    scheduler: Any = None,
+    *,
+    group_bytes: int = GROUP_BYTES,
+) -> Tally:
     """Read tables once, on Dask where they are large.
 
     Parameters
@@ -168,14 +172,17 @@ def read_tables(tables: Sequence[Table], options: TallyOptions, scheduler: Any =
     scheduler : optional
         A client of a cluster, or what `dask.compute` takes for `scheduler`; by default, threads of
         this process.
+    group_bytes : int
+        Tables of so many bytes are read together; where there are no more than twice as many, they
+        are read one after the other, without Dask.
 
     Returns
     -------
     Tally
         Of all of them; its sample is in the order of source, band, release and wavelength.
     """
-    groups = _group_tables(tables)
-    if sum(map(_estimate_bytes, tables)) <= SERIAL_BYTES:
+    groups = _group_tables(tables, group_bytes)
+    if sum(map(_estimate_bytes, tables)) <= 2 * group_bytes:
         empty = Tally.make_empty(len(_open_catalogue(options.catalogue)))
         total = sum((tally_group(group, options) for group in groups), empty)
     else:
@@ -232,12 +239,12 @@ def _estimate_bytes(table: Table) -> int:
     return table.bytes if table.name.endswith(".csv") else PARQUET_SHRINKS * table.bytes
 
 
-def _group_tables(tables: Iterable[Table]) -> list[list[Table]]:
+def _group_tables(tables: Iterable[Table], group_bytes: int) -> list[list[Table]]:
     groups: list[list[Table]] = []
     size = 0
     for table in tables:
         length = _estimate_bytes(table)
-        if not groups or size + length > GROUP_BYTES or len(groups[-1]) >= GROUP_FILES:
+        if not groups or size + length > group_bytes or len(groups[-1]) >= GROUP_FILES:
             groups.append([])
             size = 0
         groups[-1].append(table)

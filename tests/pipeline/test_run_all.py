@@ -35,7 +35,7 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
     assert set(simulated.AWKWARD_IDS) < set(rows["target_id"]) <= set(survey.ids)
     assert {path.name for path in output_of(finished).path.iterdir()} == {
         *("images", "per_image", "lightcurves", "buckets", "state"),
-        "query_summary.yaml",
+        *("query_summary.yaml", "report.html", "report.json"),
     }
     assert {path.name for path in output_of(finished).path.parent.iterdir()} == {
         "out",
