@@ -91,7 +91,8 @@ def plot_sky(drawing: Drawing) -> tuple[Plot, str]:
         opacity = min(0.12, 1.5 / max(len(drawn[every]), 1))
         plot.draw_polygons(polygons, color, fill_opacity=opacity, label=label)
     if not is_local and len(centres):
-        plot.draw_density(*project(centres), FOOTPRINT_COLOR, cell=8, label="frames")
+        x, y = project(centres)
+        plot.draw_density(x, y, FOOTPRINT_COLOR, cell=8, label="frames")
     caption = place
     if every.step > 1:
         caption += f" One in {every.step} of {len(drawn):,} footprints is drawn."

@@ -263,8 +263,8 @@ def _render_rows(numbers: dict[str, Any]) -> str:
     )
     for title, unit, counts in counted:
         if counts:
-            lines = [(f"{n:,}", reason) for reason, n in counts.items()]
-            out += [f"<h3>{title}</h3>", _table((unit, "reason"), lines, text=(1,))]
+            reasons = [(f"{n:,}", reason) for reason, n in counts.items()]
+            out += [f"<h3>{title}</h3>", _table((unit, "reason"), reasons, text=(1,))]
     return "".join(out)
 
 

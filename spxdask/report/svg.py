@@ -177,14 +177,14 @@ class Axis:
     def _choose_ticks(self, low: float, high: float) -> list[float]:
         if self.is_log:
             decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            steps = (1,) if len(decades) > 3 else (1, 2, 5)
-            return [s * 10.0**d for d in decades for s in steps]
-        steps = [1, 2, 5, 10, 20, 30, 60, 90, 180, 365, 730] if self.is_time else []
-        step = next((s for s in steps if (high - low) / s <= 5), None)
-        if step is None:
-            rough = (high - low) / 6
-            power = 10.0 ** math.floor(math.log10(rough))
-            step = power * next(s for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
+            leading = [1] if len(decades) > 3 else [1, 2, 5]
+            return [first * 10.0**decade for decade in decades for first in leading]
+        rough = (high - low) / 6
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(s for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
+        if self.is_time:
+            days = (1, 2, 5, 10, 20, 30, 60, 90, 180, 365, 730)
+            step = next((s for s in days if (high - low) / s <= 5), round(step) or 1)
         first = math.ceil(low / step - 1e-9)
         n = math.floor(high / step + 1e-9) - first + 1
         # Rounded, as 3 x 0.1 is not 0.3.
