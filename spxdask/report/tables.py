@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,6 +32,7 @@ GROUP_FILES = 2000
 # Length of a CSV table divided by that of the same table in Parquet.
 PARQUET_SHRINKS = 3
 N_BITS = 32
+_one_index = threading.Lock()
 # What is read of each table. Those behind `flag` are not in tables without PSF photometry.
 NUMBERS = ("mjd", "wavelength", "flux", "flux_error", "flag")
 PSF_NUMBERS = (
@@ -213,8 +216,7 @@ def tally_group(tables: Sequence[Table], options: TallyOptions) -> Tally:
     Tally
         Of those that can be read; the others are counted.
     """
-    catalogue = _open_catalogue(options.catalogue)
-    found = Tally.make_empty(len(catalogue))
+    found = Tally.make_empty(len(_open_catalogue(options.catalogue)))
     read, releases = [], []
     for table, content in _get_contents(options.per_image, tables):
         try:
@@ -227,7 +229,7 @@ def tally_group(tables: Sequence[Table], options: TallyOptions) -> Tally:
         releases.append(np.full(len(read[-1]), table.release, np.int16))
     found.n_tables = len(read)
     if read:
-        _count(pa.concat_tables(read), np.concatenate(releases), catalogue, options.stride, found)
+        _count(pa.concat_tables(read), np.concatenate(releases), options, found)
     return found
 
 
@@ -296,13 +298,20 @@ def _open_catalogue(path: str) -> Catalogue:
     return Catalogue.open(store.local_copy(name))
 
 
-def _count(
-    rows: pa.Table, release: np.ndarray, catalogue: Catalogue, stride: int, found: Tally
-) -> None:
+@functools.lru_cache(maxsize=2)
+def _index_ids(path: str) -> pd.Index:
+    """Return the ids of the catalogue, hashed once in a process: that is most of the work."""
+    ids = pd.Index(_open_catalogue(path).target_id.to_numpy(zero_copy_only=False), dtype=object)
+    # The first search builds the table.
+    ids.get_indexer(ids[:1])
+    return ids
+
+
+def _count(rows: pa.Table, release: np.ndarray, options: TallyOptions, found: Tally) -> None:
     """Add rows to a tally."""
-    ids = pc.cast(rows.column("target_id"), pa.large_string())
-    source = _to_numpy(pc.index_in(ids, value_set=catalogue.target_id)).astype(np.float64)
-    source = np.where(np.isnan(source), -1, source).astype(np.int64)
+    with _one_index:
+        known = _index_ids(options.catalogue)
+    source = known.get_indexer(rows.column("target_id").to_numpy()).astype(np.int64)
     band = _to_numpy(pc.index_in(rows.column("band"), value_set=pa.array(BANDS)))
     band = np.where(np.isnan(band.astype(np.float64)), 0, band).astype(np.int64)
     numbers = {
@@ -335,7 +344,7 @@ def _count(
     counts = np.bincount(places, minlength=found.per_source.size)
     found.per_source += counts.reshape(found.per_source.shape).astype(np.int32)
 
-    kept = np.flatnonzero(is_known & (source % stride == 0))
+    kept = np.flatnonzero(is_known & (source % options.stride == 0))
     columns = {
         "source": source,
         "band": band,
