@@ -113,6 +113,7 @@ COMMANDS = {
     "plot": _Command(
         "every day", "draw spectrum or light curve of a source", "ID [--output DIR] [-o FILE]"
     ),
+    "report": _Command("every day", "report.html: what a run is worth", "[DIR]"),
     "demo": _Command(
         "first steps",
         "the four stages on a simulated sky, checked against its truth",
@@ -378,6 +379,8 @@ def _add_command(commands: Any, name: str) -> None:
         command.add_argument(
             "--watch", action="store_true", help="report again and again, until the run ends"
         )
+    elif name == "report":
+        command.add_argument("output_dir", nargs="?", metavar="DIR", help="the output folder")
     elif name == "demo":
         command.add_argument(
             "--output", default="demo_output", metavar="DIR", help="default: %(default)s"
@@ -697,6 +700,17 @@ def _status(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _report(options: argparse.Namespace) -> int:
+    from spxdask.report.make import make_report
+    from spxdask.run.folder import REPORT_NAMES, RunFolder
+
+    output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
+    for sentence in make_report(output)["verdict"]:
+        print(f"{sentence['level']:<11} {sentence['text']}")
+    print(f"{'report':<11} {RunFolder(output).root.path_to(REPORT_NAMES[0])}")
+    return EXIT_DONE
+
+
 def _demo(options: argparse.Namespace) -> int:
     from spxdask.demo import run_demo
 
@@ -769,6 +783,7 @@ _RUNNERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "resume": _resume,
     "plot": _plot,
     "status": _status,
+    "report": _report,
     "demo": _demo,
     "config": _config,
     "inject": _inject,

@@ -481,6 +481,10 @@ class BatchConfig(CheckedOptions):
             group=OUTPUT,
         ),
     ] = False
+    report: Annotated[
+        bool,
+        option("write report.html and report.json at the end of a run", group=OUTPUT),
+    ] = True
     bands: Annotated[
         Annotated[tuple[Literal["D1", "D2", "D3", "D4", "D5", "D6"], ...], Field(min_length=1)]
         | None,

@@ -17,8 +17,8 @@ from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
 from spxdask.errors import ConfigError
-from spxdask.extras import HATS_EXTRA, import_extra
 from spxdask.progress import Progress, Silent, make_progress
+from spxdask.report.make import make_report_of_run
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import RunSummary, StageReport
@@ -26,7 +26,7 @@ from spxdask.science.catalogue import Catalogue
 from spxdask.stages import aggregate, query
 from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.context import open_stages
-from spxdask.stages.frames import make_bag, needs_tasks, prepare_frames
+from spxdask.stages.frames import make_bag, prepare_frames
 from spxdask.text import format_html_table, split_report
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,6 @@ class BatchPipeline:
     ------
     ConfigError
         If an argument cannot be used.
-    MissingExtraError
-        If a library that an option needs is not installed.
     """
 
     def __init__(
@@ -79,14 +77,11 @@ class BatchPipeline:
         jobqueue: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
     ) -> None:
+        if not isinstance(config, BatchConfig | RunSources):
+            raise ConfigError(option="config", rule="a BatchConfig", value=config)
         if isinstance(config, BatchConfig):
             config = RunSources(config, RunFolder(config.output_dir))
-        elif not isinstance(config, RunSources):
-            raise ConfigError(option="config", rule="a BatchConfig", value=config)
         self._sources, self.folder, self.config = config, config.folder, config.config
-        if self.config.lightcurve_format == "hats":
-            # Said before the first frame, not after the last.
-            import_extra("hats.io", HATS_EXTRA, "lightcurve_format hats")
         self.reports: dict[str, StageReport] = {}
         self.summary: RunSummary | None = None
         shown: Progress = make_progress() if progress is True else progress or Silent()
@@ -106,8 +101,8 @@ class BatchPipeline:
         return str(self.summary or f"BatchPipeline in {self.folder.path}")
 
     def _repr_html_(self) -> str:
-        pages = split_report(self._session.links) if self.dashboard_link else []
-        return format_html_table("BatchPipeline", [*split_report(str(self)), *pages])
+        text = f"{self}\n{self._session.links}" if self.dashboard_link else str(self)
+        return format_html_table("BatchPipeline", split_report(text))
 
     def __enter__(self) -> BatchPipeline:
         # Whoever writes `with` wants the cluster, and its dashboard, from the beginning.
@@ -263,7 +258,6 @@ class BatchPipeline:
             Its text is what the command line prints.
         """
         self.reports = {}
-        n_sources = len(self.catalogue)
         with self._session.hold():
             if not retry_failed:
                 self.run_query()
@@ -274,7 +268,11 @@ class BatchPipeline:
                     self.run_aggregate()
                 except aggregate.NothingMeasuredError as error:
                     logger.warning("%s", error)
-        self.summary = RunSummary(stages=self.reports, n_sources=n_sources, output=self.folder.path)
+            self.summary = RunSummary(
+                stages=self.reports, n_sources=len(self.catalogue), output=self.folder.path
+            )
+            if self.config.report:
+                self.summary.report = make_report_of_run(self.summary, self._session.connect)
         return self.summary
 
     def _run_frames(
@@ -285,11 +283,7 @@ class BatchPipeline:
             run = prepare_frames(
                 self.folder, self._sources, reports, self._progress, self._outage_policy
             )
-            replaced = run.recheck(self._session.run_once) if recheck else set()
-            states = run.plan(replaced=replaced, **options)
-            if needs_tasks(states):
-                run.execute(self._session.connect(), states, serial=self._session.is_embedded)
-            run.save_table()
+            run.complete(self._session, recheck=recheck, **options)
         return run.reports
 
     @contextmanager

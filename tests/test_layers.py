@@ -20,14 +20,7 @@ INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
 OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
 EVERYTHING = STAGES | {
-    "extras",
-    "results",
-    "stages",
-    "pipeline",
-    "batch",
-    "inject",
-    "demo",
-    "cli",
+    *("extras", "results", "report", "stages", "pipeline", "batch", "inject", "demo", "cli"),
     "simulate",
 }
 MAY_IMPORT = {
@@ -44,8 +37,9 @@ MAY_IMPORT = {
     "run": OPTIONS,
     "cluster": OPTIONS,
     "results": OPTIONS | {"extras", "run"},
+    "report": OPTIONS | {"run"},
     "stages": STAGES | {"extras", "results"},
-    "pipeline": STAGES | {"extras", "results", "stages"},
+    "pipeline": STAGES | {"extras", "report", "results", "stages"},
     "batch": STAGES | {"pipeline"},
     "inject": STAGES | {"extras", "stages"},
     "demo": EVERYTHING,
@@ -57,7 +51,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "distributed": {"cluster", "pipeline"},
     "dask_jobqueue": {"cluster"},
-    "dask": {"cluster", "pipeline", "results", "stages"},
+    "dask": {"cluster", "pipeline", "report", "results", "stages"},
 }
 # Modules of no Dask at all, whatever the libraries that they import do.
 WITHOUT_DASK = ["archive", "config", "run", "science", "simulate", "storage", "tables"]

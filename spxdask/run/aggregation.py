@@ -23,12 +23,15 @@ class AggregationRecord:
         Hash of the names and lengths of the files that were there in the end.
     n_light_curves, n_rows : int
         What was written.
+    seconds : float
+        Time that it took, s; 0 where that is not known.
     """
 
     tables: str
     files: str
     n_light_curves: int
     n_rows: int
+    seconds: float = 0.0
 
 
 def save_aggregation(state: Store, record: AggregationRecord) -> None:

@@ -43,6 +43,8 @@ README_NAME, COLUMNS_NAME = "README.txt", "columns.yaml"
 HATS_NAME = "hats"
 # What `spxdask inject` writes.
 INJECTION_TABLE_NAME, INJECTION_FIGURE_NAME = "injection.csv", "injection.png"
+# What `spxdask report` and each run write.
+REPORT_NAMES = ("report.html", "report.json")
 
 
 class RunFolder:
@@ -102,6 +104,7 @@ class RunFolder:
             HATS_NAME,
             INJECTION_TABLE_NAME,
             INJECTION_FIGURE_NAME,
+            *REPORT_NAMES,
         )
         files = (self.root / name for name in names)
         for written in (*self._subfolders, *files):

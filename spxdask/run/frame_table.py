@@ -17,7 +17,13 @@ from spxdask.run.plan import BATCH_SIZE, NO_SOURCE, find_empty
 from spxdask.science.catalogue import Catalogue
 from spxdask.storage import Store
 
-__all__ = ["FRAMES_NAME", "FRAME_COLUMNS", "load_frame_table", "save_frame_table"]
+__all__ = [
+    "FRAMES_NAME",
+    "FRAME_COLUMNS",
+    "FRAME_SCHEMA",
+    "load_frame_table",
+    "save_frame_table",
+]
 
 FRAMES_NAME = "frames.parquet"
 # Name, type, unit and meaning of each column.
@@ -69,7 +75,7 @@ FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "rows of pixels that the zodiacal fit and the median variance saw; null for all",
     ),
 )
-_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
+FRAME_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
 # Raised when the same ledger gives another table.
 _VERSION = 2
 
@@ -98,14 +104,13 @@ def save_frame_table(
     origin = _describe_origin(observations, ledger, sources)
     if _read_origin(state) == origin:
         return False
-    schema = _SCHEMA.with_metadata({"origin": json.dumps(origin)})
-    found = find_empty(observations, sources)
+    schema = FRAME_SCHEMA.with_metadata({"origin": json.dumps(origin)})
     with (
         state.atomic_path(FRAMES_NAME) as part,
         open(part, "wb") as file,
         pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
-        for rows in _make_batches(found, ledger):
+        for rows in _list_batches(observations, ledger, sources):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return True
 
@@ -134,9 +139,18 @@ def load_frame_table(
     if _read_origin(state) == _describe_origin(observations, ledger, sources):
         with state.open_seekable(FRAMES_NAME) as file:
             return pq.read_table(file)
-    batches = _make_batches(find_empty(observations, sources), ledger)
-    tables = [pa.Table.from_pylist(rows, schema=_SCHEMA) for rows in batches]
-    return pa.concat_tables([_SCHEMA.empty_table(), *tables])
+    batches = _list_batches(observations, ledger, sources)
+    tables = [pa.Table.from_pylist(rows, schema=FRAME_SCHEMA) for rows in batches]
+    return pa.concat_tables([FRAME_SCHEMA.empty_table(), *tables])
+
+
+def _list_batches(
+    observations: Observations, ledger: Ledger, sources: Catalogue | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of the table, up to `BATCH_SIZE` at a time, in order of time."""
+    frames = find_empty(observations, sources)
+    while batch := list(islice(frames, BATCH_SIZE)):
+        yield [_make_row(observation, ledger, is_empty) for observation, is_empty in batch]
 
 
 def _describe_origin(
@@ -160,13 +174,6 @@ def _read_origin(state: Store) -> Any:
             return json.loads(pq.read_schema(file).metadata[b"origin"])
     except (pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-
-
-def _make_batches(
-    frames: Iterator[tuple[Observation, bool]], ledger: Ledger
-) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(islice(frames, BATCH_SIZE)):
-        yield [_make_row(observation, ledger, is_empty) for observation, is_empty in batch]
 
 
 def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[str, Any]:
@@ -193,7 +200,9 @@ def _make_row(observation: Observation, ledger: Ledger, is_empty: bool) -> dict[
         }
     if measured is None or measured.status != "done":
         return row
-    row |= {name: value for name, value in measured.properties.items() if name in _SCHEMA.names}
+    row |= {
+        name: value for name, value in measured.properties.items() if name in FRAME_SCHEMA.names
+    }
     return row | {
         "calibration": _list_tokens(ledger.recipes.get(measured.recipe or "", {})),
         "rows": measured.rows,

@@ -129,11 +129,14 @@ class RunSummary:
         Sources in the catalogue.
     output : str
         The output folder.
+    report : str
+        What is to be said of `report.html`; empty if it was not to be made.
     """
 
     stages: dict[str, StageReport]
     n_sources: int
     output: str
+    report: str = ""
 
     @property
     def n_measured(self) -> int:
@@ -168,6 +171,8 @@ class RunSummary:
                 lines.append(_line("", f"and {more:,} more, see the ledger in state/"))
         else:
             lines.append(_line("failed", "none"))
+        if self.report:
+            lines.append(_line("report", self.report))
         lines.append(_line("output", self.output))
         return "\n".join(lines)
 

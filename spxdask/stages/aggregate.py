@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,6 +182,7 @@ class Aggregation:
         SpxdaskError
             If rows were lost, or light curves are not where they were written.
         """
+        started = time.monotonic()
         folder, config, report = self._folder, self._config, self._report
         folder.require_writable(folder.lightcurves)
         if config.keep_bucket_files:
@@ -250,6 +252,7 @@ class Aggregation:
                 files=self._digest_files(),
                 n_light_curves=report.total,
                 n_rows=report.rows,
+                seconds=round(time.monotonic() - started, 3),
             ),
         )
 

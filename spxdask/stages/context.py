@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from spxdask.cluster.page import ProgressPublisher
+from spxdask.extras import HATS_EXTRA, import_extra
 from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport, describe_stage
@@ -41,6 +42,9 @@ def open_stages(
     list of StageReport
         One for each stage, without times before the end.
     """
+    if sources.config.lightcurve_format == "hats":
+        # Said before the first frame, not after the last.
+        import_extra("hats.io", HATS_EXTRA, "lightcurve_format hats")
     reports = [StageReport(stage=stage) for stage in stages]
     started = time.monotonic()
     logger.info("%s: begins", ", ".join(stages))

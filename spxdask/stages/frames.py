@@ -57,7 +57,7 @@ from spxdask.stages.reading import ReadOption, make_row_rule
 from spxdask.stages.recheck import recheck_frames
 
 if TYPE_CHECKING:
-    from spxdask.cluster.session import Client
+    from spxdask.cluster.session import Client, ClusterSession
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,29 @@ class FrameRun:
     @cached_property
     def _bag(self) -> db.Bag:
         return make_bag(self.observations)
+
+    def complete(self, session: ClusterSession, *, recheck: bool = False, **options: bool) -> None:
+        """Plan, do what is left to do, and bring the table of frames up to date.
+
+        Parameters
+        ----------
+        session : ClusterSession
+            Gives the cluster, if there is anything to do.
+        recheck : bool
+            Whether the archive is asked which frames it has replaced.
+        **options
+            Those of `plan`.
+
+        Raises
+        ------
+        DiskFullError, ClusterError, RunFolderError
+            As `plan` and `execute`.
+        """
+        replaced = self.recheck(session.run_once) if recheck else set()
+        states = self.plan(replaced=replaced, **options)
+        if any(state in states for state in TASK_STATES):
+            self.execute(session.connect(), states, serial=session.is_embedded)
+        self.save_table()
 
     def recheck(self, run_once: Callable[..., list[FileVersion | str]]) -> set[str]:
         """Ask the archive which frames it has replaced since they were fetched.
@@ -681,21 +704,6 @@ def _as_frame_task(
     The key is new each time: a key that the scheduler still knows would not run again.
     """
     return as_task((stage, f"{observation.stem}-{uuid.uuid4().hex[:8]}"), function, *arguments)
-
-
-def needs_tasks(states: bytearray) -> bool:
-    """Return whether any frame of a plan is to be fetched or measured.
-
-    Parameters
-    ----------
-    states : bytearray
-        A `FrameState` a frame.
-
-    Returns
-    -------
-    bool
-    """
-    return any(state in states for state in TASK_STATES)
 
 
 def make_bag(observations: Observations) -> db.Bag:

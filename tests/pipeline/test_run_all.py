@@ -40,6 +40,7 @@ def test_every_frame_is_found_once_and_measured(finished, survey):
     assert {path.name for path in output_of(finished).path.iterdir()} == {
         *("images", "per_image", "lightcurves", "buckets", "state"),
         *("query_summary.yaml", "README.txt", "columns.yaml"),
+        *("report.html", "report.json", "progress.html"),
     }
     assert {path.name for path in output_of(finished).path.parent.iterdir()} == {
         "out",

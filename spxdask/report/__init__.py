@@ -1,0 +1,1 @@
+"""What a run is worth: report.html and report.json in its output folder."""
