@@ -86,6 +86,7 @@ BATCH_DEFAULTS = {
     "report": True,
     "per_image_format": "csv",
     "lightcurve_format": "csv",
+    "read": "auto",
     "max_retries": 5,
     "stall_timeout": 30.0,
     "tap_url": IRSA_TAP_URL,
@@ -861,7 +862,7 @@ def test_every_option_of_the_template_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("options", "n_choices"), [(BatchConfig, 4), (PhotometryConfig, 3)], ids=["run", "photometry"]
+    ("options", "n_choices"), [(BatchConfig, 5), (PhotometryConfig, 3)], ids=["run", "photometry"]
 )
 def test_choices_are_named_where_the_option_is_explained(options, n_choices):
     found = {
