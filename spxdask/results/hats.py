@@ -39,8 +39,6 @@ BUILDER = "spxdask"
 # Points of a partition, unless a single pixel of the finest order has more: some 200 bytes each.
 POINTS_PER_PARTITION = 500_000
 FINEST_ORDER = 14
-# Sources that are found together in a temporary file.
-SPILL_ROWS = 1000
 
 
 def write_hats(
@@ -161,37 +159,29 @@ def _write(
         schema = table.schema if schema is None else schema
         pixels.append(table[INDEX].to_numpy())
         points.append(table["points"].to_numpy())
-        pq.write_table(
-            table.cast(schema),
-            spilled / f"{number:06d}.parquet",
-            row_group_size=SPILL_ROWS,
-            compression="lz4",
-            use_dictionary=False,
-        )
+        # Mapped into memory, any piece of such a file is there without being decoded.
+        with (
+            pa.OSFile(str(spilled / f"{number:06d}.arrow"), "wb") as out,
+            pa.ipc.new_file(out, schema) as writer,
+        ):
+            writer.write_table(table.cast(schema).combine_chunks())
         report(0)
     if schema is None or not sum(map(len, pixels)):
         raise RunFolderError("there is no light curve of a source of the catalogue", path=run.path)
     files = sorted(spilled.iterdir())
-    bounds = [(found.min(), found.max()) if len(found) else (1, 0) for found in pixels]
     place = np.concatenate(pixels)
     order = np.argsort(place, kind="stable")
     weights = np.concatenate([[0], np.cumsum(np.concatenate(points)[order])])
     chosen = list(_divide(place[order], weights, points_per_partition))
     for pixel_order, pixel, first, last in chosen:
-        near = [
-            file
-            for file, (low, high) in zip(files, bounds, strict=True)
-            if low < last and high >= first
-        ]
-        found = pa.concat_tables(
-            pq.read_table(
-                file,
-                filters=[(INDEX, ">=", first), (INDEX, "<", last)],
-                schema=schema,
-                use_threads=False,
-            )
-            for file in near
-        )
+        pieces = []
+        for file, sorted_pixels in zip(files, pixels, strict=True):
+            low, high = np.searchsorted(sorted_pixels, (first, last))
+            if high > low:
+                with pa.memory_map(str(file)) as source:
+                    pieces.append(pa.ipc.open_file(source).read_all().slice(low, high - low))
+        found = pa.concat_tables(pieces)
+        del pieces
         found = found.take(pc.sort_indices(found, [(INDEX, "ascending"), ("id", "ascending")]))
         _write_partition(
             found, paths.new_pixel_catalog_file(catalogue, _make_pixel(pixel_order, pixel))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -150,9 +151,10 @@ def test_per_image_tables_alone_can_be_aggregated(finished, make_config, client,
     for path in output_of(finished).per_image.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     BatchPipeline(config, client=client).run_aggregate()
-    assert read_files(tmp_path / "tables" / "lightcurves") == read_files(
-        output_of(finished).lightcurves
-    )
+    # But for the releases, which only the query knows.
+    curves = read_files(output_of(finished).lightcurves)
+    unknown = {name: re.sub(rb",qr[23]\n", b",\n", text) for name, text in curves.items()}
+    assert read_files(tmp_path / "tables" / "lightcurves") == unknown
 
 
 def test_download_needs_no_catalogue(make_config, client):
