@@ -19,7 +19,7 @@ DEFAULT_BODY_BYTES = 1 << 20
 SHORTEST_BODY_BYTES = 64 << 10
 # Limits of the gap that is cheaper to read than to leave out, whatever was measured.
 SHORTEST_GAP_BYTES = 8 << 10
-LONGEST_GAP_BYTES = 1 << 20
+LONGEST_GAP_BYTES = 1 << 19
 
 
 class Link:
