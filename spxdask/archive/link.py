@@ -86,7 +86,7 @@ class Link:
         Returns
         -------
         int
-            From 8 KiB to 1 MiB, whatever was measured.
+            From 8 KiB to 512 KiB, whatever was measured.
         """
         gap = int(self.latency_s * self.bandwidth)
         return min(max(gap, SHORTEST_GAP_BYTES), LONGEST_GAP_BYTES)
