@@ -108,6 +108,8 @@ def find_sources_on(
         Indices of the sources in the polygon of a frame, for each in order; none where the
         footprint is not known. Edges are those of the archive, without a tolerance.
     """
+    from scipy.spatial import cKDTree
+
     vectors = unit_vectors(ra, dec)
     tree = cKDTree(vectors)
     for footprint in footprints:

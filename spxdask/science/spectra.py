@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.interpolate import BSpline
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from spxdask.science.channels import Channels
 
@@ -173,6 +171,9 @@ def _make_basis(place: np.ndarray, n_intervals: int) -> np.ndarray:
     """Return the (n, k) values of B-splines at places from 0 to 1."""
     step = 1.0 / n_intervals
     knots = np.arange(-DEGREE, n_intervals + DEGREE + 1) * step
+    # Imported where it is needed: a worker that measures frames needs no scipy.
+    from scipy.interpolate import BSpline
+
     return BSpline.design_matrix(np.clip(place, 0.0, 1.0 - 1e-12), knots, DEGREE).toarray()
 
 
@@ -180,6 +181,8 @@ def _choose_curve(
     basis: np.ndarray, weight: np.ndarray, flux: np.ndarray, penalty: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Return the inverse of the normal matrix with the best penalty, and its degrees of freedom."""
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
     normal = basis.T @ (basis * weight[:, None])
     right = basis.T @ (weight * flux)
     scale = np.trace(normal) / np.trace(penalty)
