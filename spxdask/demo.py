@@ -6,59 +6,104 @@ import csv
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from astropy import units as u
+from astropy.coordinates import SkyCoord
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
+from spxdask.cluster.limits import count_cores
 from spxdask.config import BatchConfig
+from spxdask.demo_plots import Chosen, plot_checks, plot_spectra
 from spxdask.errors import InputError
 from spxdask.extras import import_extra
 from spxdask.pipeline import BatchPipeline
+from spxdask.results.run import Run, open_run
 from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.summary import RunSummary
-from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
-from spxdask.simulate.frames import (
-    CALIBRATED_SCENE,
-    Exposure,
-    Sky,
-    make_planes,
-    make_sky,
-    write_frame,
-)
+from spxdask.simulate.archive import SimulatedArchive
+from spxdask.simulate.frames import CALIBRATED_SCENE, Exposure, Sky, make_sky
 from spxdask.simulate.products import CATALOG, make_products
+from spxdask.simulate.survey import Job, SimulatedFrame, aim, find_window, simulate_frames
 from spxdask.tables.selection import select_good_rows
+from spxdask.text import wrap_report
 
-CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.4
-N_SOURCES = 300
-# Offsets of the pointings. They are far apart, so that each detector measures a source at two
-# wavelengths.
-DEC_OFFSETS_DEG = (-1.0, 1.0)
+CENTER_RA, CENTER_DEC, RADIUS_DEG = 270.0, 66.56, 0.25
+N_SOURCES = 130
+# A visit is one pointing of all six detectors. Each has the field a channel further along the
+# detectors, so that all visits together see nearly every source in all 102 channels. The longest
+# wavelengths are in the corners, where the last visit has the field. The order of visits is
+# mixed, as a source that is variable would otherwise be one with another spectrum.
+VISIT_PIXELS = [(1020.0, 126.0 * place + 63.0) for place in range(16)] + [(200.0, 1990.0)]
+VISIT_ORDER = (8, 3, 14, 0, 10, 6, 16, 2, 12, 5, 9, 15, 1, 11, 7, 4, 13)
+MJD_BEGIN, DAYS_BETWEEN_VISITS = 61027.2, 9.0
+# The first visit is of full size; others are cut-outs of the field, which take a tenth of the time.
+N_FULL_VISITS = 1
+# Half of their edge, in pixels: the field and a rim.
+CUT_OUT_HALF = 175
+# Visits from this one on are of the newer release.
+FIRST_NEW_VISIT = 9
 # A fifth of the pixels is near faint stars that are not in the catalogue.
 SCENE = replace(CALIBRATED_SCENE, crowding=0.2)
 # Each takes about 400 MB of memory.
 MAX_SIMULATED_AT_ONCE = 2
 FIRST_ID = 39633458707826492
+# Of the sources with a purpose: flux density at 2 um (uJy), exponent of the power law, and
+# strength, centre and width (um) of the line.
+BRIGHT = (30_000.0, -1.6, -0.45, 2.35, 0.10)
+EMISSION = (6_000.0, 0.6, 1.0, 3.3, 0.07)
+VARIABLE = (8_000.0, -0.8, 0.0, 2.0, 0.1)
+CONSTANT = (8_000.0, -0.8, 0.0, 2.0, 0.1)
+FAINT = (8.0, 0.0, 0.0, 2.0, 0.1)
+PAIR = ((6_000.0, -1.3, 0.0, 2.0, 0.1), (3_500.0, 0.7, 0.0, 2.0, 0.1))
+PAIR_PIXELS, PIXEL_ARCSEC = 2.0, 6.15
+VARIABILITY, PERIOD_DAYS = 0.25, 61.0
 # The ways of measuring a total flux that are compared.
-KINDS = ("aperture", "psf")
+KINDS = ("psf", "aperture")
 # A file with this name marks the folder of a demo, which later demos may overwrite.
 MARK = "spxdask-demo.txt"
 MARK_TEXT = "spxdask demo made this folder and will overwrite the files in it.\n"
 
 
 @dataclass(frozen=True)
-class DemoFrame:
-    """A simulated frame, and the true values of each source in it, one row a source."""
+class DemoSky:
+    """The sources of the demo, and the places of those that are plotted."""
 
-    archived: ArchivedFrame
-    truth: pd.DataFrame
+    sky: Sky
+    bright: int
+    emission: int
+    variable: int
+    constant: int
+    faint: int
+    pair: tuple[int, int]
+
+    def at(self, mjd: float) -> Sky:
+        """Return the sources as they are at a time."""
+        factor = np.ones(len(self.sky))
+        factor[self.variable] = variability(mjd)
+        return replace(self.sky, amplitude=self.sky.amplitude * factor)
+
+
+def variability(mjd: ArrayLike) -> np.ndarray:
+    """Return the flux of the variable source over its mean.
+
+    Parameters
+    ----------
+    mjd : float or (n,) array_like
+        Middle of the exposures.
+
+    Returns
+    -------
+    float or (n,) float array
+        Of all wavelengths.
+    """
+    phase = (np.asarray(mjd) - MJD_BEGIN) / PERIOD_DAYS
+    return 1.0 + VARIABILITY * np.sin(2.0 * np.pi * phase)
 
 
 def run_demo(output: str) -> RunSummary:
@@ -86,25 +131,17 @@ def run_demo(output: str) -> RunSummary:
     folder = RunFolder(output)
     _prepare_folder(folder)
     print(
-        "The sky of this demo is SIMULATED: sources of known spectrum, rendered into full-size\n"
-        "Level 2 frames and served, with calibration products, by an archive on 127.0.0.1. The\n"
-        "four stages are the real ones.\n"
+        "The sky of this demo is SIMULATED: sources of known spectra, rendered into\n"
+        "Level 2 frames and served, with calibration products, by an archive on\n"
+        "127.0.0.1. The four stages are the real ones.\n"
     )
     catalogue = Path(folder.path, "sources.csv")
-    sky = make_sky(
-        CENTER_RA,
-        CENTER_DEC,
-        RADIUS_DEG,
-        n_sources=N_SOURCES,
-        min_separation_arcsec=75,
-        amplitude_ujy=(1_000.0, 50_000.0),
-        seed=2026,
-    )
-    _write_catalogue(catalogue, sky)
+    sky = _make_sky()
+    _write_catalogue(catalogue, sky.sky)
     with tempfile.TemporaryDirectory(
         prefix="archive-", dir=folder.path, ignore_cleanup_errors=True
     ) as archive_folder:
-        frames = _simulate_frames(sky, Path(archive_folder))
+        frames = _simulate(sky, Path(archive_folder))
         # Those that are the archive's newest.
         products = make_products(
             archive_folder, tokens=[token for release, _, token, _ in CATALOG if release == "qr3"]
@@ -125,12 +162,25 @@ def run_demo(output: str) -> RunSummary:
             pipeline = BatchPipeline(config, progress=True)
             with pipeline:
                 summary = pipeline.run_all()
-    print(summary)
-    measured = _compare_with_truth(folder, pd.concat([frame.truth for frame in frames]))
+    print(wrap_report(str(summary)))
+    # From here on, only what a user has: the output folder. The truth is for comparison.
+    run = open_run(output)
+    measured = _compare(run.to_dask().compute(scheduler="synchronous"), _list_truth(frames))
     print(_format_comparison(measured))
-    plot = Path(folder.path, "spectra.png")
-    _plot_spectra(plot, measured, sky)
-    print(f"\nspectra     {plot}")
+    folder_path = Path(folder.path)
+    chosen = {
+        field.name: _choose(run, sky.sky, getattr(sky, field.name))
+        for field in fields(sky)
+        if field.name not in ("sky", "pair")
+    }
+    pair = [_choose(run, sky.sky, source) for source in sky.pair]
+    plot_spectra(folder_path / "spectra.png", measured, chosen, pair)
+    plot_checks(folder_path / "checks.png", measured, chosen, variability)
+    print(f"\nspectra     {folder_path / 'spectra.png'}")
+    print(f"checks      {folder_path / 'checks.png'}")
+    if (folder_path / "report.html").exists():
+        print(f"report      {folder_path / 'report.html'}")
+    print(f"in Python   spxdask.open_run({folder.path!r})")
     return summary
 
 
@@ -166,65 +216,84 @@ def _cache_in(folder: Path) -> Iterator[None]:
             os.environ["SPXDASK_CACHE"] = before
 
 
-def _make_exposures() -> list[Exposure]:
-    """Return two pointings with six detectors each, and one frame in an older release, too."""
-    exposures = []
-    for number, offset in enumerate(DEC_OFFSETS_DEG):
-        for detector in range(1, 7):
-            newest: dict[str, Any] = {}
-            if number:
-                newest = {"release": "qr3", "version": 30, "year": 2026, "day": 90}
-            exposures.append(
-                Exposure(
-                    obs_id=f"2025W51_1A_{684 + number:04d}_{1 + detector % 2}",
-                    detector=detector,
-                    ra=CENTER_RA,
-                    dec=CENTER_DEC + offset,
-                    roll_deg=4.0 * number,
-                    mjd_begin=61027.2 + 30.0 * number + 0.002 * (detector % 3),
-                    **newest,
-                )
-            )
-    last = exposures[-1]
-    return [
-        *exposures,
-        Exposure(
-            obs_id=last.obs_id,
-            detector=last.detector,
-            ra=last.ra,
-            dec=last.dec,
-            roll_deg=last.roll_deg,
-            mjd_begin=last.mjd_begin,
-        ),
-    ]
-
-
-def _simulate_frames(sky: Sky, folder: Path) -> list[DemoFrame]:
-    """Simulate all frames, several at a time, as numpy leaves the interpreter to other threads."""
-    exposures = _make_exposures()
-    with ThreadPoolExecutor(MAX_SIMULATED_AT_ONCE) as pool:
-        frames = pool.map(partial(_simulate_frame, sky=sky, folder=folder), exposures)
-        return list(tqdm(frames, "simulate", total=len(exposures), unit=" frames", disable=None))
-
-
-def _simulate_frame(exposure: Exposure, sky: Sky, folder: Path) -> DemoFrame:
-    planes = make_planes(exposure, sky, SCENE)
-    path = folder / exposure.uri
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_frame(path, exposure, planes)
-    truth = pd.DataFrame(
-        {
-            "filename": exposure.filename,
-            "target_id": [_make_target_id(i) for i in planes.source],
-            "true_wavelength": planes.wavelength_um,
-            "injected": planes.flux_ujy,
-        }
+def _make_sky() -> DemoSky:
+    """Return isolated sources at random, of which those near the middle get a purpose."""
+    sky = make_sky(
+        CENTER_RA,
+        CENTER_DEC,
+        RADIUS_DEG,
+        n_sources=N_SOURCES,
+        min_separation_arcsec=75,
+        amplitude_ujy=(300.0, 50_000.0),
+        seed=2026,
     )
-    return DemoFrame(ArchivedFrame.of(exposure, path), truth)
+    positions = SkyCoord(sky.ra, sky.dec, unit="deg")
+    center = SkyCoord(CENTER_RA, CENTER_DEC, unit="deg")
+    nearest = [int(i) for i in np.argsort(positions.separation(center))[:6]]
+    partner = positions[nearest[5]].directional_offset_by(
+        50 * u.deg, PAIR_PIXELS * PIXEL_ARCSEC * u.arcsec
+    )
+    values = {field.name: np.append(getattr(sky, field.name), 0.0) for field in fields(sky)}
+    values["ra"][-1], values["dec"][-1] = partner.ra.deg, partner.dec.deg
+    purposes = [BRIGHT, EMISSION, VARIABLE, CONSTANT, FAINT, *PAIR]
+    names = ("amplitude", "slope", "line_strength", "line_center_um", "line_width_um")
+    for source, purpose in zip([*nearest, N_SOURCES], purposes, strict=True):
+        for name, value in zip(names, purpose, strict=True):
+            values[name][source] = value
+    return DemoSky(Sky(**values), *nearest[:5], (nearest[5], N_SOURCES))
+
+
+def _list_exposures() -> list[tuple[Exposure, bool]]:
+    """Return all exposures, and whether they are of full size; one in an older release, too."""
+    found = []
+    for visit, place in enumerate(VISIT_ORDER):
+        roll = 0.7 * (visit % 5)
+        column, row = VISIT_PIXELS[place]
+        ra, dec = aim(CENTER_RA, CENTER_DEC, column=column, row=row, roll_deg=roll)
+        for detector in range(1, 7):
+            exposure = Exposure(
+                obs_id=f"2025W51_1A_{684 + visit:04d}_{1 + detector % 2}",
+                detector=detector,
+                ra=ra,
+                dec=dec,
+                roll_deg=roll,
+                mjd_begin=MJD_BEGIN + DAYS_BETWEEN_VISITS * visit,
+            )
+            is_full = visit < N_FULL_VISITS
+            if visit >= FIRST_NEW_VISIT:
+                newer = replace(exposure, release="qr3", version=30, year=2026, day=90)
+                found.append((newer, is_full))
+            if visit < FIRST_NEW_VISIT or (visit, detector) == (FIRST_NEW_VISIT, 1):
+                found.append((exposure, is_full))
+    return found
+
+
+def _simulate(sky: DemoSky, folder: Path) -> list[SimulatedFrame]:
+    """Simulate all frames, several at a time."""
+    jobs = [
+        Job(
+            exposure=exposure,
+            sky=sky.at(0.5 * (exposure.mjd_begin + exposure.mjd_end)),
+            scene=SCENE,
+            window=None if is_full else find_window(exposure, CENTER_RA, CENTER_DEC, CUT_OUT_HALF),
+        )
+        for exposure, is_full in _list_exposures()
+    ]
+    # Maps of a detector are made once if its frames follow one another.
+    jobs.sort(key=lambda job: (job.window is not None, job.exposure.detector))
+    processes = min(MAX_SIMULATED_AT_ONCE, count_cores())
+    frames = simulate_frames(jobs, folder, processes=processes)
+    return list(tqdm(frames, "simulate  ", total=len(jobs), unit=" frames", disable=None))
 
 
 def _make_target_id(number: int) -> str:
     return str(FIRST_ID + int(number))
+
+
+def _choose(run: Run, sky: Sky, source: int) -> Chosen:
+    """Return the light curve of a source, as a user would open it, and its true spectrum."""
+    one = sky.take(np.array([source]))
+    return Chosen(run[_make_target_id(source)], one.flux)
 
 
 def _write_catalogue(path: Path, sky: Sky) -> None:
@@ -235,19 +304,25 @@ def _write_catalogue(path: Path, sky: Sky) -> None:
             writer.writerow([_make_target_id(number), *position])
 
 
-def _compare_with_truth(folder: RunFolder, truth: pd.DataFrame) -> pd.DataFrame:
-    """Read the light curves as a user would, and add the true values to each row."""
-    keys = ["target_id", "obs_id", "band"]
-    frames = pd.concat(
-        pd.read_csv(path, dtype={"target_id": str}, usecols=[*keys, "filename"])
-        for path in sorted(Path(str(folder.per_image)).glob("*.csv"))
+def _list_truth(frames: list[SimulatedFrame]) -> pd.DataFrame:
+    """Return a row a source and frame: wavelength and flux that were injected."""
+    return pd.concat(
+        pd.DataFrame(
+            {
+                "filename": frame.archived.path.name,
+                "target_id": [_make_target_id(i) for i in frame.source],
+                "true_wavelength": frame.wavelength_um,
+                "injected": frame.flux_ujy,
+            }
+        )
+        for frame in frames
     )
-    measured = pd.concat(
-        pd.read_csv(path).assign(target_id=path.stem)
-        for path in sorted(Path(str(folder.lightcurves)).glob("*.csv"))
-    )
-    measured = measured.merge(frames, on=keys, validate="one_to_one")
-    measured = measured.merge(truth, on=["filename", "target_id"], validate="one_to_one")
+
+
+def _compare(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Add the true values to the good rows of all light curves."""
+    rows = select_good_rows(rows.astype({"target_id": object, "filename": object}))
+    measured = rows.merge(truth, on=["filename", "target_id"], validate="one_to_one")
     measured["aperture_flux"] = measured["flux"] * measured["aperture_correction"]
     measured["aperture_flux_error"] = measured["flux_error"] * measured["aperture_correction"]
     for kind in KINDS:
@@ -276,56 +351,26 @@ def robust_scatter(values: ArrayLike) -> float:
 
 def _format_comparison(measured: pd.DataFrame) -> str:
     """Return a table of the injected and the recovered flux in each band."""
+    n_sources = measured["target_id"].nunique()
     lines = [
         "",
-        "Total flux, injected and recovered: by the aperture, flux x aperture_correction, and by",
-        "the PSF, psf_flux. A pull is (recovered - injected) / error of the measurement.",
+        f"Total flux of {n_sources} sources, recovered over injected (median), and pulls, which",
+        "are (recovered - injected) / error: their median and their scatter.",
         "",
-        "                            recovered / injected    aperture: pulls     PSF: pulls",
-        "band   rows   wavelength     aperture      PSF      median   scatter   median   scatter",
-        "                  [um]",
+        "                         psf_flux                  flux x aperture_correction",
+        "band    rows         um   ratio  median  scatter      ratio  median  scatter",
     ]
     bands = [(str(band), rows) for band, rows in measured.groupby("band")]
     for band, rows in [*bands, ("all", measured)]:
-        cells = [f"{rows[f'{kind}_ratio'].median():9.4f}" for kind in KINDS]
+        shortest, longest = rows["wavelength"].min(), rows["wavelength"].max()
+        cells = []
         for kind in KINDS:
             pulls = rows[f"{kind}_pull"].dropna()
-            cells.append(f"{pulls.median():+7.3f}   {robust_scatter(pulls):7.3f}")
-        shortest, longest = rows["wavelength"].min(), rows["wavelength"].max()
+            ratio = rows[f"{kind}_ratio"].median()
+            cells.append(f"{ratio:.4f}  {pulls.median():+.3f}    {robust_scatter(pulls):.3f}")
         lines.append(
-            f"{band:<4} {len(rows):>6,}  {shortest:5.2f} - {longest:4.2f}  {'  '.join(cells)}"
+            f"{band:<4} {len(rows):>7,}  {shortest:.2f}-{longest:.2f}  {'    '.join(cells)}"
         )
     off = (measured["wavelength"] - measured["true_wavelength"]).abs().max()
     lines += ["", f"Largest error of a wavelength: {off:.1e} um"]
-    empty = int(measured["psf_flux"].isna().sum())
-    if empty:
-        lines.append(f"Rows without a PSF flux: {empty:,}")
     return "\n".join(lines)
-
-
-def _plot_spectra(path: Path, measured: pd.DataFrame, sky: Sky) -> None:
-    """Plot the spectra of four sources, from the brightest to a faint one."""
-    order = np.argsort(sky.amplitude)[::-1]
-    chosen = order[[0, len(order) // 4, len(order) // 2, -len(order) // 8]]
-    wavelength = np.linspace(0.75, 5.0, 600)
-    drawing: Any = import_extra("matplotlib.figure", "plot", "spxdask demo")
-    figure = drawing.Figure(figsize=(9, 6), layout="constrained")
-    for number, source in enumerate(chosen):
-        axes = figure.add_subplot(2, 2, number + 1)
-        one = sky.take(np.array([source]))
-        axes.plot(wavelength, [one.flux(w)[0] for w in wavelength], color="0.7", label="injected")
-        rows = select_good_rows(measured[measured["target_id"] == _make_target_id(source)])
-        axes.errorbar(
-            rows["wavelength"],
-            rows["psf_flux"],
-            rows["psf_flux_error"],
-            fmt="o",
-            markersize=3,
-            label="recovered (psf_flux)",
-        )
-        axes.set(
-            xlabel="wavelength (um)", ylabel="flux density (uJy)", title=_make_target_id(source)
-        )
-    figure.axes[0].legend()
-    figure.suptitle("spxdask demo: spectra of simulated sources")
-    figure.savefig(path, dpi=120)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 
+import numpy as np
 import pytest
 
+import spxdask
 from spxdask import BatchConfig
 from spxdask.cli import main
-from spxdask.demo import MARK
+from spxdask.demo import FIRST_ID, MARK, _make_sky, robust_scatter
 from spxdask.run.folder import RunFolder
 
 
@@ -27,28 +29,44 @@ def test_demo_recovers_what_was_injected(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     assert "SIMULATED" in out
-    assert "12 frames found" in out
+    # The older release of one of them is left out.
+    assert "102 frames found" in out
     assert "calibrated with cal-epsf-v1-2026-191 (D3: cal-epsf-v2-2026-191)" in out
-    # Of all rows: shares of total flux that are recovered, and pulls, by aperture and by PSF.
+    assert max(map(len, out.splitlines())) <= max(80, len(str(tmp_path)) + 40)
+    # Of all rows: shares of total flux that are recovered, and pulls, by PSF and by aperture.
     number = r"([+-]?\d+\.\d+)"
     rows, *values = re.search(
-        rf"^all +([\d,]+) +\S+ - \S+ +{' +'.join([number] * 6)}$", out, flags=re.MULTILINE
+        rf"^all +([\d,]+) +\S+-\S+ +{' +'.join([number] * 6)}$", out, flags=re.MULTILINE
     ).groups()
-    aperture, psf, *pulls = map(float, values)
-    assert rows == "3,600"
-    assert abs(aperture - 1.0) < 2e-3
-    assert abs(psf - 1.0) < 2e-3
-    for median, scatter in (pulls[:2], pulls[2:]):
+    assert rows == "12,636"
+    for ratio, median, scatter in (map(float, values[:3]), map(float, values[3:])):
+        assert abs(ratio - 1.0) < 1e-3
         assert abs(median) < 0.1
         assert 0.9 < scatter < 1.1
     assert float(re.search(r"error of a wavelength: (\S+) um", out)[1]) < 1e-5
-    assert (tmp_path / "demo" / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("spectra.png", "checks.png"):
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / "demo" / name) in out
     assert [path.name for path in (tmp_path / "demo").glob("archive*")] == ["archive"]
     assert mine.read_text() == "mine"
     # Simulated products are not in the user's cache.
     assert not (tmp_path / "cache").exists()
     assert os.environ["SPXDASK_CACHE"] == str(tmp_path / "cache")
-    assert len(list((tmp_path / "demo" / "lightcurves").iterdir())) == 300
+    run = spxdask.open_run(tmp_path / "demo")
+    assert len(run) == 131
+    sky = _make_sky()
+    ids = {name: str(FIRST_ID + getattr(sky, name)) for name in ("bright", "constant", "faint")}
+    assert np.all(run[ids["bright"]].spectrum()["n"] > 0)
+    assert np.count_nonzero(run[ids["faint"]].table["psf_flux"].value < 0) > 5
+    assert run[ids["constant"]].detrended().reduced_chi2 < 2
+    assert run[str(FIRST_ID + sky.variable)].detrended().reduced_chi2 > 100
+    # Neither of the pair has the light of the other.
+    for source in sky.pair:
+        rows = run[str(FIRST_ID + source)].good(psf_fraction=0.9)
+        true = sky.sky.take(np.array([source])).flux(rows["wavelength"].value)
+        pulls = (rows["psf_flux"].value - true) / rows["psf_flux_error"].value
+        assert abs(np.median(pulls)) < 0.5
+        assert robust_scatter(pulls) < 1.4
 
 
 def test_demo_leaves_a_real_run_alone(tmp_path, capsys):

@@ -20,7 +20,8 @@ INPUT_AND_OUTPUT = SCIENCE | {"archive", "storage", "tables"}
 OPTIONS = INPUT_AND_OUTPUT | {"config", "progress", "text"}
 STAGES = OPTIONS | {"run", "cluster"}
 EVERYTHING = STAGES | {
-    *("extras", "results", "report", "stages", "pipeline", "batch", "inject", "demo", "cli"),
+    *("extras", "results", "report", "stages", "pipeline", "batch", "inject", "demo", "demo_plots"),
+    "cli",
     "simulate",
 }
 MAY_IMPORT = {
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "batch": STAGES | {"pipeline"},
     "inject": STAGES | {"extras", "stages"},
     "demo": EVERYTHING,
+    "demo_plots": EVERYTHING,
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
     "__init__": EVERYTHING,

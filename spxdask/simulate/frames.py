@@ -336,7 +336,7 @@ class Exposure:
         astropy.wcs.WCS
             The WCS for 0-based positions on the cut-out.
         """
-        return WCS(self.image_header(window))
+        return _make_wcs(self, window)
 
     def footprint(self, window: Window | None = None) -> tuple[tuple[float, float], ...]:
         """Return the outer corners of the four corner pixels.
@@ -407,6 +407,12 @@ class Exposure:
         )
         found = table((np.asarray(y) + y0 + 1.0, np.asarray(x) + x0 + 1.0))
         return found[..., 0], found[..., 1]
+
+
+@lru_cache(maxsize=4)
+def _make_wcs(exposure: Exposure, window: Window | None) -> WCS:
+    """Return the WCS of a frame, which is asked for several times and takes long to make."""
+    return WCS(exposure.image_header(window))
 
 
 @dataclass(frozen=True, kw_only=True)
