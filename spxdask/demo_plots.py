@@ -61,7 +61,8 @@ def plot_spectra(
     panels[0][0].legend(fontsize=7.5, ncols=2, loc="upper right", framealpha=0.9)
     _describe_faint(panels[2][0], _take(measured, chosen["faint"]))
     for number, one in enumerate(pair):
-        _draw_spectrum(panels[3], one, _take(measured, one), 1e-3, marker="os"[number])
+        rows = _take(measured, one)
+        _draw_spectrum(panels[3], one, rows, 1e-3, "os"[number], is_blended=True)
     panels[3][0].set_title('a blended pair, 2 pixels (12") apart', fontsize=10)
     for panel in panels:
         _finish_wavelengths(panel)
@@ -69,9 +70,15 @@ def plot_spectra(
 
 
 def _draw_spectrum(
-    panel: tuple[Any, Any], one: Chosen, rows: pd.DataFrame, scale: float, marker: str = "o"
+    panel: tuple[Any, Any],
+    one: Chosen,
+    rows: pd.DataFrame,
+    scale: float,
+    marker: str = "o",
+    *,
+    is_blended: bool = False,
 ) -> None:
-    """Draw truth, both total fluxes, and pulls of psf_flux."""
+    """Draw truth, both total fluxes, and their pulls; an aperture has the light of neighbours."""
     main, below = panel
     main.plot(_FINE, one.true_flux(_FINE) * scale, label="injected", **_TRUTH)
     main.plot(
@@ -93,6 +100,8 @@ def _draw_spectrum(
         )
         pulls = mine["psf_pull"]
         below.plot(mine["wavelength"], pulls, marker, color=BAND_COLOURS[band], markersize=2.5)
+    if not is_blended:
+        below.plot(rows["wavelength"], rows["aperture_pull"], "+", color="0.7", zorder=0)
     main.set_ylabel("total flux [mJy]" if scale != 1.0 else "total flux [µJy]")
 
 

@@ -11,19 +11,25 @@ from pathlib import Path
 import numpy as np
 from astropy import units as u
 from astropy.coordinates import SkyCoord
+from astropy.table import Table
 from numpy.typing import NDArray
 
-from spxdask.simulate.archive import ArchivedFrame
+from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
 from spxdask.simulate.frames import (
     FRAME_SIZE,
     Exposure,
     SceneOptions,
     Sky,
     make_planes,
+    make_sky,
     write_frame,
 )
 
-__all__ = ["Job", "SimulatedFrame", "aim", "find_window", "simulate_frames"]
+__all__ = ["Job", "SimulatedFrame", "aim", "find_window", "make_sample", "simulate_frames"]
+
+# Of the sample: the field, and how far its cut-outs reach, in pixels.
+SAMPLE_CENTER, SAMPLE_RADIUS_DEG, SAMPLE_HALF = (270.0, 66.56), 0.12, 110
+SAMPLE_PIXELS = [(1020.0, 340.0), (1020.0, 1020.0), (1020.0, 1700.0)]
 
 Window = tuple[int, int, int, int]
 
@@ -164,4 +170,52 @@ def _simulate(job: Job, folder: Path) -> SimulatedFrame:
         source=planes.source,
         wavelength_um=planes.wavelength_um,
         flux_ujy=planes.flux_ujy,
+    )
+
+
+def make_sample(folder: Path | str, *, n_sources: int = 12) -> tuple[SimulatedArchive, Table]:
+    """Make a small archive to try things with: three visits of the six detectors to a field.
+
+    Parameters
+    ----------
+    folder : path
+        Where the cut-outs are written, 20 MB.
+    n_sources : int
+        Sources of the field.
+
+    Returns
+    -------
+    archive : SimulatedArchive
+        A context manager; it also has the methods ``start`` and ``stop``. It has no calibration
+        products: a run needs ``calibration="frame"``.
+    sources : astropy.table.Table
+        ``targetid``, ``ra`` and ``dec``, brightest first.
+    """
+    sky = make_sky(
+        *SAMPLE_CENTER, SAMPLE_RADIUS_DEG, n_sources=n_sources, min_separation_arcsec=70, seed=5
+    )
+    sky = sky.take(np.argsort(-sky.amplitude))
+    scene = SceneOptions(crowding=0.3)
+    jobs = []
+    for visit, (column, row) in enumerate(SAMPLE_PIXELS):
+        ra, dec = aim(*SAMPLE_CENTER, column=column, row=row)
+        for detector in range(1, 7):
+            exposure = Exposure(
+                obs_id=f"2025W51_1A_{visit:04d}_{1 + detector // 4}",
+                detector=detector,
+                ra=ra,
+                dec=dec,
+                roll_deg=0.0,
+                mjd_begin=61027.2 + 20.0 * visit,
+                release="qr3",
+                version=30,
+                year=2026,
+                day=90,
+            )
+            window = find_window(exposure, *SAMPLE_CENTER, SAMPLE_HALF)
+            jobs.append(Job(exposure=exposure, sky=sky, scene=scene, window=window))
+    frames = [frame.archived for frame in simulate_frames(jobs, Path(folder))]
+    names = [f"source {number}" for number in range(1, n_sources + 1)]
+    return SimulatedArchive(frames), Table(
+        [names, sky.ra, sky.dec], names=["targetid", "ra", "dec"]
     )
