@@ -43,8 +43,8 @@ def test_from_a_catalogue_to_science_in_fifteen_lines(survey, client, tmp_path, 
         spectrum = star.spectrum()
         spectrum.plot().figure.savefig("spectrum.png")
         detrended = star.detrended()
-        run.to_hats("catalogue")
-        catalogue = lsdb.open_catalog("catalogue").compute()
+        run.to_hats(tmp_path / "catalogue")
+        catalogue = lsdb.open_catalog(tmp_path / "catalogue").compute()
 
     used = np.flatnonzero(spectrum["n"])
     assert spectrum["n"].sum() == len(star.good()) == 9
