@@ -83,7 +83,17 @@ class DemoSky:
     pair: tuple[int, int]
 
     def at(self, mjd: float) -> Sky:
-        """Return the sources as they are at a time."""
+        """Return the sources as they are at a time.
+
+        Parameters
+        ----------
+        mjd : float
+            Middle of an exposure.
+
+        Returns
+        -------
+        Sky
+        """
         factor = np.ones(len(self.sky))
         factor[self.variable] = variability(mjd)
         return replace(self.sky, amplitude=self.sky.amplitude * factor)
@@ -240,7 +250,16 @@ def _make_sky() -> DemoSky:
     for source, purpose in zip([*nearest, N_SOURCES], purposes, strict=True):
         for name, value in zip(names, purpose, strict=True):
             values[name][source] = value
-    return DemoSky(Sky(**values), *nearest[:5], (nearest[5], N_SOURCES))
+    bright, emission, variable, constant, faint, first = nearest
+    return DemoSky(
+        sky=Sky(**values),
+        bright=bright,
+        emission=emission,
+        variable=variable,
+        constant=constant,
+        faint=faint,
+        pair=(first, N_SOURCES),
+    )
 
 
 def _list_exposures() -> list[tuple[Exposure, bool]]:

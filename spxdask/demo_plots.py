@@ -146,7 +146,7 @@ def plot_checks(
         True flux of the variable source over its mean, at times.
     """
     figure, panels = _make_panels("Recovered over injected, in time and wavelength")
-    truths = {"variable": variability, "constant": np.ones_like}
+    truths = {"variable": variability, "constant": lambda mjd: np.ones(len(mjd))}
     for panel, (name, truth) in zip(panels, truths.items(), strict=False):
         one = chosen[name]
         _draw_light_curve(panel, one, _take(measured, one), truth)
