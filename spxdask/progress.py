@@ -217,10 +217,7 @@ class Lines:
             self._write(f"{self._stage}: waiting: {reason}")
 
     def finish(self) -> None:
-        """Print the last line of a stage of many units, once."""
-        if self._stage and self._total > 1:
-            self._write_counts()
-        self._stage = ""
+        """Print nothing: the summary has the results, and an error its own line."""
 
     def _write_counts(self) -> None:
         now = self._written_at = self._clock()

@@ -19,23 +19,12 @@ def test_lines_are_at_most_one_a_minute_and_tell_what_is_left():
     seconds[0] += 60
     lines.wait("the archive does not answer")
     lines.finish()
-    lines.finish()
     assert file.getvalue().splitlines() == [
         "compiling",
         "frames: 120 of 400 frames, 1 failed, 2/s, 6 GB, 140 s left".replace("140 s", "2 min"),
         "frames: 240 of 400 frames, 1 failed, 2/s, 12 GB, 80 s left",
         "frames: waiting: the archive does not answer",
-        "frames: 240 of 400 frames, 1 failed, 1/s, 12 GB, 3 min left",
     ]
-
-
-def test_a_stage_of_one_unit_needs_no_line():
-    file = io.StringIO()
-    lines = Lines(file)
-    lines.start("query", 1, "query")
-    lines.advance()
-    lines.finish()
-    assert file.getvalue() == ""
 
 
 def test_links_are_printed_to_standard_error(capsys):

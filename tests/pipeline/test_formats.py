@@ -248,6 +248,6 @@ def test_a_catalogue_for_lsdb_beside_the_light_curves(
 def test_a_missing_library_is_said_before_the_run(make_config, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "hats.io", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'spxdask\[hats\]'"):
-        BatchPipeline(make_config(lightcurve_format="hats"))
+        BatchPipeline(make_config(lightcurve_format="hats")).run_query()
     with pytest.raises(ConfigError, match="needs an output_dir on disk"):
         make_config(lightcurve_format="hats", output_dir="s3://bucket/run")

@@ -17,6 +17,7 @@ from spxdask import BatchPipeline, __version__, load_query_summary
 from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
 from spxdask.science.level2.frame import angular_distance
+from spxdask.stages.aggregate import NothingMeasuredError
 from spxdask.stages.light_curves import light_curve_name
 from spxdask.tables.schema import LIGHT_CURVE, PER_IMAGE, SCHEMA
 
@@ -187,7 +188,13 @@ def test_frame_without_sources_gives_a_table_without_rows(make_config, client, t
     formats = {"per_image_format": how, "lightcurve_format": how}
     config = make_config(catalog_path=catalogue, bands=["D1"], **formats)
     pipeline = BatchPipeline(config, client=client)
+    # A whole run ends with the query, as no source lies on any frame.
     summary = pipeline.run_all()
+    assert list(summary.stages) == ["query"]
+    pipeline.run_download()
+    pipeline.run_extract()
+    with pytest.raises(NothingMeasuredError):
+        pipeline.run_aggregate()
     (table,) = output_of(pipeline).per_image.iterdir()
     if how == "csv":
         assert table.read_text() == ",".join(PER_IMAGE) + "\n"
@@ -196,7 +203,7 @@ def test_frame_without_sources_gives_a_table_without_rows(make_config, client, t
         assert pq.read_schema(table).equals(pa.schema([SCHEMA.field(n) for n in PER_IMAGE]))
         assert len(pq.read_table(table)) == 0
         assert len(pd.read_parquet(output_of(pipeline).lightcurves)) == 0
-    assert summary.stages["extract"].done == 1
+    assert pipeline.reports["extract"].done == 1
     assert (summary.n_sources, summary.n_measured) == (1, 0)
     assert read_status(output_of(pipeline).path).lightcurves == 0
     assert BatchPipeline(pipeline.config, client=client).run_extract().reused == 1
