@@ -145,7 +145,9 @@ def assert_like_undisturbed(output: Path, undisturbed: Undisturbed) -> None:
     buckets = {path.name: pq.read_table(path) for path in (output / "buckets").iterdir()}
     assert buckets == {p.name: pq.read_table(p) for p in (expected / "buckets").iterdir()}
     frames = [pq.read_table(each / "state" / FRAMES_NAME) for each in (output, expected)]
-    assert frames[0].drop_columns(["seconds"]).equals(frames[1].drop_columns(["seconds"]))
+    # A frame that was written when its worker died is not fetched again.
+    how = ["seconds", "bytes", "read", "requests"]
+    assert frames[0].drop_columns(how).equals(frames[1].drop_columns(how))
     found, other = read_status(output), read_status(expected)
     assert (found.measured, found.pending, found.failed) == (N_FRAMES, 0, {})
     assert (found.fetched, found.running) == (N_FRAMES, None)
