@@ -32,8 +32,9 @@ WARM_UP = 3
 STEPS = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
-    "zodiacal fit, one pass of four planes": (photometry, "sum_zodi"),
-    "median variance, one pass of one": (photometry, "find_positive_median"),
+    "bounds of the median variance": (photometry, "bracket_median"),
+    "zodiacal fit, one pass of four planes": (photometry, "sum_zodi_of_rows"),
+    "median variance, from a few values": (photometry, "find_positive_median"),
     "positions on the detector": (photometry, "on_frame"),
     "background and aperture of each source": (photometry, "measure_sources"),
     "PSF read from the frame": (photometry, "read_frame_psf"),

@@ -38,7 +38,7 @@ from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
-from spxdask.science.kernels.statistics import Clipping, find_positive_median
+from spxdask.science.kernels.statistics import Clipping, bracket_median, find_positive_median
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
@@ -633,16 +633,19 @@ def _fit_zodi(
     is_subtracted = config.subtract_zodi
     if not rows.any():
         return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, lambda: math.nan)
-    sums, share = sum_zodi_of_rows(planes, excluded, rows)
+    variances = planes.variance, np.flatnonzero(rows), planes.factors
+    bracket = bracket_median(*variances)
+    sums, share = sum_zodi_of_rows(planes, excluded, rows, bracket)
     if not rows.all() and is_fit_poor(sums, share, is_subtracted):
         rows = rows | find_spread_rows(len(rows), MORE_BANDS)
         require_rows(frame, rows)
-        sums, share = sum_zodi_of_rows(planes, excluded, rows)
+        variances = planes.variance, np.flatnonzero(rows), planes.factors
+        bracket = bracket_median(*variances)
+        sums, share = sum_zodi_of_rows(planes, excluded, rows, bracket)
 
     @functools.cache
     def median_variance() -> float:
-        used = np.flatnonzero(rows)
-        return float(find_positive_median(planes.variance, used, planes.factors))
+        return float(find_positive_median(*variances, bracket))
 
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")

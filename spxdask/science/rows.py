@@ -7,6 +7,7 @@ import numpy as np
 from spxdask.errors import MissingRowsError
 from spxdask.science.kernels.background import Region
 from spxdask.science.kernels.pixels import Planes
+from spxdask.science.kernels.statistics import Bracket
 from spxdask.science.kernels.zodi import NO_SUMS, ZodiSums, sum_zodi
 from spxdask.science.level2.frame import Frame
 
@@ -128,7 +129,7 @@ def weigh_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def sum_zodi_of_rows(
-    planes: Planes, excluded: np.uint32, rows: np.ndarray
+    planes: Planes, excluded: np.uint32, rows: np.ndarray, bracket: Bracket
 ) -> tuple[ZodiSums, float]:
     """Estimate the sums of `sum_zodi` over a whole frame from some of its rows.
 
@@ -140,6 +141,9 @@ def sum_zodi_of_rows(
         The bad bits and the SOURCE bit.
     rows : (ny,) bool array
         The rows that are used, at least one.
+    bracket : Bracket
+        From `spxdask.science.kernels.statistics.bracket_median` of these rows; gets all their
+        variances.
 
     Returns
     -------
@@ -153,7 +157,7 @@ def sum_zodi_of_rows(
     total, clear = NO_SUMS, 0.0
     # All rows of a weight together: those of a whole frame are summed in one pass.
     for weight in np.unique(weights[rows]).tolist():
-        sums = sum_zodi(planes, excluded, np.flatnonzero(weights == weight))
+        sums = sum_zodi(planes, excluded, np.flatnonzero(weights == weight), bracket)
         total = total.add(sums, weight)
         clear += weight * sums.clear
     return total, clear / planes.image.size

@@ -18,7 +18,12 @@ from spxdask.science import photometry
 from spxdask.science.calibration import DetectorCalibration
 from spxdask.science.kernels.aperture import make_aperture_buffers, sum_aperture
 from spxdask.science.kernels.pixels import Conversion, Planes
-from spxdask.science.kernels.statistics import find_positive_median
+from spxdask.science.kernels.statistics import (
+    SAMPLE_STRIDE,
+    bracket_median,
+    find_positive_median,
+)
+from spxdask.science.kernels.zodi import sum_zodi
 from spxdask.science.level2.frame import Frame
 from spxdask.science.level2.wavelength import WavelengthTable
 from spxdask.science.level2.wcs import TanSip
@@ -350,20 +355,62 @@ def test_frame_without_values(plane, says):
         )
 
 
+def find_median_beside_sums(variance, rows, factors, groups=1):
+    """Find the median in the pass of the zodiacal sums, of groups of the rows."""
+    words = variance.astype(">f4").view("<u4")
+    flags = np.zeros_like(words)
+    for array in (words, flags, factors):
+        if array is not None:
+            # As in a frame, so that the same compiled form is used.
+            array.flags.writeable = False
+    planes = Planes(words, words, words, flags, factors)
+    bracket = bracket_median(words, rows, factors)
+    for group in range(groups):
+        sum_zodi(planes, np.uint32(1), rows[group::groups].copy(), bracket)
+    return find_positive_median(words, rows, factors, bracket), bracket.counts
+
+
 def test_positive_median_is_exact():
     rng = np.random.default_rng(4)
     for n in (1, 2, 3, 10, 1001, 5000):
-        plane = rng.lognormal(size=(1, n)).astype(">f4")
+        plane = rng.lognormal(size=(1, n)).astype("f4")
         if n > 10:
             plane[0, :3] = [np.nan, -1.0, np.inf]
-        good = plane[np.isfinite(plane) & (plane > 0)].astype(float)
-        rows = np.arange(len(plane))
-        assert find_positive_median(plane.view("<u4"), rows) == np.median(good)
-        factors = rng.uniform(0.5, 2.0, plane.shape).astype("f4")
-        scaled = plane.astype("f4") * (factors * factors)
-        good = scaled[np.isfinite(scaled) & (scaled > 0)].astype(float)
-        assert find_positive_median(plane.view("<u4"), rows, factors) == np.median(good)
-    assert np.isnan(find_positive_median(np.full((2, 2), -1.0, ">f4").view("<u4"), np.arange(2)))
+        for factors in (None, rng.uniform(0.5, 2.0, plane.shape).astype("f4")):
+            scaled = plane if factors is None else plane * (factors * factors)
+            good = scaled[np.isfinite(scaled) & (scaled > 0)].astype(float)
+            found, _ = find_median_beside_sums(plane, np.arange(1), factors)
+            assert found == np.median(good)
+    for invalid in (-1.0, 0.0, np.inf, np.nan):
+        found, _ = find_median_beside_sums(np.full((2, 2), invalid), np.arange(2), None)
+        assert np.isnan(found)
+
+
+@pytest.mark.parametrize("is_corrected", [False, True])
+@pytest.mark.parametrize("kind", ["smooth", "few levels", "misleading sample", "subnormal"])
+def test_the_median_of_many_values_is_exact_whatever_the_sample_says(kind, is_corrected):
+    """Of some rows, in groups; if the sample misleads, in a pass of its own."""
+    rng = np.random.default_rng(8)
+    plane = rng.lognormal(size=(700, 512)).astype("f4")
+    rows = np.delete(np.arange(700), rng.integers(0, 700, 60))
+    if kind == "few levels":
+        plane = np.ceil(3 * plane)
+    elif kind == "misleading sample":
+        at = np.arange(0, len(rows) * 512, SAMPLE_STRIDE)
+        plane[rows[at // 512], at % 512] = 1e-3
+    elif kind == "subnormal":
+        plane *= np.float32(1e-39)
+    plane[rng.uniform(size=plane.shape) < 0.01] = np.nan
+    plane[rng.uniform(size=plane.shape) < 0.01] = -1.0
+    factors = rng.uniform(0.9, 1.1, plane.shape).astype("f4") if is_corrected else None
+    scaled = (plane if factors is None else plane * (factors * factors))[rows]
+    good = scaled[np.isfinite(scaled) & (scaled > 0)].astype(float)
+    found, counts = find_median_beside_sums(plane, rows, factors, groups=3)
+    assert found == np.median(good)
+    assert counts[0] == len(good)
+    # Few have to be sorted, unless the bounds have to be all that there is.
+    is_quick = kind in ("smooth", "subnormal")
+    assert (counts[2] < 0.2 * len(good)) == is_quick
 
 
 def test_the_pixel_scale_is_that_at_the_centre():

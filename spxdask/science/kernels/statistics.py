@@ -18,7 +18,7 @@ LANES = 64
 SMALLEST = uint32(1)
 LARGEST = uint32(0x7F7FFFFF)
 # Pixels from one of a sample to the next. It is odd, so that the sample has pixels of all
-# columns. The rank of the median of the sample is accurate to 0.4 %.
+# columns.
 SAMPLE_STRIDE = 251
 
 
@@ -195,15 +195,30 @@ def find_clipped_median(
     return _find_median(values, size, count, below, mean, deviation, scratch), deviation
 
 
-@compiled
-def find_positive_median(
-    plane: np.ndarray, rows: np.ndarray, factors: np.ndarray | None = None
-) -> float:
-    """Return the median of the finite positive values of some rows of VARIANCE.
+class Bracket(NamedTuple):
+    """Two bounds around the median of VARIANCE, and what is between them.
 
-    Positive floats sort as their bits do, read as integers. A sample gives two bounds around
-    the median. One pass counts the values below the bounds and copies the values between
-    them. If the median is not among these, a second pass copies all values.
+    Positive floats sort as their bits do, read as integers. One pass counts the valid values below
+    the bounds and copies those between them: only these have to be sorted.
+
+    Attributes
+    ----------
+    bounds : (2,) uint32 array
+        Bits of the lowest and of the highest value between the bounds.
+    counts : (3,) int array
+        Number of valid values, of those below the bounds, and of those between them.
+    picked : (n,) uint32 array
+        Bits of those between them, with room for all pixels.
+    """
+
+    bounds: np.ndarray
+    counts: np.ndarray
+    picked: np.ndarray
+
+
+@compiled
+def bracket_median(plane: np.ndarray, rows: np.ndarray, factors: np.ndarray | None) -> Bracket:
+    """Find bounds around the median of some rows of VARIANCE in a sample.
 
     Parameters
     ----------
@@ -216,8 +231,8 @@ def find_positive_median(
 
     Returns
     -------
-    float
-        The median in the unit of the plane; NaN when there are no such values.
+    Bracket
+        Nothing is counted yet: `count_values` has to get each of the rows.
     """
     nx = plane.shape[1]
     size = len(rows) * nx
@@ -227,36 +242,115 @@ def find_positive_median(
         place = rows[i // nx], i % nx
         sample[n] = np.float32(read_variance(plane, factors, place)).view(uint32)
         n += sample[n] - SMALLEST <= LARGEST - SMALLEST
-    low, high = SMALLEST, LARGEST
-    if n > 1000:
-        low, high = _select(sample, n, int(0.485 * n)), _select(sample, n, int(0.515 * n))
-    picked = np.empty(size, np.uint32)
-    scaled = np.empty(nx, np.uint32)
+    bounds = np.array([SMALLEST, LARGEST], np.uint32)
+    if n > 100:
+        # Four standard deviations of the number of values of a sample that are below the median.
+        half = 2.0 * math.sqrt(n)
+        bounds[0] = _select(sample, n, int(0.5 * n - half))
+        bounds[1] = _select(sample, n, int(0.5 * n + half))
+    return Bracket(bounds, np.zeros(3, np.int64), np.empty(size, np.uint32))
+
+
+@compiled_helper
+def count_values(words: np.ndarray, bracket: Bracket) -> None:
+    """Count the values of a row of VARIANCE, and pick those between the bounds.
+
+    Parameters
+    ----------
+    words : (n,) uint32 array
+        Words like those of a file.
+    bracket : Bracket
+        The bounds; its counts and picked values are changed.
+    """
+    (low, high), counts, picked = bracket
+    all_valid, all_before, inside = counts
+    # The integers are unsigned, so that those below a bound wrap to large ones and one comparison
+    # checks both bounds. All have 32 bits, of which the vector instructions take the most at once.
+    valid, below, width = uint32(LARGEST - SMALLEST), uint32(low - SMALLEST), uint32(high - low)
+    for start in range(0, len(words), LANES):
+        block = words[start : start + LANES]
+        total = before = some = np.int32(0)
+        for k in range(len(block)):
+            word = swap_word(block[k])
+            total = np.int32(total + np.int32(uint32(word - SMALLEST) <= valid))
+            before = np.int32(before + np.int32(uint32(word - SMALLEST) < below))
+            some = np.int32(some + np.int32(uint32(word - low) <= width))
+        all_valid += total
+        all_before += before
+        if some:
+            for k in range(len(block)):
+                # There is no branch here, because the processor would often mispredict it.
+                picked[inside] = swap_word(block[k])
+                inside += uint32(picked[inside] - low) <= width
+    counts[:] = all_valid, all_before, inside
+
+
+@compiled_helper
+def _narrow(
+    values: np.ndarray, n: int, bounds: np.ndarray, lower: int, upper: int
+) -> tuple[int, int]:
+    """Keep the values near two ranks; return their number and how many values are below them.
+
+    Between bounds that are close, values are nearly evenly distributed. Where they are not, all of
+    values[:n] are kept.
+    """
+    low, high = np.int64(bounds[0]), np.int64(bounds[1])
+    guess, half = low + (high - low) * lower // n, (high - low) // 32
+    low, width = uint32(guess - half), uint32(2 * half)
+    before = kept = 0
+    for i in range(n):
+        before += values[i] < low
+        kept += uint32(values[i] - low) <= width
+    if not before <= lower <= upper < before + kept:
+        return n, 0
+    kept = 0
+    for i in range(n):
+        values[kept] = values[i]
+        kept += uint32(values[kept] - low) <= width
+    return kept, before
+
+
+@compiled
+def find_positive_median(
+    plane: np.ndarray, rows: np.ndarray, factors: np.ndarray | None, bracket: Bracket
+) -> float:
+    """Return the median of the finite positive values of some rows of VARIANCE.
+
+    If it is not between the bounds, all values are copied in a second pass.
+
+    Parameters
+    ----------
+    plane : (ny, nx) uint32 array
+        Float32 words as they are in the file.
+    rows : (n,) int array
+        The rows that are used.
+    factors : (ny, nx) float32 array or None
+        Those of `Planes`.
+    bracket : Bracket
+        From `bracket_median` with the same arguments, with each of the rows counted. The picked
+        values are reordered.
+
+    Returns
+    -------
+    float
+        The median in the unit of the plane; NaN when there are no such values.
+    """
+    nx = plane.shape[1]
+    bounds, counts, picked = bracket
     while True:
-        total = before = inside = 0
-        for row in rows:
-            pixels = scale_variance(plane[row], slice_factors(factors, row, 0, nx), scaled)
-            for start in range(0, nx, LANES):
-                block = pixels[start : start + LANES]
-                some = 0
-                for k in range(len(block)):
-                    word = swap_word(block[k])
-                    # The integers are unsigned, so that those below a bound wrap to large ones
-                    # and one comparison checks both bounds.
-                    total += word - SMALLEST <= LARGEST - SMALLEST
-                    before += word - SMALLEST < low - SMALLEST
-                    some += word - low <= high - low
-                if some:
-                    for k in range(len(block)):
-                        # There is no branch here, because the processor would often mispredict it.
-                        picked[inside] = swap_word(block[k])
-                        inside += picked[inside] - low <= high - low
+        total, before, inside = counts
         if total == 0:
             return math.nan
         lower_rank, upper_rank = (total - 1) // 2 - before, total // 2 - before
         if lower_rank >= 0 and upper_rank < inside:
             break
-        low, high = SMALLEST, LARGEST
-    lower, upper = _select_two(picked, inside, lower_rank, upper_rank)
+        bounds[:] = SMALLEST, LARGEST
+        counts[:] = 0
+        scaled = np.empty(nx, np.uint32)
+        for row in rows:
+            factors_row = slice_factors(factors, row, 0, nx)
+            count_values(scale_variance(plane[row], factors_row, scaled), bracket)
+    inside, before = _narrow(picked, inside, bounds, lower_rank, upper_rank)
+    lower, upper = _select_two(picked, inside, lower_rank - before, upper_rank - before)
     lower, upper = uint32(lower).view(np.float32), uint32(upper).view(np.float32)
     return 0.5 * (np.float64(lower) + np.float64(upper))

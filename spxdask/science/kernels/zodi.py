@@ -17,6 +17,7 @@ from spxdask.science.kernels.pixels import (
     slice_factors,
     swap_word,
 )
+from spxdask.science.kernels.statistics import Bracket, count_values
 
 # Number of partial sums that are added to in parallel.
 LANES = 128
@@ -79,8 +80,10 @@ NO_SUMS = ZodiSums(0.0, 0.0, 0.0, 0.0, 0, 0, False, False)
 
 
 @compiled
-def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
+def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracket) -> ZodiSums:
     """Compute the sums for the weighted fit of ZODI to IMAGE.
+
+    Values around the median variance are picked in the same pass, as most frames need it.
 
     Parameters
     ----------
@@ -90,6 +93,8 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
         The bad bits and the SOURCE bit.
     rows : (n,) int array
         The rows that are used.
+    bracket : Bracket
+        Gets the variances of these rows.
 
     Returns
     -------
@@ -146,6 +151,7 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray) -> ZodiSums:
                 elif (flag & excluded) == 0 and is_finite(i) and is_finite(z):
                     iz += i * z
                     zz += z * z
+        count_values(variance_row, bracket)
     sums = np.zeros(2)
     for lane in range(LANES):
         sums[0] += izw[lane]
