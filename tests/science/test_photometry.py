@@ -408,9 +408,10 @@ def test_the_median_of_many_values_is_exact_whatever_the_sample_says(kind, is_co
     found, counts = find_median_beside_sums(plane, rows, factors, groups=3)
     assert found == np.median(good)
     assert counts[0] == len(good)
-    # Few have to be sorted, unless the bounds have to be all that there is.
-    is_quick = kind in ("smooth", "subnormal")
-    assert (counts[2] < 0.2 * len(good)) == is_quick
+    if kind == "misleading sample":
+        assert counts[2] == len(good)
+    elif kind != "few levels":
+        assert counts[2] < 0.2 * len(good)
 
 
 def test_the_pixel_scale_is_that_at_the_centre():
