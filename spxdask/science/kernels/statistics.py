@@ -296,17 +296,17 @@ def _narrow(
     """
     low, high = np.int64(bounds[0]), np.int64(bounds[1])
     guess, half = low + (high - low) * lower // n, (high - low) // 32
-    low, width = uint32(guess - half), uint32(2 * half)
+    start, width = uint32(guess - half), uint32(2 * half)
     before = kept = 0
     for i in range(n):
-        before += values[i] < low
-        kept += uint32(values[i] - low) <= width
+        before += values[i] < start
+        kept += bool(uint32(values[i] - start) <= width)
     if not before <= lower <= upper < before + kept:
         return n, 0
     kept = 0
     for i in range(n):
         values[kept] = values[i]
-        kept += uint32(values[kept] - low) <= width
+        kept += bool(uint32(values[kept] - start) <= width)
     return kept, before
 
 
