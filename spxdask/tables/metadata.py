@@ -97,6 +97,8 @@ def make_votable(columns: Sequence[Column], provenance: Provenance, title: str =
     from astropy.io.votable.tree import CooSys, Info, Resource, TableElement, TimeSys, VOTableFile
 
     file = VOTableFile(version=VOTABLE_VERSION)
+    # Astropy before 7 knows only when it writes a file what its version allows.
+    file._config |= {f"version_1_{minor}_or_later": True for minor in (1, 2, 3, 4)}
     resource = Resource(type="results")
     file.resources.append(resource)
     systems = {_SYSTEMS.get(column.name) for column in columns}
