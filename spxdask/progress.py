@@ -113,7 +113,10 @@ def is_interactive() -> bool:
     -------
     bool
     """
-    if "ipykernel" in sys.modules:
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    # That of a terminal has no kernel.
+    if hasattr(shell, "kernel"):
         return True
     return sys.stderr is not None and sys.stderr.isatty()
 

@@ -30,6 +30,7 @@ from xml.sax.saxutils import escape, quoteattr
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from spxdask.simulate.detector import NOMINAL_LIMITS_UM
 from spxdask.simulate.frames import Exposure, Window
 from spxdask.simulate.listing import (
     bucket_listing,
@@ -130,7 +131,7 @@ class ArchivedFrame:
         ArchivedFrame
             The file under the exposure's URI.
         """
-        shortest, longest = exposure.wavelength_limits_um
+        shortest, longest = NOMINAL_LIMITS_UM[exposure.detector]
         return cls(
             obs_id=exposure.obs_id,
             detector=exposure.detector,

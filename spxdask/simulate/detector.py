@@ -16,6 +16,7 @@ from scipy.interpolate import RectBivariateSpline
 __all__ = [
     "BAND_LIMITS_UM",
     "FRAME_SIZE",
+    "NOMINAL_LIMITS_UM",
     "RESOLVING_POWER",
     "WAVELENGTH_SHIFT_UM",
     "make_gain_map",
@@ -31,6 +32,13 @@ BAND_LIMITS_UM = {
     4: (2.42, 3.82),
     5: (3.815, 4.417),
     6: (4.42, 5.00),
+}
+# What the archive's table of observations has, which is less.
+NOMINAL_LIMITS_UM = BAND_LIMITS_UM | {
+    1: (0.75, 1.09),
+    2: (1.10, 1.62),
+    3: (1.63, 2.41),
+    5: (3.83, 4.41),
 }
 RESOLVING_POWER = {1: 39, 2: 41, 3: 41, 4: 35, 5: 112, 6: 128}
 # What version 5 of the wavelengths adds to version 4. No figure is published for detector 6.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from astropy import units as u
 from made_run import CENTER, make_observation, make_points, make_rows, make_run
+from objectstore import BUCKET, serving
 from simulated import AWKWARD_IDS
 
 import spxdask
@@ -250,9 +251,14 @@ def test_channels_are_those_of_the_runs_own_products(tmp_path):
         np.testing.assert_allclose(spectrum[name].value, expected[name].value, rtol=1e-9)
 
 
-def test_a_run_in_an_object_store_is_opened(tmp_path, format):
-    """In that of fsspec in memory; the stores are the same to what reads them."""
-    url = f"memory://{tmp_path.name}"
+@pytest.fixture(scope="module")
+def s3():
+    with serving():
+        yield
+
+
+def test_a_run_in_an_object_store_is_opened(s3, tmp_path, format):
+    url = f"s3://{BUCKET}/{tmp_path.name}"
     make_run(url, make_curves(AWKWARD_IDS), format=format, failed={1: "damaged"})
     run = spxdask.open_run(url)
     assert set(run) == set(run.sources["id"]) == set(AWKWARD_IDS)
