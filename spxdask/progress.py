@@ -71,29 +71,13 @@ class Silent:
         """
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Ignore the report.
-
-        Parameters
-        ----------
-        stage : str
-            Name of the stage.
-        total : int
-            Number of its units.
-        unit : str
-            What they are, in the plural.
-        """
+        """See `Progress.start`."""
 
     def advance(self, *, failed: bool = False) -> None:
-        """Ignore the report.
-
-        Parameters
-        ----------
-        failed : bool
-            Whether the unit failed.
-        """
+        """See `Progress.advance`."""
 
     def finish(self) -> None:
-        """Ignore the report."""
+        """See `Progress.finish`."""
 
 
 def make_progress() -> Bars | Lines:
@@ -168,17 +152,7 @@ class Lines:
         self._write(text)
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Begin to count.
-
-        Parameters
-        ----------
-        stage : str
-            Name of the stage.
-        total : int
-            Number of its units.
-        unit : str
-            What they are, in the plural.
-        """
+        """See `Progress.start`."""
         self._stage, self._unit, self._total = stage, unit, total
         self._ended = self._failed = self._bytes = 0
         self._written_at = self._clock()
@@ -195,13 +169,7 @@ class Lines:
         self._bytes += n_bytes
 
     def advance(self, *, failed: bool = False) -> None:
-        """Count a unit, and print a line if the last one is long ago.
-
-        Parameters
-        ----------
-        failed : bool
-            Whether the unit failed.
-        """
+        """See `Progress.advance`."""
         self._ended += 1
         self._failed += failed
         if self._clock() - self._written_at >= self._interval_s:
@@ -283,17 +251,7 @@ class Bars:
         self._bytes += n_bytes
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Draw an empty bar.
-
-        Parameters
-        ----------
-        stage : str
-            Name of the stage.
-        total : int
-            Number of its units.
-        unit : str
-            What they are, in the plural.
-        """
+        """See `Progress.start`."""
         self._failed = self._bytes = 0
         self._is_waiting = False
         self._bar = tqdm(
@@ -305,13 +263,7 @@ class Bars:
         )
 
     def advance(self, *, failed: bool = False) -> None:
-        """Move the bar by one unit.
-
-        Parameters
-        ----------
-        failed : bool
-            Whether the unit failed.
-        """
+        """See `Progress.advance`."""
         if self._bar is None:
             return
         self._failed += failed
