@@ -21,11 +21,11 @@ from spxdask.report.channels import BANDS, list_channels
 from spxdask.report.frames import FrameRecord, collect_frames, describe_frames
 from spxdask.report.tables import Table, Tally, TallyOptions, read_tables
 from spxdask.report.verdict import judge
-from spxdask.run.aggregation import AggregationRecord, load_aggregation
+from spxdask.run.aggregation import AggregationRecord, choose_query_tables, load_aggregation
 from spxdask.run.calibration import load_calibration
 from spxdask.run.folder import CATALOGUE_PREFIX, RunFolder
 from spxdask.run.observations import Observations
-from spxdask.run.plan import MeasurementInputs, TableChoice, choose_tables, plan_frames, table_name
+from spxdask.run.plan import MeasurementInputs, TableChoice, table_name
 from spxdask.run.query_summary import QUERY_SUMMARY_NAME, load_query_summary
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.flags import FLAGS
@@ -222,25 +222,7 @@ def _choose_tables(
         calibration=load_calibration(folder.state, config),
         contaminants=folder.saved_contaminants(),
     )
-    planned = plan_frames(
-        observations,
-        folder.ledger,
-        inputs,
-        image_sizes={},
-        table_sizes=sizes,
-        stages=("extract",),
-        table_format=table_format,
-        retry_failed=False,
-        fetch_empty=config.fetches_empty_frames,
-    )
-    return choose_tables(
-        planned,
-        folder.ledger,
-        inputs,
-        recipes=folder.ledger.recipes,
-        table_sizes=sizes,
-        table_format=table_format,
-    )
+    return choose_query_tables(folder, config, observations, inputs)
 
 
 def _tally(

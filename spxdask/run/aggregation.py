@@ -6,6 +6,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from spxdask.config import BatchConfig
+from spxdask.run.folder import RunFolder
+from spxdask.run.observations import Observations
+from spxdask.run.plan import MeasurementInputs, TableChoice, choose_tables, plan_frames
 from spxdask.storage import Store
 
 RECORD_NAME = "aggregation.json"
@@ -77,3 +81,45 @@ def discard_aggregation(state: Store) -> None:
     """
     if state.exists(RECORD_NAME):
         state.delete_many([RECORD_NAME])
+
+
+def choose_query_tables(
+    folder: RunFolder, config: BatchConfig, observations: Observations, inputs: MeasurementInputs
+) -> TableChoice:
+    """Choose the per-image tables that light curves of a query's frames are made of.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        Its ledger is up to date.
+    config : BatchConfig
+        The run.
+    observations : Observations
+        The frames of the query.
+    inputs : MeasurementInputs
+        What the tables have to be made with.
+
+    Returns
+    -------
+    TableChoice
+    """
+    sizes = folder.per_image.list_sizes()
+    planned = plan_frames(
+        observations,
+        folder.ledger,
+        inputs,
+        image_sizes={},
+        table_sizes=sizes,
+        stages=("extract",),
+        table_format=config.per_image_format,
+        retry_failed=False,
+        fetch_empty=config.fetches_empty_frames,
+    )
+    return choose_tables(
+        planned,
+        folder.ledger,
+        inputs,
+        recipes=folder.ledger.recipes,
+        table_sizes=sizes,
+        table_format=config.per_image_format,
+    )

@@ -18,6 +18,7 @@ from spxdask.errors import RunFolderError, SpxdaskError
 from spxdask.results.hats import remove_catalogue, write_hats
 from spxdask.run.aggregation import (
     AggregationRecord,
+    choose_query_tables,
     discard_aggregation,
     load_aggregation,
     save_aggregation,
@@ -25,7 +26,7 @@ from spxdask.run.aggregation import (
 from spxdask.run.calibration import load_calibration
 from spxdask.run.description import describe_run, save_description
 from spxdask.run.folder import HATS_NAME, TABLE_GROUPS_NAME, RunFolder
-from spxdask.run.plan import MeasurementInputs, choose_tables, plan_frames, table_name
+from spxdask.run.plan import MeasurementInputs, table_name
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport
 from spxdask.stages import light_curves
@@ -117,25 +118,7 @@ class Aggregation:
             calibration=load_calibration(folder.state, self._config),
             contaminants=sources.read_contaminants(),
         )
-        planned = plan_frames(
-            observations,
-            folder.ledger,
-            inputs,
-            image_sizes={},
-            table_sizes=sizes,
-            stages=("extract",),
-            table_format=table_format,
-            retry_failed=False,
-            fetch_empty=self._config.fetches_empty_frames,
-        )
-        choice = choose_tables(
-            planned,
-            folder.ledger,
-            inputs,
-            recipes=folder.ledger.recipes,
-            table_sizes=sizes,
-            table_format=table_format,
-        )
+        choice = choose_query_tables(folder, self._config, observations, inputs)
         if choice.stale:
             count = format_count(len(choice.stale), "per-image table")
             verb = "is" if len(choice.stale) == 1 else "are"
