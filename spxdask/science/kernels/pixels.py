@@ -18,9 +18,9 @@ from spxdask.science.compiled import compiled_helper, compiled_inline
 class Planes(NamedTuple):
     """The four planes of a frame, and the factors of its flux correction.
 
-    The factors are applied wherever pixels are used, by `scale_both` and `scale_variance` to parts
-    of rows and by `read_brightness` and `read_variance` to one pixel, so that no plane is
-    written. Without factors, the compiler leaves nothing of this.
+    The factors are applied wherever pixels are used, by `scale_variance` to parts of rows, by
+    `read_brightness` and `read_variance` to one pixel, and by the fit of the zodiacal light, so
+    that no plane is written. Without factors, the compiler leaves nothing of this.
 
     Attributes
     ----------
@@ -114,40 +114,6 @@ def slice_factors(factors: Any, row: int, start: int, stop: int) -> Any:
 
 
 @compiled_helper
-def scale_both(
-    image: np.ndarray, variance: np.ndarray, factors: Any, into: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Put a part of a row of IMAGE and of VARIANCE on the flux scale of the results.
-
-    Parameters
-    ----------
-    image, variance : (n,) uint32 array
-        Pixels as they are in the file.
-    factors : (n,) float32 array or None
-        Those of these pixels.
-    into : ((m,) uint32 array, (m,) uint32 array)
-        Where the products are put; m is at least n.
-
-    Returns
-    -------
-    image, variance : (n,) uint32 array
-        Words like those of a file, into which the products are rounded; the arguments themselves
-        without factors.
-    """
-    if factors is None:
-        return image, variance
-    n = len(image)
-    new_image, new_variance = into[0][:n], into[1][:n]
-    for k in range(n):
-        factor = factors[k]
-        product = swap_word(image[k]).view(np.float32) * factor
-        new_image[k] = swap_word(np.float32(product).view(uint32))
-        product = swap_word(variance[k]).view(np.float32) * (factor * factor)
-        new_variance[k] = swap_word(np.float32(product).view(uint32))
-    return new_image, new_variance
-
-
-@compiled_helper
 def scale_variance(words: np.ndarray, factors: Any, into: np.ndarray) -> np.ndarray:
     """Put a part of a row of VARIANCE on the flux scale of the results.
 
@@ -189,7 +155,7 @@ def read_brightness(words: np.ndarray, factors: Any, index: Any) -> np.float64:
     Returns
     -------
     float64
-        The product is rounded to a float32, as `scale_both` does.
+        The product is rounded to a float32.
     """
     value = swap_word(words[index]).view(np.float32)
     if factors is None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import uint32
 
-from spxdask.science.compiled import compiled
+from spxdask.science.compiled import compiled, compiled_helper
 from spxdask.science.kernels.pixels import (
     Planes,
     is_finite,
+    read_brightness,
     read_real,
-    scale_both,
     slice_factors,
     swap_word,
 )
@@ -106,54 +106,96 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracke
     clear = unflagged = 0
     finite = valid = False
     iz = zz = 0.0
-    # The loop has no branch and a partial sum for each lane, so that the compiler uses vector
-    # instructions. The order of the additions, and so the result, does not depend on the length
-    # of the vectors.
-    izw, zzw = np.zeros(LANES), np.zeros(LANES)
-    scaled = np.empty(nx, np.uint32), np.empty(nx, np.uint32)
+    lanes = np.zeros(2 * LANES)
+    scaled = np.empty(nx, np.uint32)
     for row in rows:
-        factors_row = slice_factors(factors, row, 0, nx)
-        image_row, variance_row = scale_both(image[row], variance[row], factors_row, scaled)
+        # Without factors, the words of the file are on the flux scale of the results.
+        variance_row = variance[row] if factors is None else scaled
         for start in range(0, nx, LANES):
-            some_image = image_row[start : start + LANES]
-            some_variance = variance_row[start : start + LANES]
+            some_image = image[row, start : start + LANES]
+            some_variance = variance[row, start : start + LANES]
             some_zodi = zodi[row, start : start + LANES]
             some_flags = flags[row, start : start + LANES]
-            any_invalid = False
-            for k in range(len(some_image)):
-                flag = swap_word(some_flags[k])
-                v = read_real(some_variance[k])
-                i = read_real(some_image[k])
-                z = read_real(some_zodi[k])
-                is_valid = (v > 0.0) & (v < math.inf)
-                is_clear = (flag & excluded) == 0
-                is_real = is_finite(i)
-                use = is_clear & is_real & is_finite(z)
-                valid |= is_valid
-                clear += is_clear
-                finite |= is_real
-                any_invalid |= (not is_valid) & (use | (flag == 0))
-                i, z = (i if use else 0.0), (z if use else 0.0)
-                weighted = z / v if is_valid else 0.0
-                izw[k] += i * weighted
-                zzw[k] += z * weighted
-            if not any_invalid:
+            some_factors = slice_factors(factors, row, start, start + LANES)
+            n, is_any_finite, is_any_valid, is_any_invalid = _add_block(
+                some_image,
+                some_variance,
+                some_zodi,
+                some_flags,
+                some_factors,
+                excluded,
+                lanes,
+                scaled[start : start + LANES],
+            )
+            clear += n
+            finite |= is_any_finite
+            valid |= is_any_valid
+            if not is_any_invalid:
                 continue
             # Few usable or unflagged pixels have an invalid variance, so a second pass is cheap.
             for k in range(len(some_image)):
-                v = read_real(some_variance[k])
+                v = read_real(variance_row[start + k])
                 if (v > 0.0) & (v < math.inf):
                     continue
                 flag = swap_word(some_flags[k])
-                i, z = read_real(some_image[k]), read_real(some_zodi[k])
+                i = read_brightness(some_image, some_factors, k)
+                z = read_real(some_zodi[k])
                 if flag == 0:
                     unflagged += 1
                 elif (flag & excluded) == 0 and is_finite(i) and is_finite(z):
                     iz += i * z
                     zz += z * z
         count_values(variance_row, bracket)
-    sums = np.zeros(2)
+    weighted_iz = weighted_zz = 0.0
     for lane in range(LANES):
-        sums[0] += izw[lane]
-        sums[1] += zzw[lane]
-    return ZodiSums(sums[0], sums[1], iz, zz, clear, unflagged, finite, valid)
+        weighted_iz += lanes[lane]
+        weighted_zz += lanes[LANES + lane]
+    return ZodiSums(weighted_iz, weighted_zz, iz, zz, clear, unflagged, finite, valid)
+
+
+@compiled_helper
+def _add_block(
+    image: np.ndarray,
+    variance: np.ndarray,
+    zodi: np.ndarray,
+    flags: np.ndarray,
+    factors: Any,
+    excluded: uint32,
+    lanes: np.ndarray,
+    scaled: np.ndarray,
+) -> tuple[int, bool, bool, bool]:
+    """Add a part of a row to the partial sums of I Z / variance and Z^2 / variance.
+
+    With factors, its variances are put into `scaled`, words like those of a file. The numbers
+    returned are those of the clear pixels, whether any pixel is finite, whether any variance is
+    valid, and whether any of a usable or unflagged pixel is not.
+    """
+    # The loop has no branch and a partial sum for each lane, so that the compiler uses vector
+    # instructions. The order of the additions, and so the result, does not depend on the length
+    # of the vectors. Factors are applied here, as a loop of their own takes twice the time.
+    clear = 0
+    finite = valid = any_invalid = False
+    for k in range(len(image)):
+        flag = swap_word(flags[k])
+        real_i = swap_word(image[k]).view(np.float32)
+        real_v = swap_word(variance[k]).view(np.float32)
+        if factors is not None:
+            real_i = np.float32(real_i * factors[k])
+            real_v = np.float32(real_v * (factors[k] * factors[k]))
+            scaled[k] = swap_word(real_v.view(uint32))
+        i: Any = np.float64(real_i)
+        v: Any = np.float64(real_v)
+        z = read_real(zodi[k])
+        is_valid = (v > 0.0) & (v < math.inf)
+        is_clear = (flag & excluded) == 0
+        is_real = is_finite(i)
+        use = is_clear & is_real & is_finite(z)
+        clear += is_clear
+        finite |= is_real
+        valid |= is_valid
+        any_invalid |= (not is_valid) & (use | (flag == 0))
+        i, z = (i if use else 0.0), (z if use else 0.0)
+        weighted = z / v if is_valid else 0.0
+        lanes[k] += i * weighted
+        lanes[LANES + k] += z * weighted
+    return clear, finite, valid, any_invalid
