@@ -97,6 +97,8 @@ def main() -> None:
         measure("missing_sources", lambda: run.missing_sources)
         sources = measure("sources", lambda: run.sources)
         reduced = np.nanmean(sources["chi2"] / sources["dof"])
+        with tempfile.TemporaryDirectory(dir=folder.parent) as catalogue:
+            measure("to_hats", lambda: run.to_hats(Path(catalogue) / "catalogue"))
         print(f"{len(sources):,} sources, mean reduced chi2 {reduced:.3f}")
 
 

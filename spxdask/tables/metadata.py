@@ -20,6 +20,9 @@ ASTROPY_KEY = "table_meta_yaml"
 # https://www.ivoa.net/documents/Notes/VOParquet
 VOPARQUET_KEY, VOPARQUET_VERSION = "IVOA.VOTable-Parquet", "1.0"
 VOTABLE_VERSION = "1.4"
+# Astropy's reader of VOParquet cannot join columns of text without a bound; rows may exceed it.
+VOPARQUET_TEXT = "64*"
+_WRAPPED = re.compile(r"\s*\n\s*")
 _BY_NAME = {column.name: column for column in COLUMNS}
 # Datatypes of astropy and of VOTables.
 _DATATYPES = {
@@ -55,12 +58,16 @@ def parquet_metadata(
     """
     columns = [_BY_NAME[name] for name in names]
     about = provenance.to_dict()
+    votable = make_votable(columns, provenance, title)
+    for field in votable.get_first_table().fields:
+        if field.arraysize == "*":
+            field.arraysize = VOPARQUET_TEXT
     # JSON is YAML.
     described = {"datatype": [_describe(column) for column in columns], "meta": about}
     return {
         ASTROPY_KEY: json.dumps(described),
         f"{VOPARQUET_KEY}.version": VOPARQUET_VERSION,
-        f"{VOPARQUET_KEY}.content": _render(make_votable(columns, provenance, title)),
+        f"{VOPARQUET_KEY}.content": _render(votable),
         "spxdask": json.dumps(about),
     }
 
@@ -174,10 +181,15 @@ def _join(value: Any) -> str:
 
 
 def _render(file: Any) -> str:
-    """Return a VOTable as text, without the comment that names the version of astropy."""
+    """Return a VOTable as text, without the comment that names the version of astropy.
+
+    Descriptions are on one line: as they are read, they have to equal those of other readers.
+    """
     out = io.BytesIO()
     file.to_xml(out)
-    return re.sub("<!--.*?-->\n?", "", out.getvalue().decode(), count=1, flags=re.DOTALL)
+    text = re.sub("<!--.*?-->\n?", "", out.getvalue().decode(), count=1, flags=re.DOTALL)
+    description = re.compile("<DESCRIPTION>.*?</DESCRIPTION>", re.DOTALL)
+    return description.sub(lambda found: _WRAPPED.sub(" ", found[0]), text)
 
 
 def describe_columns(names: Iterable[str]) -> list[dict[str, str]]:
