@@ -20,6 +20,8 @@ from spxdask.text import format_duration
 RATE_WINDOW_S = 120.0
 # Where no terminal shows a bar, lines are at least this many seconds apart.
 LINE_INTERVAL_S = 60.0
+# That of tqdm, but slow rates are per second, too.
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 class Progress(Protocol):
@@ -258,6 +260,7 @@ class Bars:
             desc=f"{stage:<10}",
             total=total,
             unit=f" {unit}",
+            bar_format=BAR_FORMAT,
             disable=not is_interactive(),
             dynamic_ncols=True,
         )
