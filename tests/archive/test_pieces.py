@@ -448,7 +448,9 @@ def test_a_server_that_ignores_ranges_is_asked_for_none_again(frame, content, re
             fetch(url, other, HEAD, refusals)
         assert other.attempts == 0
         assert statuses(archive) == [200]
-        refusals.forget()
+        refusals.begin("")
+        assert refusals.find(url) is not None
+        refusals.begin("another run")
         assert refusals.find(url) is None
     assert (received.n_requests, received.n_bytes, whole.n_bytes) == (1, 0, SIZE)
 
