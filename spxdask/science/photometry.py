@@ -51,6 +51,7 @@ from spxdask.science.rows import (
     find_stamp_rows,
     find_window_rows,
     is_fit_poor,
+    is_half_clear,
     require_rows,
     sum_zodi_of_rows,
 )
@@ -649,6 +650,10 @@ def _fit_zodi(
         rows = rows | find_spread_rows(ny, MORE_BANDS)
         require_rows(frame, rows)
         sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
+        if is_half_clear(share, is_subtracted):
+            bands, rows = None, np.ones(ny, bool)
+            require_rows(frame, rows)
+            sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
     fitted = np.arange(ny) if bands is None else bands.ravel()
 
     @functools.cache

@@ -20,6 +20,7 @@ __all__ = [
     "find_stamp_rows",
     "find_window_rows",
     "is_fit_poor",
+    "is_half_clear",
     "require_rows",
     "sum_zodi_of_rows",
 ]
@@ -36,8 +37,10 @@ MORE_BANDS = 48
 # The scale from this many pixels moves a background by less than a third of its error, as that of
 # a window is from 2,500 pixels at most.
 LEAST_CLEAR_PIXELS = 20_000
-# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01.
+# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01, and more
+# bands to 0.003. A wrong answer costs a background many times its error.
 NEAR_HALF = 0.03
+STILL_NEAR_HALF = 0.01
 # Bands are divided along x into blocks of as many pixels at least. They are wider than what is
 # masked around a star, and so narrow that light hardly changes within them.
 LEAST_BLOCK_PIXELS = 100
@@ -235,6 +238,24 @@ def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
     if not is_subtracted or share < 0.5 - NEAR_HALF:
         return False
     return share <= 0.5 + NEAR_HALF or sums.clear < LEAST_CLEAR_PIXELS
+
+
+def is_half_clear(share: float, is_subtracted: bool) -> bool:
+    """Return whether only all rows tell if zodiacal light is fitted to a frame.
+
+    Parameters
+    ----------
+    share : float
+        That of clear pixels in many bands.
+    is_subtracted : bool
+        Whether zodiacal light is subtracted at all.
+
+    Returns
+    -------
+    bool
+        True if it is one half within its error.
+    """
+    return is_subtracted and abs(share - 0.5) <= STILL_NEAR_HALF
 
 
 def find_share(frame: Frame, rows: np.ndarray) -> float:

@@ -203,6 +203,21 @@ def test_a_frame_that_is_nearly_half_clear_is_seen_in_more_rows(folder):
 CONFIG = PhotometryConfig(psf="none", window_size=21)
 
 
+@pytest.mark.parametrize("share", [0.495, 0.499, 0.501, 0.505])
+def test_whether_half_of_a_frame_is_clear_is_as_all_rows_tell(folder, share):
+    frame = open_frame(memoryview(make_content(folder, "qr2")), "a.fits")
+    hidden = np.zeros(NX * NY, bool)
+    hidden[: round((1 - share) * hidden.size)] = True
+    hidden = np.random.default_rng(1).permutation(hidden).reshape(NY, NX)
+    flags = np.where(hidden, 1 << frame.flag_bits["SOURCE"], 0).astype(">i4")
+    frame = dataclasses.replace(frame, flags=flags)
+    ra, dec = frame.wcs.pixel_to_sky([50.0], [200.0])
+    few = measure(frame, ra, dec, CONFIG, few_rows=True)
+    assert few.is_zodi_fitted == (share > 0.5)
+    assert few.fit_rows == NY
+    assert few.zodi_scale == measure(frame, ra, dec, CONFIG).zodi_scale
+
+
 def test_a_row_that_is_missing_is_an_error_and_never_zeros(folder):
     content = make_content(folder, "qr2")
     whole = open_frame(memoryview(content), "a.fits")

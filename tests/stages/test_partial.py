@@ -399,7 +399,8 @@ def test_what_is_held_counts_for_the_limit_of_memory(qr3, archive, reader):
     outcomes, _ = reader.read(observation, options, fetch, buffers=pool)
     [(size, limit)] = counts
     assert limit == 12_345.0
-    assert 0.5 * outcomes[0].bytes < size <= outcomes[0].bytes
+    # More bands follow, as the frame is small.
+    assert 0.3 * outcomes[0].bytes < size <= outcomes[0].bytes
     assert pool._leased_bytes == 0
 
 
