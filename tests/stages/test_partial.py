@@ -302,6 +302,16 @@ def test_an_archive_without_ranges_gives_whole_frames(qr3, archive, reader, othe
     assert reader.table == table == other.read_whole(observation, options)[1]
 
 
+def test_another_run_asks_for_ranges_again(qr3, archive, reader):
+    options, observation = qr3.options(find_on_frame(qr3)[:1]), qr3.observe(archive.url)
+    reader.refusals.begin("one")
+    reader.refusals.note(observation.download_url, "no ranges yesterday")
+    for run, read in (("one", "whole"), ("two", "rows")):
+        outcomes, _ = reader.read(observation, options, fetch_options(run=run))
+        assert_done(outcomes)
+        assert outcomes[0].read == read
+
+
 def table_of(observation):
     return f"{observation.stem}_photometry.csv"
 
