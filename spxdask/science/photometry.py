@@ -660,25 +660,21 @@ def _fit_zodi(
     def median_variance() -> float:
         return float(find_positive_median(planes.variance, fitted, planes.factors, bracket))
 
-    found = {
-        "unflagged": int(sums.unflagged),
-        "n_rows": len(np.unique(fitted)),
-        "median_variance": median_variance,
-    }
+    n_rows, unflagged = len(np.unique(fitted)), int(sums.unflagged)
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")
     if not sums.valid:
         raise FrameError("VARIANCE has no finite positive pixel")
     if not is_subtracted:
-        return ZodiFit(0.0, False, **found)
+        return ZodiFit(0.0, False, unflagged, n_rows, median_variance)
     izw, zzw = sums.weighted_iz, sums.weighted_zz
     if sums.zz > 0:
         weight = 1.0 / median_variance()
         izw, zzw = izw + weight * sums.iz, zzw + weight * sums.zz
     scale = izw / zzw if zzw > 0 else math.nan
     if share < 0.5 or not config.zodi_scale_min < scale <= config.zodi_scale_max:
-        return ZodiFit(1.0, False, **found)
-    return ZodiFit(scale, True, **found)
+        return ZodiFit(1.0, False, unflagged, n_rows, median_variance)
+    return ZodiFit(scale, True, unflagged, n_rows, median_variance)
 
 
 def _sum_sources(

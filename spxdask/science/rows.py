@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from spxdask.errors import MissingRowsError
@@ -177,42 +179,51 @@ def sum_zodi_of_rows(
     cut = Planes(*(None if plane is None else plane.reshape(-1, nx // blocks) for plane in planes))
     cells = bands[:, np.newaxis] * blocks + np.arange(blocks)[:, np.newaxis]
     found = sum_zodi(cut, excluded, cells.reshape(-1, bands.shape[1]), bracket)
-    fields = ZodiSums(*found.T.reshape(-1, len(bands), blocks))
-    # Nothing of these rows enters the fit, but they must be told when a variance is wrong.
+    fields = found.T.reshape(-1, len(bands), blocks)
+    # Nothing of these rows enters the fit, but they must tell when a variance is wrong.
     apart = rows.copy()
     apart[bands] = False
     at = np.flatnonzero(apart)[np.newaxis]
     beside = bracket_median(planes.variance, at[0], planes.factors)
-    others = ZodiSums(*sum_zodi(planes, excluded, at, beside)[0])
-    shares = fields.clear * blocks / bands[0].size / nx
+    others = ZodiSums(*sum_zodi(planes, excluded, at, beside)[0].tolist())
+    *weighted, clear, unflagged, finite, valid = fields
+    shares = clear * blocks / bands[0].size / nx
     used = shares >= LEAST_CLEAR_SHARE
     weights = np.where(used, _smooth(shares, used) / np.where(used, shares, 1.0), 0.0)
+    # Exact sums, which are the same on all machines.
+    izw, zzw, iz, zz = (math.fsum((weights * field).flat) for field in weighted)
     sums = ZodiSums(
-        *((weights * field).sum() for field in fields[:4]),
-        clear=fields.clear.sum(),
-        unflagged=fields.unflagged.sum() + others.unflagged,
-        finite=max(fields.finite.max(), others.finite),
-        valid=max(fields.valid.max(), others.valid),
+        weighted_iz=izw,
+        weighted_zz=zzw,
+        iz=iz,
+        zz=zz,
+        clear=float(clear.sum()),
+        unflagged=float(unflagged.sum()) + others.unflagged,
+        finite=max(float(finite.max()), others.finite),
+        valid=max(float(valid.max()), others.valid),
     )
-    return sums, float(shares.mean()), bracket
+    return sums, sums.clear / (bands.size * nx), bracket
 
 
 def _smooth(shares: np.ndarray, used: np.ndarray) -> np.ndarray:
     """Return shares of clear pixels without their noise: a plane, of significant slopes alone."""
-    flat = np.full(shares.shape, shares[used].mean() if used.any() else 1.0)
-    y, x = (
-        2 * (k + 0.5) / n - 1 for k, n in zip(np.indices(shares.shape), shares.shape, strict=True)
+    n = np.count_nonzero(used)
+    flat = np.full(shares.shape, math.fsum(shares[used]) / n if n else 1.0)
+    ny, nx = shares.shape
+    y, x = np.meshgrid(
+        (2 * np.arange(ny) + 1) / ny - 1, (2 * np.arange(nx) + 1) / nx - 1, indexing="ij"
     )
-    terms = np.stack([np.ones(used.sum()), x[used], y[used]], axis=1)
-    freedom = len(terms) - 3
-    if freedom < 1 or np.linalg.matrix_rank(terms) < 3:
+    terms = np.stack([np.ones(n), x[used], y[used]], axis=1)
+    if n < 4 or np.linalg.matrix_rank(terms) < 3:
         return flat
     inverse = np.linalg.inv(terms.T @ terms)
     fitted = inverse @ terms.T @ shares[used]
-    scatter = ((shares[used] - terms @ fitted) ** 2).sum() / freedom
+    scatter = ((shares[used] - terms @ fitted) ** 2).sum() / (n - 3)
     errors = np.sqrt(scatter * np.diag(inverse))
-    slopes = np.where(abs(fitted) > SIGNIFICANT * errors, fitted, 0.0)[1:]
-    return np.clip(flat + slopes[0] * x + slopes[1] * y, LEAST_CLEAR_SHARE, 1.0)
+    # The last digits are not the same on all machines.
+    _, along_x, along_y = np.where(abs(fitted) > SIGNIFICANT * errors, fitted, 0.0).round(9)
+    plane = along_x * x + along_y * y
+    return np.clip(flat + plane - math.fsum(plane[used]) / n, LEAST_CLEAR_SHARE, 1.0)
 
 
 def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
