@@ -32,7 +32,6 @@ WARM_UP = 3
 STEPS = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
-    "bounds of the median variance": (photometry, "bracket_median"),
     "zodiacal fit, one pass of four planes": (photometry, "sum_zodi_of_rows"),
     "median variance, from a few values": (photometry, "find_positive_median"),
     "positions on the detector": (photometry, "on_frame"),

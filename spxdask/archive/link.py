@@ -20,6 +20,8 @@ SHORTEST_BODY_BYTES = 64 << 10
 # Limits of the gap that is cheaper to read than to leave out, whatever was measured.
 SHORTEST_GAP_BYTES = 8 << 10
 LONGEST_GAP_BYTES = 1 << 19
+# All gaps that are read along, as a share of the bytes that are asked for at the same time.
+LARGEST_GAP_SHARE = 0.05
 
 
 class Link:

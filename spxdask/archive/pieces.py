@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fsspec.asyn import get_loop, sync
 
 from spxdask.archive.limiter import REQUESTS, RequestLimiter
-from spxdask.archive.link import LINK, Link
+from spxdask.archive.link import LARGEST_GAP_SHARE, LINK, Link
 from spxdask.archive.received import (
     WRONG_RANGE,
     Answer,
@@ -25,7 +25,7 @@ from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
 from spxdask.archive.s3 import find_status
 from spxdask.archive.transfer import TRANSFER_ERRORS, Requester
 from spxdask.errors import ArchiveError, FileChangedError, FrameError, RangesRefusedError
-from spxdask.science.level2.spans import Spans, merge_spans
+from spxdask.science.level2.spans import Spans, merge_cheaply
 
 CHANGED = "the file changed during the transfer"
 IGNORED = "the server sends whole files instead of the parts of them that are asked for"
@@ -101,6 +101,7 @@ class RangeRefusals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
+        self._run = ""
 
     def note(self, url: str, reason: str) -> None:
         """Remember a server.
@@ -131,10 +132,18 @@ class RangeRefusals:
         with self._lock:
             return self._reasons.get(urlsplit(url).netloc)
 
-    def forget(self) -> None:
-        """Forget all servers, as at the beginning of a run."""
+    def begin(self, run: str) -> None:
+        """Forget all servers if this is another run than the last one.
+
+        Parameters
+        ----------
+        run : str
+            Any name of the run.
+        """
         with self._lock:
-            self._reasons.clear()
+            if run != self._run:
+                self._reasons.clear()
+            self._run = run
 
 
 # Found by this process.
@@ -156,8 +165,8 @@ def fetch_pieces(
     """Transfer what is missing of some spans of a file, in requests at the same time.
 
     Spans between which there are few bytes are asked for together with these, where that costs
-    less than one more request. What lies past the end of the file is left out; it is an error
-    only if a whole span does.
+    less than one more request, and adds little to the bytes of all. What lies past the end of the
+    file is left out; it is an error only if a whole span does.
 
     Parameters
     ----------
@@ -332,7 +341,9 @@ class _Fetch:
             raise RangesRefusedError(refusal, path=requester.shown_url)
         received.attempts = max(received.attempts, 1)
         while missing := self._find_missing(spans):
-            faults = await self._make_requests(merge_spans(missing, link.cheap_gap_bytes))
+            faults = await self._make_requests(
+                merge_cheaply(missing, link.cheap_gap_bytes, LARGEST_GAP_SHARE)
+            )
             if not faults:
                 continue
             plans = [

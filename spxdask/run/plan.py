@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from spxdask.archive.received import FileVersion
-from spxdask.run.recipe import Recipe, RecipeInputs, make_recipe
+from spxdask.run.recipe import FEW_ROWS_VERSION, Recipe, RecipeInputs, make_recipe
 
 if TYPE_CHECKING:
     from spxdask.archive.calibration import CalibrationSet
@@ -204,6 +204,8 @@ class MeasurementInputs:
         """
         if outcome.recipe != self.find_recipe(observation).digest:
             return False
+        if _has_other_fit(outcome):
+            return False
         if self.catalogue is None or outcome.catalogue == self.catalogue.identity:
             return True
         # Whether a source that moves comes near depends on the time.
@@ -211,6 +213,12 @@ class MeasurementInputs:
             return False
         near = self.catalogue.within(*outcome.bounding_circle)
         return self.catalogue.digest(near).hex() == outcome.sources_fingerprint
+
+
+def _has_other_fit(outcome: Outcome) -> bool:
+    """Return whether a frame was measured with an earlier fit to few of its rows."""
+    found = outcome.properties
+    return bool(found.get("fit_rows")) and found.get("fit_version", 1) != FEW_ROWS_VERSION
 
 
 def table_name(filename: str, table_format: str) -> str:
@@ -535,6 +543,8 @@ def _explain(
         steps = recipes.get(outcome.recipe)
         differences = recipe.compare(Recipe(steps)) if steps is not None else []
         return "; ".join(differences) or "it was made with other options"
+    if _has_other_fit(outcome):
+        return "zodi: fitted to other rows of the frame"
     if not inputs.match(observation, outcome):
         return "it was made with other sources or options"
     if size is None:

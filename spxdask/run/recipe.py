@@ -20,7 +20,12 @@ from spxdask.science.families import EPSF, FLUX_CORRECTION, SOLID_ANGLE, SPECTRA
 if TYPE_CHECKING:
     from spxdask.science.options import PhotometryConfig
 
-__all__ = ["STEPS", "Recipe", "RecipeInputs", "StepDefinition", "make_recipe"]
+__all__ = ["FEW_ROWS_VERSION", "STEPS", "Recipe", "RecipeInputs", "StepDefinition", "make_recipe"]
+
+# Version of the zodiacal fit to few rows of a frame, raised whenever its numbers change. It is no
+# part of the recipe, which is the same for frames that are measured on all of their rows.
+# 2: bands that are the same for all sources, each block of them weighted by what it stands for.
+FEW_ROWS_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

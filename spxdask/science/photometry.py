@@ -9,9 +9,9 @@ and "bad" means that a pixel has one of the configured flag bits.
 - **Zodiacal light**: I' = I - s ZODI with s = sum(w I Z) / sum(w Z^2), w = 1/variance,
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
-- **Few rows**: in a frame that is read in parts, this fit and the median variance are from the
-  rows that its sources need, and from some that are spread over the frame. Everything else is as
-  in a whole frame.
+- **Few rows**: in a frame that is read in parts, this fit and the median variance are from some
+  bands of rows that are spread over the frame, the same for all sources. Everything else is as in
+  a whole frame.
 - **Background**: median, after clipping about the mean, of usable pixels in a window or
   an annulus; its error is their standard deviation / sqrt(number before clipping). A
   round of clipping that would leave no pixel is not done.
@@ -38,7 +38,7 @@ from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
-from spxdask.science.kernels.statistics import Clipping, bracket_median, find_positive_median
+from spxdask.science.kernels.statistics import Clipping, find_positive_median
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
@@ -46,10 +46,12 @@ from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.product import read_frame_psf
 from spxdask.science.rows import (
     MORE_BANDS,
+    find_bands,
     find_spread_rows,
     find_stamp_rows,
     find_window_rows,
     is_fit_poor,
+    is_half_clear,
     require_rows,
     sum_zodi_of_rows,
 )
@@ -94,6 +96,8 @@ class Measurement:
         The scale that ZODI was subtracted with; 0 when it was not.
     is_zodi_fitted : bool
         Whether this scale was fitted.
+    fit_rows : int
+        Number of rows of pixels that this scale and the median variance are from.
     psf_name : str
         Which PSF was used, empty for none.
     psf_empty : dict of str to int
@@ -109,6 +113,7 @@ class Measurement:
     radius: float
     zodi_scale: float
     is_zodi_fitted: bool = False
+    fit_rows: int = 0
     psf_columns: dict[str, np.ndarray] = field(default_factory=dict)
     psf_name: str = ""
     psf_empty: dict[str, int] = field(default_factory=dict)
@@ -190,8 +195,8 @@ def measure(
         ICRS ra and dec, deg, of sources that take part in the solution for the PSF fluxes, and
         get no rows.
     few_rows : bool
-        Whether the scale of zodiacal light and the median variance are from the rows of
-        `find_needed_rows` (and more of them if these do not tell enough), and not from all. The
+        Whether the scale of zodiacal light and the median variance are from a few bands of rows
+        (and more of them if these do not tell enough), and not from all. The
         results are then the same of a whole frame and of one that has these rows alone, to the
         bit. Without a source, nothing is read: the head of a frame will do.
 
@@ -371,6 +376,7 @@ def _measure_planes(
         radius=radius,
         zodi_scale=zodi.scale,
         is_zodi_fitted=zodi.is_fitted,
+        fit_rows=zodi.n_rows,
         psf_name=psf_name,
         skipped=skipped,
         psf_empty=psf_empty,
@@ -616,6 +622,8 @@ class ZodiFit(NamedTuple):
         Whether it was fitted.
     unflagged : int
         Number of pixels with an invalid variance and no flag.
+    n_rows : int
+        Number of rows that scale and median are from.
     median_variance : callable
         Returns the median of all valid variances.
     """
@@ -623,6 +631,7 @@ class ZodiFit(NamedTuple):
     scale: float
     is_fitted: bool
     unflagged: int
+    n_rows: int
     median_variance: Callable[[], float]
 
 
@@ -632,35 +641,40 @@ def _fit_zodi(
     """Fit the scale of ZODI to IMAGE in some rows, and in more if these do not tell enough."""
     is_subtracted = config.subtract_zodi
     if not rows.any():
-        return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, lambda: math.nan)
-    variances = planes.variance, np.flatnonzero(rows), planes.factors
-    bracket = bracket_median(*variances)
-    sums, share = sum_zodi_of_rows(planes, excluded, rows, bracket)
-    if not rows.all() and is_fit_poor(sums, share, is_subtracted):
-        rows = rows | find_spread_rows(len(rows), MORE_BANDS)
+        return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, 0, lambda: math.nan)
+    ny = len(rows)
+    bands = None if rows.all() else find_bands(ny)
+    sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
+    if bands is not None and is_fit_poor(sums, share, is_subtracted):
+        bands = find_bands(ny, MORE_BANDS)
+        rows = rows | find_spread_rows(ny, MORE_BANDS)
         require_rows(frame, rows)
-        variances = planes.variance, np.flatnonzero(rows), planes.factors
-        bracket = bracket_median(*variances)
-        sums, share = sum_zodi_of_rows(planes, excluded, rows, bracket)
+        sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
+        if is_half_clear(share, is_subtracted):
+            bands, rows = None, np.ones(ny, bool)
+            require_rows(frame, rows)
+            sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
+    fitted = np.arange(ny) if bands is None else bands.ravel()
 
     @functools.cache
     def median_variance() -> float:
-        return float(find_positive_median(*variances, bracket))
+        return float(find_positive_median(planes.variance, fitted, planes.factors, bracket))
 
+    n_rows, unflagged = len(np.unique(fitted)), int(sums.unflagged)
     if not sums.finite:
         raise FrameError("IMAGE has no finite pixel")
     if not sums.valid:
         raise FrameError("VARIANCE has no finite positive pixel")
     if not is_subtracted:
-        return ZodiFit(0.0, False, sums.unflagged, median_variance)
+        return ZodiFit(0.0, False, unflagged, n_rows, median_variance)
     izw, zzw = sums.weighted_iz, sums.weighted_zz
     if sums.zz > 0:
         weight = 1.0 / median_variance()
         izw, zzw = izw + weight * sums.iz, zzw + weight * sums.zz
     scale = izw / zzw if zzw > 0 else math.nan
     if share < 0.5 or not config.zodi_scale_min < scale <= config.zodi_scale_max:
-        return ZodiFit(1.0, False, sums.unflagged, median_variance)
-    return ZodiFit(scale, True, sums.unflagged, median_variance)
+        return ZodiFit(1.0, False, unflagged, n_rows, median_variance)
+    return ZodiFit(scale, True, unflagged, n_rows, median_variance)
 
 
 def _sum_sources(

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from spxdask.errors import MissingRowsError
 from spxdask.science.kernels.background import Region
 from spxdask.science.kernels.pixels import Planes
-from spxdask.science.kernels.statistics import Bracket
-from spxdask.science.kernels.zodi import NO_SUMS, ZodiSums, sum_zodi
+from spxdask.science.kernels.statistics import Bracket, bracket_median
+from spxdask.science.kernels.zodi import ZodiSums, sum_zodi
 from spxdask.science.level2.frame import Frame
 
 __all__ = [
+    "BANDS",
     "MORE_BANDS",
+    "find_bands",
     "find_share",
     "find_spread_rows",
     "find_stamp_rows",
     "find_window_rows",
     "is_fit_poor",
+    "is_half_clear",
     "require_rows",
     "sum_zodi_of_rows",
-    "weigh_rows",
 ]
 
-# Light that is not in the model of the zodiacal light, such as a gradient, is in its scale, which
-# would be another one from rows in one place only. So a fit always sees some bands of rows that are
-# spread evenly over the frame, each of which stands for the rows around it. Fewer and broader bands
-# of as many rows are fewer requests, but were seen to move a background by more than its error.
-BANDS = 16
-ROWS_OF_BAND = 2
+# The fit sees bands of rows that are spread evenly over the frame, and nothing else, so that it is
+# the same whichever sources are on the frame. Light that is not in the model of the zodiacal light,
+# such as a gradient, is in its scale, and the rows of sources would have too much of the light that
+# is there. Each band takes a request for each plane. Fewer of them miss structure in that
+# light; broader ones tell little more, as they have the light and the masks of the same stars.
+BANDS = 8
+ROWS_OF_BAND = 3
 # There are more of them where these do not tell enough.
 MORE_BANDS = 48
 # The scale from this many pixels moves a background by less than a third of its error, as that of
 # a window is from 2,500 pixels at most.
-LEAST_CLEAR_PIXELS = 25_000
-# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01.
+LEAST_CLEAR_PIXELS = 20_000
+# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01, and more
+# bands to 0.003. A wrong answer costs a background many times its error.
 NEAR_HALF = 0.03
+STILL_NEAR_HALF = 0.01
+# Bands are divided along x into blocks of as many pixels at least. They are wider than what is
+# masked around a star, and so narrow that light hardly changes within them.
+LEAST_BLOCK_PIXELS = 100
+# Cells, one block of one band, with a smaller share of clear pixels tell too little.
+LEAST_CLEAR_SHARE = 0.1
+# A slope of the share of clear pixels counts if it is this many times its error.
+SIGNIFICANT = 3.0
 
 
 def find_window_rows(ny: int, y: np.ndarray, radius: float, region: Region) -> np.ndarray:
@@ -83,8 +97,28 @@ def find_stamp_rows(ny: int, y: np.ndarray, size: int) -> np.ndarray:
     return _mark(ny, first, first + size - 1)
 
 
+def find_bands(ny: int, bands: int = BANDS) -> np.ndarray:
+    """Return bands of rows that are spread over a frame, the same for all frames of this height.
+
+    Parameters
+    ----------
+    ny : int
+        Rows of the frame.
+    bands : int
+        Number of bands.
+
+    Returns
+    -------
+    (bands, m) int array
+        The rows of each band, which is in the middle of one of so many equal parts of the frame.
+    """
+    first = np.floor((np.arange(bands) + 0.5) * ny / bands - (ROWS_OF_BAND - 1) / 2)
+    rows = first.astype(np.int64)[:, np.newaxis] + np.arange(ROWS_OF_BAND)
+    return np.clip(rows, 0, ny - 1)
+
+
 def find_spread_rows(ny: int, bands: int = BANDS) -> np.ndarray:
-    """Return rows that are spread over a frame, the same for all frames of this height.
+    """Return the rows of `find_bands`.
 
     Parameters
     ----------
@@ -97,41 +131,20 @@ def find_spread_rows(ny: int, bands: int = BANDS) -> np.ndarray:
     -------
     (ny,) bool array
     """
-    first = np.floor((np.arange(bands) + 0.5) * ny / bands - ROWS_OF_BAND / 2)
-    return _mark(ny, first, first + ROWS_OF_BAND - 1)
-
-
-def weigh_rows(rows: np.ndarray) -> np.ndarray:
-    """Return how many rows of a frame each of some rows stands for.
-
-    Parameters
-    ----------
-    rows : (ny,) bool array
-        The rows, at least one.
-
-    Returns
-    -------
-    (ny,) float array
-        1 for each of these, and as much more for those at the ends of a band that a gap is shared
-        by the nearest rows on both sides of it. Zero for all others, and ny in sum.
-    """
-    ny = len(rows)
-    weights = rows.astype(float)
-    edges = np.flatnonzero(np.diff(rows, prepend=False, append=False))
-    firsts, lasts = edges[::2], edges[1::2]
-    gaps = firsts[1:] - lasts[:-1]
-    before, after = np.append(firsts[0], gaps / 2), np.append(gaps / 2, ny - lasts[-1])
-    for first, last, below, above in zip(firsts, lasts, before, after, strict=True):
-        width = min(ROWS_OF_BAND, last - first)
-        weights[first : first + width] += below / width
-        weights[last - width : last] += above / width
-    return weights
+    rows = np.zeros(ny, bool)
+    rows[find_bands(ny, bands)] = True
+    return rows
 
 
 def sum_zodi_of_rows(
-    planes: Planes, excluded: np.uint32, rows: np.ndarray, bracket: Bracket
-) -> tuple[ZodiSums, float]:
-    """Estimate the sums of `sum_zodi` over a whole frame from some of its rows.
+    planes: Planes, excluded: np.uint32, rows: np.ndarray, bands: np.ndarray | None
+) -> tuple[ZodiSums, float, Bracket]:
+    """Compute the sums of `sum_zodi` over a frame, or estimate them from some bands of it.
+
+    Where a band happens to have more clear pixels than the frame has thereabouts, it would have too
+    much weight, and so would light that is there and not in ZODI. So each block of a band is
+    weighted as if the share of clear pixels were the same everywhere, or rose evenly over
+    the frame, if it clearly does.
 
     Parameters
     ----------
@@ -140,27 +153,77 @@ def sum_zodi_of_rows(
     excluded : uint32
         The bad bits and the SOURCE bit.
     rows : (ny,) bool array
-        The rows that are used, at least one.
-    bracket : Bracket
-        From `spxdask.science.kernels.statistics.bracket_median` of these rows; gets all their
-        variances.
+        The rows that are used for anything, those of the bands included.
+    bands : (n, m) int array or None
+        The rows that are used for the fit, from `find_bands`; None for all of the frame.
 
     Returns
     -------
     sums : ZodiSums
-        Each row stands for those around it (`weigh_rows`), but in `clear` and `unflagged`, which
-        are numbers of pixels in the rows used.
+        Of the whole frame, or of the bands, with weights. Not weighted is `clear`, of the bands;
+        `unflagged`, `finite` and `valid` are of all rows that are used.
     share : float
         That of clear pixels in the frame.
+    bracket : Bracket
+        With all variances of the whole frame, or of the bands.
     """
-    weights = weigh_rows(rows)
-    total, clear = NO_SUMS, 0.0
-    # All rows of a weight together: those of a whole frame are summed in one pass.
-    for weight in np.unique(weights[rows]).tolist():
-        sums = sum_zodi(planes, excluded, np.flatnonzero(weights == weight), bracket)
-        total = total.add(sums, weight)
-        clear += weight * sums.clear
-    return total, clear / planes.image.size
+    ny, nx = planes.image.shape
+    if bands is None:
+        bracket = bracket_median(planes.variance, np.arange(ny), planes.factors)
+        [found] = sum_zodi(planes, excluded, np.arange(ny)[np.newaxis], bracket).tolist()
+        whole = ZodiSums(*found)
+        return whole, whole.clear / (ny * nx), bracket
+    bracket = bracket_median(planes.variance, bands.ravel(), planes.factors)
+    blocks = max(n for n in range(1, max(nx // LEAST_BLOCK_PIXELS, 1) + 1) if nx % n == 0)
+    # As if each row were as many rows of one block.
+    cut = Planes(*(None if plane is None else plane.reshape(-1, nx // blocks) for plane in planes))
+    cells = bands[:, np.newaxis] * blocks + np.arange(blocks)[:, np.newaxis]
+    found = sum_zodi(cut, excluded, cells.reshape(-1, bands.shape[1]), bracket)
+    fields = found.T.reshape(-1, len(bands), blocks)
+    # Nothing of these rows enters the fit, but they must tell when a variance is wrong.
+    apart = rows.copy()
+    apart[bands] = False
+    at = np.flatnonzero(apart)[np.newaxis]
+    beside = bracket_median(planes.variance, at[0], planes.factors)
+    others = ZodiSums(*sum_zodi(planes, excluded, at, beside)[0].tolist())
+    *weighted, clear, unflagged, finite, valid = fields
+    shares = clear * blocks / bands[0].size / nx
+    used = shares >= LEAST_CLEAR_SHARE
+    weights = np.where(used, _smooth(shares, used) / np.where(used, shares, 1.0), 0.0)
+    # Exact sums, which are the same on all machines.
+    izw, zzw, iz, zz = (math.fsum((weights * field).flat) for field in weighted)
+    sums = ZodiSums(
+        weighted_iz=izw,
+        weighted_zz=zzw,
+        iz=iz,
+        zz=zz,
+        clear=float(clear.sum()),
+        unflagged=float(unflagged.sum()) + others.unflagged,
+        finite=max(float(finite.max()), others.finite),
+        valid=max(float(valid.max()), others.valid),
+    )
+    return sums, sums.clear / (bands.size * nx), bracket
+
+
+def _smooth(shares: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Return shares of clear pixels without their noise: a plane, of significant slopes alone."""
+    n = np.count_nonzero(used)
+    flat = np.full(shares.shape, math.fsum(shares[used]) / n if n else 1.0)
+    ny, nx = shares.shape
+    y, x = np.meshgrid(
+        (2 * np.arange(ny) + 1) / ny - 1, (2 * np.arange(nx) + 1) / nx - 1, indexing="ij"
+    )
+    terms = np.stack([np.ones(n), x[used], y[used]], axis=1)
+    if n < 4 or np.linalg.matrix_rank(terms) < 3:
+        return flat
+    inverse = np.linalg.inv(terms.T @ terms)
+    fitted = inverse @ terms.T @ shares[used]
+    scatter = ((shares[used] - terms @ fitted) ** 2).sum() / (n - 3)
+    errors = np.sqrt(scatter * np.diag(inverse))
+    # The last digits are not the same on all machines.
+    _, along_x, along_y = np.where(abs(fitted) > SIGNIFICANT * errors, fitted, 0.0).round(9)
+    plane = along_x * x + along_y * y
+    return np.clip(flat + plane - math.fsum(plane[used]) / n, LEAST_CLEAR_SHARE, 1.0)
 
 
 def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
@@ -186,6 +249,24 @@ def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
     if not is_subtracted or share < 0.5 - NEAR_HALF:
         return False
     return share <= 0.5 + NEAR_HALF or sums.clear < LEAST_CLEAR_PIXELS
+
+
+def is_half_clear(share: float, is_subtracted: bool) -> bool:
+    """Return whether only all rows tell if zodiacal light is fitted to a frame.
+
+    Parameters
+    ----------
+    share : float
+        That of clear pixels in many bands.
+    is_subtracted : bool
+        Whether zodiacal light is subtracted at all.
+
+    Returns
+    -------
+    bool
+        True if it is one half within its error.
+    """
+    return is_subtracted and abs(share - 0.5) <= STILL_NEAR_HALF
 
 
 def find_share(frame: Frame, rows: np.ndarray) -> float:

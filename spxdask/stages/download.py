@@ -53,6 +53,8 @@ class FetchOptions:
         Whether frames that are not kept come whole, or only the rows that their sources need.
     requests_at_once : float
         Most requests at once of a worker.
+    run : str
+        Names the run; a worker that serves another one forgets what servers refused before.
     """
 
     retry: RetryPolicy
@@ -62,6 +64,7 @@ class FetchOptions:
     endpoint: str | None = None
     read: ReadOption = "whole"
     requests_at_once: float = math.inf
+    run: str = ""
 
 
 def download(observation: Observation, images: str, options: FetchOptions) -> Outcome:

@@ -28,6 +28,7 @@ from spxdask.errors import (
 )
 from spxdask.run.ledger import Outcome
 from spxdask.run.plan import table_name
+from spxdask.run.recipe import FEW_ROWS_VERSION
 from spxdask.science.astrometry import (
     DEFAULT_REF_EPOCH,
     Observer,
@@ -256,14 +257,13 @@ def find_rows(frame: Frame, options: ExtractOptions) -> np.ndarray:
     return find_needed_rows(frame, ra, dec, options.photometry, calibration, contaminants)
 
 
-def _find_fit_rows(frame: Frame, options: ExtractOptions) -> np.ndarray | None:
-    """Return the rows that a frame is measured on, None for all."""
+def _has_few_rows(frame: Frame, options: ExtractOptions) -> bool:
+    """Return whether no more rows of a frame are used than its sources need."""
     rule = options.row_rule
     if frame.rows is not None or rule is None or frame.file_bytes < rule.least_file_bytes:
-        return frame.rows
+        return frame.rows is not None
     # A whole frame that could have come by rows.
-    rows = find_rows(frame, options)
-    return rows if rule.applies(rows, frame.file_bytes) else None
+    return rule.applies(find_rows(frame, options), frame.file_bytes)
 
 
 def _open_inputs(
@@ -281,7 +281,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
     """Return the content of a frame's table, and the fields of its outcome that go with it."""
     catalogue, others, calibration, circle = _open_inputs(frame, options)
     near = catalogue.within(*circle)
-    fit_rows = _find_fit_rows(frame, options)
+    few_rows = _has_few_rows(frame, options)
     found = measure_catalogue(
         frame,
         catalogue,
@@ -289,7 +289,7 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
         options.photometry,
         calibration,
         contaminants=others,
-        few_rows=fit_rows is not None,
+        few_rows=few_rows,
     )
     content = encode_rows(found.columns, options.format, options.provenance)
     measured = found.measured
@@ -308,7 +308,8 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
         "frame_checksum": frame.checksum,
         "checksum": hash_table(content),
         "properties": {
-            "fit_rows": None if fit_rows is None else int(fit_rows.sum()),
+            "fit_rows": measured.fit_rows if few_rows else None,
+            "fit_version": FEW_ROWS_VERSION if few_rows else None,
             "mjd": frame.mjd,
             "zodi_scale": measured.zodi_scale,
             "is_zodi_fitted": measured.is_zodi_fitted,

@@ -581,6 +581,10 @@ def prepare_frames(
         If calibration products that are to be used cannot be had.
     """
     config, stages = sources.config, [report.stage for report in reports]
+    if config.read == "rows" and config.keep_images and "download" in stages:
+        logger.warning(
+            "frames are fetched whole, as they are kept: keep_images must be false for read: rows"
+        )
     catalogue = sources.choose(stages)
     run = FrameRun(
         folder=folder,
@@ -618,6 +622,7 @@ def _make_fetch_options(config: BatchConfig) -> download.FetchOptions:
         stall_timeout_s=config.stall_timeout,
         scratch_bytes=config.scratch_gb * 1e9,
         endpoint=config.archive_endpoint,
+        run=uuid.uuid4().hex,
     )
 
 

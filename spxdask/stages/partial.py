@@ -128,6 +128,7 @@ def stream_rows(
         If there is no room for the table.
     """
     task = _RowsTask(observation, per_image, fetch, extract, layouts, link, refusals)
+    refusals.begin(fetch.run)
     refusal = refusals.find(observation.download_url)
     if refusal is not None:
         return task.stream_whole(refusal=refusal)

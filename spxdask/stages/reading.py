@@ -13,6 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from spxdask.archive.link import LARGEST_GAP_SHARE
+from spxdask.science.level2.spans import merge_cheaply
+
 Way = Literal["whole", "rows"]
 ReadOption = Literal["auto", "whole", "rows"]
 
@@ -23,8 +26,9 @@ LARGEST_SHARE = 0.9
 LEAST_FILE_BYTES = 8_000_000
 # IMAGE, FLAGS, VARIANCE and ZODI have each row of pixels in a place of its own.
 PLANES = 4
-# Rounds of requests of a frame: headers, rows, tiles of compressed flags.
-ROUNDS = 3
+# Requests that a frame takes besides those for rows of pixels: the head of the file, five headers
+# and the wavelengths that follow the last.
+HEADERS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +140,8 @@ def count_requests(rows: np.ndarray, row_bytes: int, gap_bytes: int) -> tuple[in
     n_requests, n_bytes : int
         Requests, those of the other rounds included, and bytes, those of the gaps included.
     """
-    at = np.flatnonzero(rows)
-    if not len(at):
-        return ROUNDS, 0
-    gaps = np.diff(at) - 1
-    read_along = gaps[gaps * row_bytes <= gap_bytes]
-    n_runs = 1 + len(gaps) - len(read_along)
-    return PLANES * n_runs + ROUNDS - 1, PLANES * row_bytes * (len(at) + int(read_along.sum()))
+    at = row_bytes * np.flatnonzero(rows)
+    spans = ((start, start + row_bytes) for start in at.tolist())
+    merged = merge_cheaply(spans, gap_bytes, LARGEST_GAP_SHARE)
+    n_bytes = sum(stop - start for start, stop in merged)
+    return PLANES * (len(merged) or 1) + HEADERS, PLANES * n_bytes

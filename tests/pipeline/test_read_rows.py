@@ -16,8 +16,10 @@ from killing import Command
 from outputs import output_of, read_files
 
 from spxdask import BatchConfig, BatchPipeline
+from spxdask.errors import RunFolderError
 from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
+from spxdask.science.rows import BANDS, ROWS_OF_BAND
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import SceneOptions, make_planes, make_sky, write_frame
 
@@ -106,6 +108,7 @@ def test_a_part_of_the_bytes_gives_the_rows_of_whole_frames(
     assert frames["bytes"].sum() == download.bytes
     assert frames["file_bytes"].sum() == field.total_bytes
     assert (frames["requests"] > 0).all()
+    assert set(frames["fit_rows"]) == {BANDS * ROWS_OF_BAND, 0}
     # No more than the head of the frame without sources.
     [aside] = frames[frames["rows"] == 0].to_dict("records")
     assert (aside["bytes"] < 300_000, aside["requests"], aside["fit_rows"]) == (True, 1, 0)
@@ -143,6 +146,14 @@ def test_an_archive_without_ranges_gives_the_same_tables_and_is_named_once(
     assert str(pipeline.summary).count("sends no parts of files") == 1
     assert sum("fetched whole" in record.message for record in caplog.records) == 1
     assert read_results(tmp_path / "out") == read_results(Path(output_of(by_rows).path))
+
+
+def test_that_frames_which_are_kept_come_whole_is_said(field, archive, client, tmp_path, caplog):
+    pipeline = make_run(field, archive, tmp_path, client, read="rows", keep_images=True)
+    with pytest.raises(RunFolderError):
+        # There was no query.
+        pipeline.run_download()
+    assert sum("must be false for read: rows" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.kill

@@ -20,7 +20,7 @@ from spxdask.run.plan import (
     plan_frames,
     table_name,
 )
-from spxdask.run.recipe import RecipeInputs, make_recipe
+from spxdask.run.recipe import FEW_ROWS_VERSION, RecipeInputs, make_recipe
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.footprint import pack_footprint
 
@@ -169,6 +169,24 @@ def test_all_can_be_measured_again(inputs, measured):
 @pytest.mark.parametrize("table", [None, 78], ids=["removed", "changed"])
 def test_a_table_that_is_not_as_it_was_written(inputs, measured, table):
     assert decide(inputs, measured, on_disk=True, table=table) == FrameState.MEASURE
+
+
+@pytest.mark.parametrize(
+    ("properties", "state"),
+    [
+        ({"fit_rows": 92}, FrameState.MEASURE),
+        ({"fit_rows": 92, "fit_version": FEW_ROWS_VERSION - 1}, FrameState.MEASURE),
+        ({"fit_rows": 24, "fit_version": FEW_ROWS_VERSION}, FrameState.DONE),
+        # All rows, or no source.
+        ({"fit_rows": None}, FrameState.DONE),
+        ({"fit_rows": 0}, FrameState.DONE),
+    ],
+)
+def test_frames_of_few_rows_are_measured_again_when_their_fit_is_another(
+    inputs, measured, properties, state
+):
+    one = replace(measured, properties=properties)
+    assert decide(inputs, one, on_disk=True, table=77) == state
 
 
 def test_a_frame_that_the_archive_has_replaced(inputs, measured):
@@ -490,6 +508,7 @@ class TestChoiceOfTables:
             ({"catalogue": "0", "sources_fingerprint": "0"}, {TABLE: 77}, "other sources"),
             ({"recipe": "unknown"}, {TABLE: 77}, "other options"),
             ({"recipe": None}, {TABLE: 77}, "it was made by an earlier version"),
+            ({"properties": {"fit_rows": 92}}, {TABLE: 77}, "zodi: fitted to other rows"),
         ],
     )
     def test_a_stale_table_is_explained(self, inputs, measured, changes, table_sizes, reason):

@@ -366,7 +366,7 @@ def find_median_beside_sums(variance, rows, factors, groups=1):
     planes = Planes(words, words, words, flags, factors)
     bracket = bracket_median(words, rows, factors)
     for group in range(groups):
-        sum_zodi(planes, np.uint32(1), rows[group::groups].copy(), bracket)
+        sum_zodi(planes, np.uint32(1), rows[np.newaxis, group::groups].copy(), bracket)
     return find_positive_median(words, rows, factors, bracket), bracket.counts
 
 

@@ -14,6 +14,7 @@ from psf_reference import epsf_samples
 
 from spxdask.errors import MissingRowsError
 from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
+from spxdask.science.kernels.pixels import Planes
 from spxdask.science.level2.frame import Frame, open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import find_needed_rows, measure
@@ -23,9 +24,10 @@ from spxdask.science.rows import (
     BANDS,
     MORE_BANDS,
     ROWS_OF_BAND,
+    find_bands,
     find_share,
     find_spread_rows,
-    weigh_rows,
+    sum_zodi_of_rows,
 )
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 
@@ -153,7 +155,7 @@ def test_what_is_not_needed_is_not_used(
     if not config.subtract_zodi:
         # Nothing is fitted, but for the median variance of few rows, which is in errors alone.
         errors = ("flux_error", "mag_ab_error")
-        assert_equal(few, whole, but=(*errors, "warnings", "psf_name"))
+        assert_equal(few, whole, but=(*errors, "warnings", "psf_name", "fit_rows"))
     for name in FIXED:
         assert few.columns[name].tobytes() == whole.columns[name].tobytes(), name
     if len(few.index) and few.is_zodi_fitted == whole.is_zodi_fitted:
@@ -201,6 +203,21 @@ def test_a_frame_that_is_nearly_half_clear_is_seen_in_more_rows(folder):
 CONFIG = PhotometryConfig(psf="none", window_size=21)
 
 
+@pytest.mark.parametrize("share", [0.495, 0.499, 0.501, 0.505])
+def test_whether_half_of_a_frame_is_clear_is_as_all_rows_tell(folder, share):
+    frame = open_frame(memoryview(make_content(folder, "qr2")), "a.fits")
+    hidden = np.zeros(NX * NY, bool)
+    hidden[: round((1 - share) * hidden.size)] = True
+    hidden = np.random.default_rng(1).permutation(hidden).reshape(NY, NX)
+    flags = np.where(hidden, 1 << frame.flag_bits["SOURCE"], 0).astype(">i4")
+    frame = dataclasses.replace(frame, flags=flags)
+    ra, dec = frame.wcs.pixel_to_sky([50.0], [200.0])
+    few = measure(frame, ra, dec, CONFIG, few_rows=True)
+    assert few.is_zodi_fitted == (share > 0.5)
+    assert few.fit_rows == NY
+    assert few.zodi_scale == measure(frame, ra, dec, CONFIG).zodi_scale
+
+
 def test_a_row_that_is_missing_is_an_error_and_never_zeros(folder):
     content = make_content(folder, "qr2")
     whole = open_frame(memoryview(content), "a.fits")
@@ -227,22 +244,88 @@ def test_a_gradient_is_in_a_fit_of_few_rows_as_in_that_of_all(folder):
         assert (level < whole.columns["bg_error"]).all()
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=80).filter(any))
-def test_rows_stand_for_those_around_them(some):
-    rows = np.array(some)
-    weights = weigh_rows(rows)
-    assert weights.sum() == pytest.approx(len(rows))
-    assert (weights[rows] >= 1).all()
-    assert (weights[~rows] == 0).all()
-    assert (weigh_rows(np.ones(7, bool)) == 1).all()
-
-
 def test_bands_are_spread_over_the_frame():
+    bands = find_bands(2040)
+    assert bands.shape == (BANDS, ROWS_OF_BAND)
+    # Each is in the middle of what it stands for, 255 rows.
+    assert np.array_equal(bands.mean(axis=1), 255 * np.arange(BANDS) + 127)
     rows = find_spread_rows(2040)
-    assert rows.sum() == BANDS * ROWS_OF_BAND
-    assert np.flatnonzero(rows).mean() == pytest.approx(1019.5, abs=2)
+    assert np.array_equal(np.flatnonzero(rows), bands.ravel())
     assert find_spread_rows(2040, MORE_BANDS).sum() == MORE_BANDS * ROWS_OF_BAND
     assert find_spread_rows(4).any()
+    assert find_bands(1).max() == 0
+
+
+def test_the_fit_of_few_rows_is_the_same_for_all_sources(folder):
+    frame = open_frame(memoryview(make_content(folder, "qr2")), "a.fits")
+    scales = set()
+    for y in ([60.0], [250.0], [100.0, 300.0, 440.0]):
+        ra, dec = frame.wcs.pixel_to_sky(np.full(len(y), 50.0), y)
+        few = measure(frame, ra, dec, CONFIG, few_rows=True)
+        scales.add(few.zodi_scale)
+        assert few.fit_rows == MORE_BANDS * ROWS_OF_BAND
+    assert len(scales) == 1
+    assert measure(frame, ra, dec, CONFIG).fit_rows == NY
+
+
+SHAPE = (2040, 1000)
+EXCLUDED = np.uint32(1)
+
+
+def fit(image, flags, bands=None) -> float:
+    """Return the scale of a ZODI of 1 and a variance of 1, of bands or of all."""
+
+    def view(plane, kind):
+        words = plane.astype(kind).view("<u4")
+        words.flags.writeable = False
+        return words
+
+    ones = view(np.ones(SHAPE), ">f4")
+    planes = Planes(view(image, ">f4"), ones, ones, view(flags, ">i4"))
+    sums, share, _ = sum_zodi_of_rows(planes, EXCLUDED, np.ones(SHAPE[0], bool), bands)
+    assert share == pytest.approx((flags == 0).mean(), abs=0.1)
+    return sums.weighted_iz / sums.weighted_zz
+
+
+def make_slopes() -> tuple[np.ndarray, np.ndarray]:
+    """Return y and x of each pixel, from -1 to 1."""
+    y, x = (np.linspace(-1, 1, n) for n in SHAPE)
+    return y[:, np.newaxis] + 0 * x, x + 0 * y[:, np.newaxis]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_chance_in_the_number_of_stars_does_not_tilt_the_fit(axis):
+    rng = np.random.default_rng(2)
+    light = make_slopes()[axis]
+    bands = find_bands(SHAPE[0])
+    errors, by_pixels = [], []
+    for _ in range(6):
+        # Masks as long as a block, so that the share of clear pixels is noisy.
+        coarse = rng.uniform(size=(SHAPE[0] // 4, SHAPE[1] // 20)) < 0.4
+        flags = np.kron(coarse, np.ones((4, 20), bool))
+        whole = fit(1 + light, flags)
+        errors.append(fit(1 + light, flags, bands) - whole)
+        chosen = flags[bands.ravel()] == 0
+        by_pixels.append((1 + light[bands.ravel()])[chosen].mean() - whole)
+    assert np.std(errors) < 0.5 * np.std(by_pixels)
+
+
+def test_a_frame_with_more_stars_at_one_end_is_followed():
+    rng = np.random.default_rng(3)
+    y, x = make_slopes()
+    flags = rng.uniform(size=SHAPE) < 0.3 + 0.1 * y - 0.15 * x
+    light = 0.5 * (y + x)
+    whole = fit(1 + light, flags)
+    assert abs(whole - 1) > 0.01
+    assert fit(1 + light, flags, find_bands(SHAPE[0])) == pytest.approx(whole, abs=2e-3)
+
+
+def test_blocks_without_clear_pixels_count_for_nothing():
+    flags = np.zeros(SHAPE, bool)
+    # One band, and half of the frame's columns.
+    flags[find_bands(SHAPE[0])[3]] = flags[:, 500:] = True
+    image = np.where(flags, 1e9, 1.25)
+    assert fit(image, flags, find_bands(SHAPE[0])) == pytest.approx(1.25)
 
 
 def link_plainly(x, y, other_x, other_y, reach) -> np.ndarray:

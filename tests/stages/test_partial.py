@@ -302,6 +302,16 @@ def test_an_archive_without_ranges_gives_whole_frames(qr3, archive, reader, othe
     assert reader.table == table == other.read_whole(observation, options)[1]
 
 
+def test_another_run_asks_for_ranges_again(qr3, archive, reader):
+    options, observation = qr3.options(find_on_frame(qr3)[:1]), qr3.observe(archive.url)
+    reader.refusals.begin("one")
+    reader.refusals.note(observation.download_url, "no ranges yesterday")
+    for run, read in (("one", "whole"), ("two", "rows")):
+        outcomes, _ = reader.read(observation, options, fetch_options(run=run))
+        assert_done(outcomes)
+        assert outcomes[0].read == read
+
+
 def table_of(observation):
     return f"{observation.stem}_photometry.csv"
 
@@ -399,7 +409,8 @@ def test_what_is_held_counts_for_the_limit_of_memory(qr3, archive, reader):
     outcomes, _ = reader.read(observation, options, fetch, buffers=pool)
     [(size, limit)] = counts
     assert limit == 12_345.0
-    assert 0.5 * outcomes[0].bytes < size <= outcomes[0].bytes
+    # More bands follow, as the frame is small.
+    assert 0.3 * outcomes[0].bytes < size <= outcomes[0].bytes
     assert pool._leased_bytes == 0
 
 

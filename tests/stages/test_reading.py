@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spxdask.stages.reading import RowRule, choose_way, count_requests, make_row_rule
+from spxdask.stages.reading import HEADERS, RowRule, choose_way, count_requests, make_row_rule
 
 FILE = 71_600_000
 # The bucket from its region, and IRSA.
@@ -59,14 +59,16 @@ def test_it_is_never_much_slower_than_the_better_way(link, height):
 
 
 def test_requests_are_counted_by_runs_of_rows():
-    assert count_requests(rows_at(), 8160, 0) == (3, 0)
-    assert count_requests(rows_at(5), 8160, 0) == (4 + 2, 4 * 56 * 8160)
-    assert count_requests(rows_at(5, 100), 8160, 0) == (8 + 2, 8 * 56 * 8160)
-    # 39 rows between them.
-    assert count_requests(rows_at(5, 100), 8160, 39 * 8160 - 1)[0] == 8 + 2
-    assert count_requests(rows_at(5, 100), 8160, 39 * 8160) == (4 + 2, 4 * 151 * 8160)
+    assert count_requests(rows_at(), 8160, 0) == (4 + HEADERS, 0)
+    assert count_requests(rows_at(5), 8160, 0) == (4 + HEADERS, 4 * 56 * 8160)
+    assert count_requests(rows_at(5, 100), 8160, 0) == (8 + HEADERS, 8 * 56 * 8160)
+    # 5 rows between them, which are less than a twentieth.
+    assert count_requests(rows_at(5, 66), 8160, 5 * 8160 - 1)[0] == 8 + HEADERS
+    assert count_requests(rows_at(5, 66), 8160, 5 * 8160) == (4 + HEADERS, 4 * 117 * 8160)
+    # Gaps that are more than a twentieth are not read along, whatever requests cost.
+    assert count_requests(rows_at(5, 67), 8160, 1 << 30)[0] == 8 + HEADERS
     # Rows that overlap are one run.
-    assert count_requests(rows_at(5, 40), 8160, 0) == (4 + 2, 4 * 91 * 8160)
+    assert count_requests(rows_at(5, 40), 8160, 0) == (4 + HEADERS, 4 * 91 * 8160)
 
 
 def test_the_rule_of_numbers_knows_nothing_of_the_link():

@@ -33,55 +33,27 @@ class ZodiSums(NamedTuple):
     iz, zz : float
         Sums of I Z and Z^2 over usable pixels that are flagged and have an invalid variance.
         The median variance of the frame is used for them.
-    clear : int
-        Number of pixels of these rows with none of the excluded bits.
-    unflagged : int
+    clear : float
+        Number of pixels with none of the excluded bits.
+    unflagged : float
         Number of pixels with an invalid variance and no flag.
-    finite, valid : bool
-        Whether any pixel of IMAGE is finite, and whether any variance is valid.
+    finite, valid : float
+        1 if any pixel of IMAGE is finite, and if any variance is valid, else 0.
     """
 
     weighted_iz: float
     weighted_zz: float
     iz: float
     zz: float
-    clear: int
-    unflagged: int
-    finite: bool
-    valid: bool
-
-    def add(self, other: ZodiSums, weight: float) -> ZodiSums:
-        """Return these sums and those of other rows.
-
-        Parameters
-        ----------
-        other : ZodiSums
-            Of other rows.
-        weight : float
-            Factor of their sums, but not of their numbers of pixels.
-
-        Returns
-        -------
-        ZodiSums
-        """
-        return ZodiSums(
-            weighted_iz=self.weighted_iz + weight * other.weighted_iz,
-            weighted_zz=self.weighted_zz + weight * other.weighted_zz,
-            iz=self.iz + weight * other.iz,
-            zz=self.zz + weight * other.zz,
-            clear=self.clear + other.clear,
-            unflagged=self.unflagged + other.unflagged,
-            finite=self.finite or other.finite,
-            valid=self.valid or other.valid,
-        )
-
-
-NO_SUMS = ZodiSums(0.0, 0.0, 0.0, 0.0, 0, 0, False, False)
+    clear: float
+    unflagged: float
+    finite: float
+    valid: float
 
 
 @compiled
-def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracket) -> ZodiSums:
-    """Compute the sums for the weighted fit of ZODI to IMAGE.
+def sum_zodi(planes: Planes, excluded: uint32, groups: np.ndarray, bracket: Bracket) -> np.ndarray:
+    """Compute the sums for the weighted fit of ZODI to IMAGE, for each of some groups of rows.
 
     Values around the median variance are picked in the same pass, as most frames need it.
 
@@ -91,16 +63,30 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracke
         The frame.
     excluded : uint32
         The bad bits and the SOURCE bit.
-    rows : (n,) int array
-        The rows that are used.
+    groups : (n, m) int array
+        The rows of each group.
     bracket : Bracket
-        Gets the variances of these rows.
+        Gets the variances of all these rows.
 
     Returns
     -------
-    ZodiSums
-        A pixel is usable if it is finite in IMAGE and ZODI and has none of the excluded bits.
+    (n, 8) float array
+        The fields of `ZodiSums`, for each group. A pixel is usable if it is finite in IMAGE and
+        ZODI and has none of the excluded bits.
     """
+    found = np.empty((len(groups), 8))
+    for k in range(len(groups)):
+        sums = _sum_group(planes, excluded, groups[k], bracket)
+        for i in range(8):
+            found[k, i] = sums[i]
+    return found
+
+
+@compiled_helper
+def _sum_group(
+    planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracket
+) -> tuple[float, float, float, float, float, float, float, float]:
+    """Return the fields of `ZodiSums` for some rows."""
     image, variance, zodi, flags, factors = planes
     nx = image.shape[1]
     clear = unflagged = 0
@@ -150,7 +136,16 @@ def sum_zodi(planes: Planes, excluded: uint32, rows: np.ndarray, bracket: Bracke
     for lane in range(LANES):
         weighted_iz += lanes[lane]
         weighted_zz += lanes[LANES + lane]
-    return ZodiSums(weighted_iz, weighted_zz, iz, zz, clear, unflagged, finite, valid)
+    return (
+        weighted_iz,
+        weighted_zz,
+        iz,
+        zz,
+        float(clear),
+        float(unflagged),
+        1.0 if finite else 0.0,
+        1.0 if valid else 0.0,
+    )
 
 
 @compiled_helper

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
-__all__ = ["Span", "Spans", "merge_spans"]
+__all__ = ["Span", "Spans", "merge_cheaply", "merge_spans"]
 
 Span = tuple[int, int]
 """The first byte, and the one after the last."""
@@ -141,3 +142,33 @@ def merge_spans(spans: Iterable[Span], gap: int = 0) -> list[Span]:
         else:
             merged.append((start, stop))
     return merged
+
+
+def merge_cheaply(spans: Iterable[Span], gap: int, share: float) -> list[Span]:
+    """Merge intervals where the gap between them is cheaper than one more request.
+
+    Parameters
+    ----------
+    spans : iterable of (int, int)
+        Intervals, in any order; empty ones are left out.
+    gap : int
+        A gap of no more than this many bytes is cheaper.
+    share : float
+        All gaps together have at most this share of the bytes that are wanted. The shortest come
+        first.
+
+    Returns
+    -------
+    list of (int, int)
+        Sorted and disjoint.
+    """
+    apart = merge_spans(spans)
+    left = share * sum(stop - start for start, stop in apart)
+    gaps = sorted((after[0] - before[1], k) for k, (before, after) in enumerate(pairwise(apart)))
+    bridged = []
+    for length, k in gaps:
+        if length > min(gap, left):
+            break
+        left -= length
+        bridged.append((apart[k][0], apart[k + 1][1]))
+    return merge_spans([*apart, *bridged])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spxdask.science.level2.spans import Spans, merge_spans
+from spxdask.science.level2.spans import Spans, merge_cheaply, merge_spans
 
 interval = st.tuples(st.integers(0, 40), st.integers(0, 40))
 intervals = st.lists(interval, max_size=8)
@@ -64,3 +64,28 @@ def test_many_small_intervals_are_quick():
     spans = Spans((i * 10, i * 10 + 5) for i in range(20_000))
     assert spans.total == 100_000
     assert len(spans.find_missing([(0, 200_000)])) == 20_000
+
+
+@given(intervals, st.integers(0, 10), st.sampled_from([0.0, 0.05, 0.5]))
+def test_gaps_that_are_read_along_are_short_and_few(spans, gap, share):
+    plain = merge_spans(spans)
+    merged = merge_cheaply(spans, gap, share)
+    wanted, come = (sum(stop - start for start, stop in some) for some in (plain, merged))
+    assert come - wanted <= share * wanted
+    assert Spans(merged).find_missing(plain) == []
+    assert merge_spans(merged) == merged
+    bridged = [
+        after[0] - before[1]
+        for before, after in itertools.pairwise(plain)
+        if Spans(merged).holds(before[1], after[0])
+    ]
+    assert all(length <= gap for length in bridged)
+    assert len(merged) == len(plain) - len(bridged)
+
+
+def test_the_shortest_gaps_come_first():
+    spans = [(0, 100), (104, 200), (202, 300)]
+    assert merge_cheaply(spans, 10, 0.01) == [(0, 100), (104, 300)]
+    assert merge_cheaply(spans, 10, 0.02) == [(0, 100), (104, 300)]
+    assert merge_cheaply(spans, 10, 0.03) == [(0, 300)]
+    assert merge_cheaply(spans, 3, 0.03) == [(0, 100), (104, 300)]
