@@ -13,6 +13,7 @@ from spxdask.report.svg import MUTED, Axis, Plot
 
 __all__ = [
     "BAND_COLORS",
+    "plot_astrometry",
     "plot_channels",
     "plot_chi2",
     "plot_measures",
@@ -284,6 +285,53 @@ def plot_time(drawing: Drawing, column: str, title: str, label: str) -> Plot:
         plot.draw_points(
             mjd[every][ours], values[every][ours], BAND_COLORS[number], size=4, label=name
         )
+    return plot
+
+
+def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> Plot:
+    """Draw how far stars are from their positions: a point a frame, and the detectors' medians.
+
+    Parameters
+    ----------
+    numbers : dict
+        Of the report.
+    drawing : Drawing
+        Of the report.
+
+    Returns
+    -------
+    Plot
+        With equal scales, and a circle at the offset that is too large.
+    """
+    frames = drawing.record.frames
+    frames = frames[(frames["status"] == "measured") & frames["astrometry_dx"].notna()]
+    dx, dy = (frames[f"astrometry_{name}"].to_numpy(np.float64) for name in ("dx", "dy"))
+    found = numbers["frames"]["astrometry"]
+    # A few frames far off are drawn at the edge.
+    reach = np.percentile(np.hypot(dx, dy), 99.0) if len(dx) else 0.0
+    half = 1.15 * max(found["max_offset"], float(reach))
+    width, height = 560, 500
+    ratio = (width - 76) / (height - 74)
+    plot = Plot(
+        Axis(-half * ratio, half * ratio, "dx, pixels"),
+        Axis(-half, half, "dy, pixels"),
+        "Offsets of bright sources",
+        width=width,
+        height=height,
+    )
+    angle = np.linspace(0, 2 * np.pi, 181)
+    circle = found["max_offset"] * np.cos(angle), found["max_offset"] * np.sin(angle)
+    plot.draw_line(*circle, MUTED, width=1, dashes="4 3")
+    every = _thin(len(dx))
+    band = frames["band"].to_numpy()[every]
+    for number, name in enumerate(BANDS):
+        ours = band == name
+        plot.draw_points(dx[every][ours], dy[every][ours], BAND_COLORS[number], opacity=0.45)
+    for d in found["detectors"]:
+        color = BAND_COLORS[BANDS.index(d["band"])]
+        at = np.array([d["dx"]]), np.array([d["dy"]])
+        plot.draw_points(*at, "#ffffff", size=11, opacity=1)
+        plot.draw_points(*at, color, size=8, opacity=1, label=d["band"])
     return plot
 
 

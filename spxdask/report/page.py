@@ -25,6 +25,7 @@ SECTIONS = (
     ("coverage", "Spectral coverage"),
     ("frames", "Frames"),
     ("detectors", "Detectors"),
+    ("astrometry", "Astrometry"),
     ("rows", "Rows and flags"),
     ("errors", "Errors"),
     ("fluxes", "Fluxes"),
@@ -54,6 +55,7 @@ def render_page(numbers: dict[str, Any], drawing: Drawing) -> str:
         "coverage": _render_coverage(numbers),
         "frames": _render_frames(numbers),
         "detectors": _render_detectors(numbers, drawing),
+        "astrometry": _render_astrometry(numbers, drawing),
         "rows": _render_rows(numbers),
         "errors": _render_errors(numbers, drawing),
         "fluxes": _render_fluxes(numbers, drawing),
@@ -227,6 +229,54 @@ def _render_detectors(numbers: dict[str, Any], drawing: Drawing) -> str:
         f'<div class="pair">{drawn}<div>{table}<p class="muted">Medians over frames, and half the '
         "range of the middle 68 %.</p></div></div>"
     )
+
+
+def _render_astrometry(numbers: dict[str, Any], drawing: Drawing) -> str:
+    found = numbers["frames"]["astrometry"]
+    limit = f"{found['max_offset']:g}"
+    text = (
+        "<p>Where the light of bright isolated sources is, by a fit of the PSF, minus where the "
+        "WCS of the frame puts the position in the catalogue. x and y are those of the detector; a "
+        "pixel has 6.15 arcsec.</p>"
+    )
+    if not found["detectors"]:
+        return f"{text}<p>No frame has such a source.</p>"
+
+    def pair(value: float, scatter: float) -> str:
+        return f"{value:+.3f}\u00a0\u00b1\u00a0{scatter:.3f}"
+
+    lines = [
+        (
+            d["band"],
+            f"{d['frames']:,}",
+            f"{d['stars']:,}",
+            pair(d["dx"], d["dx_scatter"]),
+            pair(d["dy"], d["dy_scatter"]),
+            "-" if d["scatter"] is None else f"{d['scatter']:.3f}",
+            f"{d['error']:.3f}",
+        )
+        for d in found["detectors"]
+    ]
+    names = ("band", "frames", "offsets", "dx", "dy", "scatter", "error")
+    plot = _figure(
+        figures.plot_astrometry(numbers, drawing),
+        "Small: the median of each frame. Large: that of each detector. Dashed: "
+        f"{limit} pixels, about one percent of a flux.",
+    )
+    note = (
+        '<p class="muted">Medians, and half the range of the middle 68 % of the frames, each of '
+        "which counts by its offsets; scatter of single sources within a frame along one axis, and "
+        "their error from VARIANCE. More scatter than that is of the catalogue (errors, proper "
+        "motions, extended sources) or of the PSF.</p>"
+    )
+    off = ""
+    if found["frames_off"]:
+        ranked = sorted(found["frames_off"], key=lambda f: (-f["offset"], f["filename"]))
+        rows = [(f["filename"], f"{f['offset']:.3f}") for f in ranked[:MAX_WARNINGS_SHOWN]]
+        off = f"<h3>Frames with more than {limit} pixels</h3>" + _table(("file", "offset"), rows)
+        if len(ranked) > MAX_WARNINGS_SHOWN:
+            off += f"<p>{len(ranked) - MAX_WARNINGS_SHOWN:,} more are in report.json.</p>"
+    return f'{text}<div class="pair">{plot}<div>{_table(names, lines)}{note}{off}</div></div>'
 
 
 def _render_rows(numbers: dict[str, Any]) -> str:

@@ -102,10 +102,18 @@ def measure_offsets(
         Which sources are tried, one after the other.
     most : int
         No more are tried when as many have been measured.
-    values, variances, stamps, corners, x, y, level
-        As for `spxdask.science.kernels.psf_fit.fit_stamps`.
+    values, variances : (n, size, size) float array
+        Pixels of the stamps, as for `spxdask.science.kernels.psf_fit.fit_stamps`.
+    stamps : (n, size, size) float array
+        PSF of each source.
+    corners : (n, 2) int array
+        Row and column of the first pixel of each stamp, ordered by row.
+    x, y : (n,) float array
+        0-based pixel positions.
     flux : (n,) float array
-        As from it.
+        Brightness summed over the PSF; NaN for sources that took no part in the fit.
+    level : (n,) float array
+        Background of each source, in result units.
 
     Returns
     -------

@@ -181,8 +181,8 @@ def measure_psf_fluxes(
             is_usable = ~is_contaminant
             is_usable[:n] &= is_star
             found = measure_star_offsets(
-                model, fit, is_usable[order], *pixels[:2], stamps, corners, x[order], y[order],
-                level[order], origin,
+                model, fit, is_usable[order], pixels[0], pixels[1], stamps, corners, x[order],
+                y[order], level[order], origin,
             )  # fmt: skip
             offsets = replace(found, index=order[found.index])
     shares = np.full(len(x), np.nan)

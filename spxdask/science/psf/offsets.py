@@ -103,8 +103,16 @@ def measure_star_offsets(
         These fluxes.
     is_usable : (n,) bool array
         Which sources may be taken: those without a flag that speaks against them.
-    values, variances, stamps, corners, x, y, level
-        As for `spxdask.science.kernels.psf_fit.fit_stamps`.
+    values, variances : (n, size, size) float array
+        Pixels of the stamps, as for `spxdask.science.kernels.psf_fit.fit_stamps`.
+    stamps : (n, size, size) float array
+        PSF of each source.
+    corners : (n, 2) int array
+        Row and column of the first pixel of each stamp, ordered by row.
+    x, y : (n,) float array
+        0-based pixel positions.
+    level : (n,) float array
+        Background of each source, in result units.
     origin : (float, float)
         Full-frame 0-based pixel of the pixel (0, 0).
 
