@@ -288,7 +288,7 @@ def plot_time(drawing: Drawing, column: str, title: str, label: str) -> Plot:
     return plot
 
 
-def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> Plot:
+def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> tuple[Plot, bool]:
     """Draw how far stars are from their positions: a point a frame, and the detectors' medians.
 
     Parameters
@@ -300,16 +300,20 @@ def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> Plot:
 
     Returns
     -------
-    Plot
-        With equal scales, and a circle at the offset that is too large.
+    plot : Plot
+        With equal scales.
+    is_limit_drawn : bool
+        Whether offsets are so large that the circle about those that are not too large is in it.
     """
     frames = drawing.record.frames
     frames = frames[(frames["status"] == "measured") & frames["astrometry_dx"].notna()]
     dx, dy = (frames[f"astrometry_{name}"].to_numpy(np.float64) for name in ("dx", "dy"))
     found = numbers["frames"]["astrometry"]
     # A few frames far off are drawn at the edge.
-    reach = np.percentile(np.hypot(dx, dy), 99.0) if len(dx) else 0.0
-    half = 1.15 * max(found["max_offset"], float(reach))
+    reach = float(np.percentile(np.hypot(dx, dy), 99.0)) if len(dx) else 0.0
+    limit = found["max_offset"]
+    is_limit_drawn = reach > 0.4 * limit
+    half = 1.15 * max(limit, reach) if is_limit_drawn else max(1.3 * reach, 0.01 * limit)
     width, height = 560, 500
     ratio = (width - 76) / (height - 74)
     plot = Plot(
@@ -319,9 +323,10 @@ def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> Plot:
         width=width,
         height=height,
     )
-    angle = np.linspace(0, 2 * np.pi, 181)
-    circle = found["max_offset"] * np.cos(angle), found["max_offset"] * np.sin(angle)
-    plot.draw_line(*circle, MUTED, width=1, dashes="4 3")
+    if is_limit_drawn:
+        angle = np.linspace(0, 2 * np.pi, 181)
+        circle = limit * np.cos(angle), limit * np.sin(angle)
+        plot.draw_line(*circle, MUTED, width=1, dashes="4 3")
     every = _thin(len(dx))
     band = frames["band"].to_numpy()[every]
     for number, name in enumerate(BANDS):
@@ -332,7 +337,7 @@ def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> Plot:
         at = np.array([d["dx"]]), np.array([d["dy"]])
         plot.draw_points(*at, "#ffffff", size=11, opacity=1)
         plot.draw_points(*at, color, size=8, opacity=1, label=d["band"])
-    return plot
+    return plot, is_limit_drawn
 
 
 def plot_rms(numbers: dict[str, Any], drawing: Drawing) -> Plot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from spxdask.text import format_count
@@ -170,7 +171,7 @@ def _judge_errors(checks: dict[str, Any]) -> list[tuple[str, str]]:
 def _judge_ratios(checks: dict[str, Any]) -> list[tuple[str, str]]:
     sentences = []
     kinds = [("PSF flux / aperture-corrected flux", checks["psf_over_aperture"])]
-    kinds += [(f"Flux in {name}", bands) for name, bands in checks["releases"].items()]
+    kinds += [(f"Flux in {name.upper()}", bands) for name, bands in checks["releases"].items()]
     for name, bands in kinds:
         if not bands:
             continue
@@ -218,12 +219,13 @@ def _judge_astrometry(found: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     else:
-        worst = max(offsets.values())
+        worst = math.ceil(1000 * max(offsets.values())) / 1000
+        stars = sum(d["stars"] for d in told)
         sentences.append(
             (
                 "good",
-                f"{format_count(found['stars'], 'offset')} of bright isolated sources from the "
-                f"catalogue have medians of {worst:.3f} pixels or less in {_join(told)}.",
+                "Bright isolated sources are where the WCS puts the catalogue, to "
+                f"{worst:.3f} pixels or better in {_join(told)} ({stars:,} offsets).",
             )
         )
     single = [f for f in found["frames_off"] if f["band"] not in {d["band"] for d in off}]
