@@ -188,8 +188,6 @@ def run_demo(output: str) -> RunSummary:
     plot_checks(folder_path / "checks.png", measured, chosen, variability)
     print(f"\nspectra     {folder_path / 'spectra.png'}")
     print(f"checks      {folder_path / 'checks.png'}")
-    if (folder_path / "report.html").exists():
-        print(f"report      {folder_path / 'report.html'}")
     print(f"in Python   spxdask.open_run({folder.path!r})")
     return summary
 

@@ -36,6 +36,7 @@ def make_run(
     failed: dict[int, str] | None = None,
     early_scale: float = 1.0,
     scatter: float = 1.0,
+    shifts: dict[str, tuple[float, float]] | None = None,
     seed: int = 1,
 ) -> RunFolder:
     """Make a folder as a run leaves it before light curves are made.
@@ -43,7 +44,7 @@ def make_run(
     Frames are in six bands and two releases; each has the next `rows_per_frame` sources, without
     the last one of the catalogue. `failed` are reasons by number of the frame. The fluxes of
     releases before QR3 are multiplied by `early_scale`, and scatter by `scatter` times the
-    errors that they state.
+    errors that they state. `shifts` are offsets of stars by band, pixels.
     """
     rng = np.random.default_rng(seed)
     ids = ids if ids is not None else [f"s{i}" for i in range(n_sources)]
@@ -102,12 +103,25 @@ def make_run(
                         "n_sources": n_rows,
                         "background": 0.01 * rng.normal(),
                         "background_scatter": 0.01,
+                        **_describe_offsets(number, (shifts or {}).get(observation.band, (0, 0))),
                     },
                     **inputs.identify(observation),
                 )
             )
         folder.ledger.flush()
     return folder
+
+
+def _describe_offsets(number: int, shift: tuple[float, float]) -> dict[str, float]:
+    """Return the offset of a frame, which differs from the shift by a hundredth of a pixel."""
+    angle = 2.4 * number
+    return {
+        "astrometry_stars": 20,
+        "astrometry_dx": shift[0] + 0.01 * np.cos(angle),
+        "astrometry_dy": shift[1] + 0.01 * np.sin(angle),
+        "astrometry_scatter": 0.03,
+        "astrometry_error": 0.02,
+    }
 
 
 def _make_observation(number: int, n_frames: int) -> Observation:

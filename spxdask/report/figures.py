@@ -13,6 +13,7 @@ from spxdask.report.svg import MUTED, Axis, Plot
 
 __all__ = [
     "BAND_COLORS",
+    "plot_astrometry",
     "plot_channels",
     "plot_chi2",
     "plot_measures",
@@ -285,6 +286,58 @@ def plot_time(drawing: Drawing, column: str, title: str, label: str) -> Plot:
             mjd[every][ours], values[every][ours], BAND_COLORS[number], size=4, label=name
         )
     return plot
+
+
+def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> tuple[Plot, bool]:
+    """Draw how far stars are from their positions: a point a frame, and the detectors' medians.
+
+    Parameters
+    ----------
+    numbers : dict
+        Of the report.
+    drawing : Drawing
+        Of the report.
+
+    Returns
+    -------
+    plot : Plot
+        With equal scales.
+    is_limit_drawn : bool
+        Whether offsets are so large that the circle about those that are not too large is in it.
+    """
+    frames = drawing.record.frames
+    frames = frames[(frames["status"] == "measured") & frames["astrometry_dx"].notna()]
+    dx, dy = (frames[f"astrometry_{name}"].to_numpy(np.float64) for name in ("dx", "dy"))
+    found = numbers["frames"]["astrometry"]
+    # A few frames far off are drawn at the edge.
+    reach = float(np.percentile(np.hypot(dx, dy), 99.0)) if len(dx) else 0.0
+    limit = found["max_offset"]
+    is_limit_drawn = reach > 0.4 * limit
+    half = 1.15 * max(limit, reach) if is_limit_drawn else max(1.3 * reach, 0.01 * limit)
+    width, height = 560, 500
+    ratio = (width - 76) / (height - 74)
+    plot = Plot(
+        Axis(-half * ratio, half * ratio, "dx, pixels"),
+        Axis(-half, half, "dy, pixels"),
+        "Offsets of bright sources",
+        width=width,
+        height=height,
+    )
+    if is_limit_drawn:
+        angle = np.linspace(0, 2 * np.pi, 181)
+        circle = limit * np.cos(angle), limit * np.sin(angle)
+        plot.draw_line(*circle, MUTED, width=1, dashes="4 3")
+    every = _thin(len(dx))
+    band = frames["band"].to_numpy()[every]
+    for number, name in enumerate(BANDS):
+        ours = band == name
+        plot.draw_points(dx[every][ours], dy[every][ours], BAND_COLORS[number], opacity=0.45)
+    for d in found["detectors"]:
+        color = BAND_COLORS[BANDS.index(d["band"])]
+        at = np.array([d["dx"]]), np.array([d["dy"]])
+        plot.draw_points(*at, "#ffffff", size=11, opacity=1)
+        plot.draw_points(*at, color, size=8, opacity=1, label=d["band"])
+    return plot, is_limit_drawn
 
 
 def plot_rms(numbers: dict[str, Any], drawing: Drawing) -> Plot:

@@ -23,6 +23,10 @@ __all__ = ["STATES", "FrameRecord", "collect_frames", "describe_frames"]
 
 # In the order in which they are shown.
 STATES = ("measured", "failed", "fetched", "pending", "empty")
+# An offset of so many pixels takes about one percent from a flux.
+MAX_OFFSET_PIXELS = 0.1
+# A frame with a larger one is named if as many stars or more tell it.
+MIN_STARS = 5
 _URL = re.compile(r"\b[a-z][a-z0-9+]*://\S+\s*")
 
 
@@ -136,6 +140,7 @@ def describe_frames(record: FrameRecord, output: str) -> dict[str, Any]:
         "retry_command": f"spxdask run --output {shlex.quote(output)} --retry-failed",
         "warnings": dict(sorted(record.warnings.items())),
         "detectors": list(_describe_detectors(frames)),
+        "astrometry": _describe_astrometry(frames),
         "sources_left_out": _add_counts(frames["skipped"]),
         "rows_without_psf_flux": _add_counts(frames["psf_empty"]),
         "first_mjd": _as_number(frames["mjd"][status == "measured"].min()),
@@ -197,6 +202,45 @@ def _describe_detectors(frames: pd.DataFrame) -> Iterator[dict[str, Any]]:
             found[name] = _as_number(median)
             found[f"{name}_scatter"] = _as_number((high - low) / 2)
         yield found
+
+
+def _describe_astrometry(frames: pd.DataFrame) -> dict[str, Any]:
+    """Return the offsets of stars by detector, and which frames are off."""
+    names = [f"astrometry_{name}" for name in ("dx", "dy", "scatter", "error")]
+    told = frames[(frames["status"] == "measured") & (frames["astrometry_stars"] > 0)]
+    detectors = []
+    for band in BANDS:
+        group = told[told["band"] == band]
+        if not len(group):
+            continue
+        stars = group["astrometry_stars"].to_numpy(np.int64)
+        found: dict[str, Any] = {"band": band, "frames": len(group), "stars": int(stars.sum())}
+        for name in names:
+            # A frame counts by its stars.
+            values = np.repeat(group[name].to_numpy(np.float64), stars)
+            values = values[np.isfinite(values)]
+            low, median, high = (
+                np.percentile(values, (15.865, 50.0, 84.135)) if len(values) else [np.nan] * 3
+            )
+            short = name.removeprefix("astrometry_")
+            found[short] = _as_number(median)
+            if short in ("dx", "dy"):
+                found[f"{short}_scatter"] = _as_number((high - low) / 2)
+        detectors.append(found)
+    offset = np.hypot(told["astrometry_dx"], told["astrometry_dy"])
+    is_off = (offset > MAX_OFFSET_PIXELS) & (told["astrometry_stars"] >= MIN_STARS)
+    return {
+        "frames": len(told),
+        "stars": int(told["astrometry_stars"].sum()),
+        "detectors": detectors,
+        "max_offset": MAX_OFFSET_PIXELS,
+        "frames_off": [
+            {"filename": name, "band": band, "offset": round(float(one), 4)}
+            for name, band, one in zip(
+                told["filename"][is_off], told["band"][is_off], offset[is_off], strict=True
+            )
+        ],
+    }
 
 
 def _add_counts(column: pd.Series) -> dict[str, int]:

@@ -25,6 +25,7 @@ SECTIONS = (
     ("coverage", "Spectral coverage"),
     ("frames", "Frames"),
     ("detectors", "Detectors"),
+    ("astrometry", "Astrometry"),
     ("rows", "Rows and flags"),
     ("errors", "Errors"),
     ("fluxes", "Fluxes"),
@@ -54,6 +55,7 @@ def render_page(numbers: dict[str, Any], drawing: Drawing) -> str:
         "coverage": _render_coverage(numbers),
         "frames": _render_frames(numbers),
         "detectors": _render_detectors(numbers, drawing),
+        "astrometry": _render_astrometry(numbers, drawing),
         "rows": _render_rows(numbers),
         "errors": _render_errors(numbers, drawing),
         "fluxes": _render_fluxes(numbers, drawing),
@@ -103,8 +105,8 @@ def _render_header(numbers: dict[str, Any]) -> str:
     lead = (
         f"{format_count(run['n_sources'], 'source')} of {origin}{dates}"
         + (f", {releases}" if releases else "")
-        + (f". Archive asked {run['query_time']}" if run["query_time"] else "")
-        + (f", last frame ended {run['last_outcome']}." if run["last_outcome"] else ".")
+        + (f". Archive asked {_show_time(run['query_time'])}" if run["query_time"] else "")
+        + (f", last frame ended {_show_time(run['last_outcome'])}." if run["last_outcome"] else ".")
     )
     counts = frames["by_state"]
     facts = [
@@ -125,6 +127,11 @@ def _render_header(numbers: dict[str, Any]) -> str:
         f'<p class="lead">{show(lead)}</p><div class="facts">{cells}</div>'
         f'<ul class="verdict">{verdict}</ul></header>'
     )
+
+
+def _show_time(time: str) -> str:
+    """Return a time in ISO 8601 as people write it."""
+    return time.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _capitalise(text: str) -> str:
@@ -208,16 +215,18 @@ def _render_detectors(numbers: dict[str, Any], drawing: Drawing) -> str:
     )
     drawn = "".join(_figure(figures.plot_time(drawing, *plot)) for plot in plots)
 
-    def pair(d: dict[str, Any], name: str) -> str:
+    def pair(d: dict[str, Any], name: str, digits: int) -> str:
         value, scatter = d[name], d[f"{name}_scatter"]
-        return "-" if value is None else f"{value:.4f}\u00a0\u00b1\u00a0{scatter:.4f}"
+        return "-" if value is None else f"{value:.{digits}f} ± {scatter:.{digits}f}"
 
     lines = [
         (
             d["band"],
             f"{d['frames']:,}",
             f"{d['zodi_not_fitted']:,}",
-            *(pair(d, name) for name in ("zodi_scale", "background", "aperture_radius")),
+            pair(d, "zodi_scale", 3),
+            pair(d, "background", 4),
+            pair(d, "aperture_radius", 3),
         )
         for d in numbers["frames"]["detectors"]
     ]
@@ -227,6 +236,56 @@ def _render_detectors(numbers: dict[str, Any], drawing: Drawing) -> str:
         f'<div class="pair">{drawn}<div>{table}<p class="muted">Medians over frames, and half the '
         "range of the middle 68 %.</p></div></div>"
     )
+
+
+def _render_astrometry(numbers: dict[str, Any], drawing: Drawing) -> str:
+    found = numbers["frames"]["astrometry"]
+    limit = f"{found['max_offset']:g} pixels"
+    text = (
+        "<p>Where the light of bright isolated sources is, by a fit of the PSF, minus where the "
+        "WCS of the frame puts the position in the catalogue. x and y are those of the detector; a "
+        "pixel has 6.15 arcsec.</p>"
+    )
+    if not found["detectors"]:
+        return f"{text}<p>No frame has such a source.</p>"
+
+    def pair(value: float, scatter: float) -> str:
+        # Without a zero below zero.
+        return f"{round(value, 4) + 0.0:+.4f} ± {scatter:.4f}"
+
+    lines = [
+        (
+            d["band"],
+            f"{d['stars']:,}",
+            pair(d["dx"], d["dx_scatter"]),
+            pair(d["dy"], d["dy_scatter"]),
+            "-" if d["scatter"] is None else f"{d['scatter']:.4f}",
+            f"{d['error']:.4f}",
+        )
+        for d in found["detectors"]
+    ]
+    names = ("band", "offsets", "dx", "dy", "scatter", "error")
+    drawn, is_limit_drawn = figures.plot_astrometry(numbers, drawing)
+    place = "Dashed" if is_limit_drawn else "Outside of the figure"
+    plot = _figure(
+        drawn,
+        "Small: the median of each frame. Large: that of each detector. "
+        f"{place}: {limit}, which take about one percent from a flux.",
+    )
+    note = (
+        '<p class="muted">Medians, and half the range of the middle 68 % of the frames, each of '
+        "which counts by its offsets; scatter of single sources within a frame along one axis, and "
+        "their error from VARIANCE. More scatter than that is of the catalogue (errors, proper "
+        "motions, extended sources) or of the PSF.</p>"
+    )
+    off = ""
+    if found["frames_off"]:
+        ranked = sorted(found["frames_off"], key=lambda f: (-f["offset"], f["filename"]))
+        rows = [(f["filename"], f"{f['offset']:.3f}") for f in ranked[:MAX_WARNINGS_SHOWN]]
+        off = f"<h3>Frames with more than {limit}</h3>" + _table(("file", "offset"), rows)
+        if len(ranked) > MAX_WARNINGS_SHOWN:
+            off += f"<p>{len(ranked) - MAX_WARNINGS_SHOWN:,} more are in report.json.</p>"
+    return f'{text}<div class="pair">{plot}<div>{_table(names, lines)}{note}{off}</div></div>'
 
 
 def _render_rows(numbers: dict[str, Any]) -> str:
@@ -339,7 +398,7 @@ def _table_of_ratios(bands: Sequence[dict[str, Any]]) -> str:
         (
             b["band"],
             f"{b['n']:,}",
-            f"{b['median']:.4f}\u00a0\u00b1\u00a0{b['error']:.4f}",
+            f"{b['median']:.4f} ± {b['error']:.4f}",
             f"{100 * b['scatter']:.2f}",
         )
         for b in bands
@@ -386,8 +445,8 @@ def _render_making(numbers: dict[str, Any]) -> str:
     times += [
         ("fetched", f"{timings['bytes_fetched'] / 1e9:.3g} GB"),
         ("tables", f"{timings['bytes_of_tables'] / 1e6:.3g} MB"),
-        ("first frame ended", run["first_outcome"] or "-"),
-        ("last frame ended", run["last_outcome"] or "-"),
+        ("first frame ended", _show_time(run["first_outcome"] or "-")),
+        ("last frame ended", _show_time(run["last_outcome"] or "-")),
     ]
     versions = [(name, version) for name, version in run["versions"].items()]
     options = dict(numbers["configuration"])

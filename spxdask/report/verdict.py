@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from spxdask.text import format_count
@@ -16,6 +17,8 @@ MAX_OFFSET = 0.01
 # So do shares of frames or rows above these.
 MAX_UNFITTED = 0.05
 MAX_REJECTED = 0.3
+# A median offset of fewer stars says nothing of a detector.
+MIN_STARS = 10
 
 
 def judge(numbers: dict[str, Any]) -> list[dict[str, str]]:
@@ -37,6 +40,7 @@ def judge(numbers: dict[str, Any]) -> list[dict[str, str]]:
         *_judge_calibration(numbers),
         *_judge_errors(numbers["checks"]),
         *_judge_ratios(numbers["checks"]),
+        *_judge_astrometry(numbers["frames"]["astrometry"]),
         *_judge_rows(numbers),
     ]
     order = ("attention", "good", "note")
@@ -167,7 +171,7 @@ def _judge_errors(checks: dict[str, Any]) -> list[tuple[str, str]]:
 def _judge_ratios(checks: dict[str, Any]) -> list[tuple[str, str]]:
     sentences = []
     kinds = [("PSF flux / aperture-corrected flux", checks["psf_over_aperture"])]
-    kinds += [(f"Flux in {name}", bands) for name, bands in checks["releases"].items()]
+    kinds += [(f"Flux in {name.upper()}", bands) for name, bands in checks["releases"].items()]
     for name, bands in kinds:
         if not bands:
             continue
@@ -185,6 +189,55 @@ def _judge_ratios(checks: dict[str, Any]) -> list[tuple[str, str]]:
             sentences.append(
                 ("good", f"{name} agrees to {_percent(worst)} or better in {_join(bands)}.")
             )
+    return sentences
+
+
+def _judge_astrometry(found: dict[str, Any]) -> list[tuple[str, str]]:
+    limit = found["max_offset"]
+    told = [d for d in found["detectors"] if d["stars"] >= MIN_STARS]
+    if not told:
+        return [
+            (
+                "note",
+                "Positions could not be checked: too few bright isolated sources have a PSF flux.",
+            )
+        ]
+    offsets = {d["band"]: (d["dx"] ** 2 + d["dy"] ** 2) ** 0.5 for d in told}
+    off = [d for d in told if offsets[d["band"]] > limit]
+    sentences = []
+    if off:
+        listed = ", ".join(
+            f"{offsets[d['band']]:.2f} pixels in {d['band']} (dx {d['dx']:+.2f}, dy {d['dy']:+.2f})"
+            for d in off
+        )
+        sentences.append(
+            (
+                "attention",
+                f"Bright sources are more than {limit:g} pixels from where the WCS puts the "
+                f"catalogue: {listed}. Apertures are misplaced and fluxes too low; see whether the "
+                "catalogue's positions and their epoch are right.",
+            )
+        )
+    else:
+        worst = math.ceil(1000 * max(offsets.values())) / 1000
+        stars = sum(d["stars"] for d in told)
+        sentences.append(
+            (
+                "good",
+                "Bright isolated sources are where the WCS puts the catalogue, to "
+                f"{worst:.3f} pixels or better in {_join(told)} ({stars:,} offsets).",
+            )
+        )
+    single = [f for f in found["frames_off"] if f["band"] not in {d["band"] for d in off}]
+    if single:
+        verb = "has its" if len(single) == 1 else "have their"
+        sentences.append(
+            (
+                "attention",
+                f"{format_count(len(single), 'frame')} {verb} bright sources more than {limit:g} "
+                "pixels from where the WCS puts the catalogue: see Astrometry for the names.",
+            )
+        )
     return sentences
 
 

@@ -74,10 +74,37 @@ FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "",
         "rows of pixels that the zodiacal fit and the median variance saw; null for all",
     ),
+    (
+        "astrometry_stars",
+        pa.int64(),
+        "",
+        "bright isolated sources whose offsets were measured; null without a PSF or a row, and "
+        "for frames that earlier versions measured",
+    ),
+    (
+        "astrometry_dx",
+        pa.float64(),
+        "pix",
+        "median offset along x of their light from where the WCS puts the catalogue position",
+    ),
+    ("astrometry_dy", pa.float64(), "pix", "the same along y"),
+    (
+        "astrometry_scatter",
+        pa.float64(),
+        "pix",
+        "scatter of single sources about it along one axis (1.4826 times the median absolute "
+        "deviation); null for fewer than three",
+    ),
+    (
+        "astrometry_error",
+        pa.float64(),
+        "pix",
+        "median error of single sources along one axis, from VARIANCE",
+    ),
 )
 FRAME_SCHEMA = pa.schema([(name, kind) for name, kind, _, _ in FRAME_COLUMNS])
 # Raised when the same ledger gives another table.
-_VERSION = 2
+_VERSION = 3
 
 
 def save_frame_table(

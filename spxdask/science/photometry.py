@@ -35,6 +35,7 @@ import numpy as np
 
 from spxdask.errors import FrameError, MissingBytesError
 from spxdask.science.calibration import NO_CALIBRATION, DetectorCalibration
+from spxdask.science.flags import REJECTING_MASK
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
@@ -43,6 +44,7 @@ from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
 from spxdask.science.psf.model import PsfModel
+from spxdask.science.psf.offsets import Astrometry, summarise_offsets
 from spxdask.science.psf.product import read_frame_psf
 from spxdask.science.rows import (
     MORE_BANDS,
@@ -102,6 +104,8 @@ class Measurement:
         Which PSF was used, empty for none.
     psf_empty : dict of str to int
         Rows without a PSF flux, by reason.
+    astrometry : Astrometry or None
+        How far bright isolated stars are from their positions; None without a PSF or a row.
     skipped : dict of str to int
         Sources on the frame without a row, by reason.
     warnings : tuple of str
@@ -117,6 +121,7 @@ class Measurement:
     psf_columns: dict[str, np.ndarray] = field(default_factory=dict)
     psf_name: str = ""
     psf_empty: dict[str, int] = field(default_factory=dict)
+    astrometry: Astrometry | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -332,6 +337,7 @@ def _measure_planes(
     wavelength, bandwidth = _find_wavelengths(frame, calibration, x, y, warnings)
     psf_columns: dict[str, np.ndarray] = {}
     psf_empty: dict[str, int] = {}
+    astrometry = None
     if config.psf != "none":
         warnings += psf_warnings
         found = None
@@ -348,10 +354,12 @@ def _measure_planes(
                 solid_angle=solid_angle,
                 bad=int(bad),
                 psf_bad=int(_mask(config.psf_bad_flags)),
+                is_star=flag[kept] & REJECTING_MASK == 0,
                 contaminants=others,
                 origin=frame.origin,
             )
             psf_empty = found.empty
+            astrometry = summarise_offsets(found.offsets) if len(x) else None
         psf_columns = {
             name: np.full(len(x), np.nan) if found is None else getattr(found, attribute)
             for name, attribute in _PSF_COLUMNS.items()
@@ -380,6 +388,7 @@ def _measure_planes(
         psf_name=psf_name,
         skipped=skipped,
         psf_empty=psf_empty,
+        astrometry=astrometry,
         warnings=tuple(warnings),
     )
 

@@ -42,6 +42,7 @@ from spxdask.science.level2.fits import verify
 from spxdask.science.level2.frame import Frame, map_file, open_frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import Measurement, find_needed_rows, measure
+from spxdask.science.psf.offsets import Astrometry
 from spxdask.stages.reading import RowRule
 from spxdask.storage import Store, locate_file, open_store
 from spxdask.tables.per_image import encode_rows, hash_table
@@ -318,13 +319,23 @@ def _measure(frame: Frame, options: ExtractOptions) -> dict[str, Any]:
             "n_sources": len(near),
             "background": _round_off(spread[1]),
             "background_scatter": _round_off((spread[2] - spread[0]) / 2),
+            **_describe_astrometry(measured.astrometry),
         },
     }
 
 
-def _round_off(value: float) -> float | None:
+def _describe_astrometry(found: Astrometry | None) -> dict[str, Any]:
+    """Return what the record of a frame says of the offsets of its stars."""
+    if found is None:
+        return {}
+    numbers = {name: getattr(found, name) for name in ("dx", "dy", "scatter", "error")}
+    rounded = {f"astrometry_{name}": _round_off(value) for name, value in numbers.items()}
+    return {"astrometry_stars": found.stars, **rounded}
+
+
+def _round_off(value: float | None) -> float | None:
     """Return a number with six digits, None for NaN, which JSON does not have."""
-    return None if np.isnan(value) else float(f"{value:.6g}")
+    return None if value is None or np.isnan(value) else float(f"{value:.6g}")
 
 
 def _open_stored(store: Store, name: str, fetched: Outcome | None) -> Frame:

@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
         ids=ids,
         early_scale=0.97,
         failed={3: f"{name}: HTTP 404 Not Found", 9: "no <b>WCS</b>"},
+        shifts={"D2": (0.2, -0.05)},
     )
 
 
@@ -126,11 +127,42 @@ def test_a_step_between_releases_is_seen(numbers):
     for band in bands:
         assert abs(band["median"] - 0.97) < 5 * band["error"] + 0.003
     assert any(
-        s["level"] == "attention" and s["text"].startswith("Flux in qr2 / qr3 is off")
+        s["level"] == "attention" and s["text"].startswith("Flux in QR2 / QR3 is off")
         for s in numbers["verdict"]
     )
     for band in numbers["checks"]["psf_over_aperture"]:
         assert band["median"] == pytest.approx(1.0, abs=0.002)
+
+
+def test_a_detector_whose_stars_are_off_is_seen(numbers):
+    found = numbers["frames"]["astrometry"]
+    assert (found["frames"], found["stars"]) == (34, 34 * 20)
+    by_band = {d["band"]: d for d in found["detectors"]}
+    # Two frames of D4 have failed.
+    assert (by_band["D2"]["stars"], by_band["D4"]["stars"]) == (120, 80)
+    assert by_band["D2"]["dx"] == pytest.approx(0.2, abs=0.01)
+    assert by_band["D2"]["dy"] == pytest.approx(-0.05, abs=0.01)
+    assert (by_band["D2"]["scatter"], by_band["D2"]["error"]) == (0.03, 0.02)
+    assert 0.003 < by_band["D2"]["dx_scatter"] < 0.011
+    assert [f["band"] for f in found["frames_off"]] == ["D2"] * 6
+    [text] = [s["text"] for s in numbers["verdict"] if "pixels from where" in s["text"]]
+    assert re.search(r"0\.2[01] pixels in D2 \(dx \+0\.[12]\d, dy -0\.0[456]\)", text)
+
+
+@pytest.mark.parametrize(
+    ("shift", "stars", "levels"),
+    [((0.2, 0.0), 9, ["note"]), ((0.02, 0.0), 10, ["good"]), ((0.08, 0.08), 10, ["attention"])],
+)
+def test_an_offset_is_judged_where_enough_stars_tell_it(numbers, shift, stars, levels):
+    changed = json.loads(json.dumps(numbers))
+    [one] = [d for d in numbers["frames"]["astrometry"]["detectors"] if d["band"] == "D1"]
+    one = one | {"stars": stars, "dx": shift[0], "dy": shift[1]}
+    changed["frames"]["astrometry"] |= {"detectors": [one], "stars": stars, "frames_off": []}
+    words = ("Positions", "Bright isolated", "Bright sources")
+    assert [s["level"] for s in judge(changed) if s["text"].startswith(words)] == levels
+    changed["frames"]["astrometry"]["frames_off"] = [{"filename": "a", "band": "D3", "offset": 0.3}]
+    texts = [s["text"] for s in judge(changed) if s["text"].startswith("1 frame has its bright")]
+    assert len(texts) == (stars >= 10)
 
 
 def test_the_same_state_makes_the_same_bytes(folder, numbers):
@@ -164,6 +196,8 @@ def test_the_page_loads_nothing_and_escapes_what_is_from_outside(folder, numbers
     assert not tags.names & {"script", "img", "b>", "iframe", "link"}
     assert all(a.startswith(("#", "https://doi.org/")) for a in tags.addresses)
     assert "no &lt;b&gt;WCS&lt;/b&gt;" in page
+    # What does not print is written out, in texts from outside alone.
+    assert set(re.findall(r"\\[xu]\w\w", page)) <= {r"\x07", r"\x01"}
     for number in re.findall(r"(?:nan|inf)\b", page):
         pytest.fail(f"{number} in the page")
 
@@ -192,6 +226,7 @@ def test_a_run_without_tables_or_query_is_reported(tmp_path):
     assert (found["frames"]["by_state"]["failed"], found["rows"]["total"]) == (6, 0)
     assert found["missing_sources"]["n"] == 5
     assert found["checks"]["errors"]["aperture"]["bright"]["fluxes"] == 0
+    assert found["frames"]["astrometry"]["detectors"] == []
     (tmp_path / "state" / "observations.parquet").unlink()
     found = make_report(folder.path)
     assert found["frames"]["found"] == 0

@@ -74,6 +74,11 @@ def test_table_and_outcome(frames, catalogue, options, tmp_path):
     near = catalogue.within(*outcome.bounding_circle)
     assert outcome.sources_fingerprint == catalogue.digest(near).hex()
     assert outcome.reason is None
+    assert 3 <= outcome.properties["astrometry_stars"] <= len(table)
+    assert abs(outcome.properties["astrometry_dx"]) < 0.03
+    assert abs(outcome.properties["astrometry_dy"]) < 0.03
+    assert 0 < outcome.properties["astrometry_error"] < 0.02
+    assert outcome.properties["astrometry_scatter"] < 0.03
     assert tuple(table.columns) == PER_IMAGE
     assert set(table["filename"]) == {frame.path.name}
     # Rows are in the order of the catalogue's file.

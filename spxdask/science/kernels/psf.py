@@ -100,13 +100,14 @@ def _add_zone(
     share: float,
     x: float,
     y: float,
+    corner: np.ndarray,
     weights: np.ndarray,
     stamp: np.ndarray,
 ) -> None:
     """Add the PSF of one zone, times its share, to the stamp of a source."""
-    size, step = psf.size, psf.oversampling
-    start_x = (_find_corner(x, size) - x + psf.core[zone, 0]) * step
-    start_y = (_find_corner(y, size) - y + psf.core[zone, 1]) * step
+    step = psf.oversampling
+    start_x = (corner[1] - x + psf.core[zone, 0]) * step
+    start_y = (corner[0] - y + psf.core[zone, 1]) * step
     left, right = _find_span(psf, start_x)
     low, high = _find_span(psf, start_y)
     if right <= left or high <= low:
@@ -127,6 +128,41 @@ def _add_zone(
                     + weights[0, 3] * coefficients[at + j, k + 3]
                 )
             stamp[row, column] += share * total
+
+
+@compiled_helper
+def add_psf(
+    psf: Psf,
+    zones: np.ndarray,
+    shares: np.ndarray,
+    x: float,
+    y: float,
+    corner: np.ndarray,
+    weights: np.ndarray,
+    stamp: np.ndarray,
+) -> None:
+    """Add the PSF of a source to a stamp, which may be that of another place nearby.
+
+    Parameters
+    ----------
+    psf : Psf
+        The model.
+    zones : (k,) int array
+        The zones of the source.
+    shares : (k,) float array
+        The factor of each of these.
+    x, y : float
+        0-based pixel position.
+    corner : (2,) int array
+        Row and column of the first pixel of the stamp.
+    weights : (2, TAPS) float array
+        Memory to work in.
+    stamp : (size, size) float array
+        Shares of the flux are added to it.
+    """
+    for k in range(len(zones)):
+        if shares[k] != 0.0:
+            _add_zone(psf, zones[k], shares[k], x, y, corner, weights, stamp)
 
 
 @compiled
@@ -165,9 +201,7 @@ def render_stamps(
     edges, fractions = np.empty((5, size + 1)), np.empty((size, size))
     for i in range(n):
         corners[i, 0], corners[i, 1] = _find_corner(y[i], size), _find_corner(x[i], size)
-        for k in range(zones.shape[1]):
-            if shares[i, k] != 0.0:
-                _add_zone(psf, zones[i, k], shares[i, k], x[i], y[i], weights, stamps[i])
+        add_psf(psf, zones[i], shares[i], x[i], y[i], corners[i], weights, stamps[i])
         fill_fractions(corners[i, 0], corners[i, 1], size, size, x[i], y[i], r, edges, fractions)
         for row in range(size):
             for column in range(size):

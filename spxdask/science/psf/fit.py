@@ -10,7 +10,7 @@ in units of brightness, times the solid angle of a pixel at the source. Weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy import uint32
@@ -23,6 +23,7 @@ from spxdask.science.kernels.psf_fit import (
     read_stamps,
 )
 from spxdask.science.psf.model import PsfModel
+from spxdask.science.psf.offsets import NO_STARS, Offsets, measure_star_offsets
 
 __all__ = ["Contaminants", "PsfPhotometry", "choose_linked", "measure_psf_fluxes"]
 
@@ -81,6 +82,8 @@ class PsfPhotometry:
         Sources without a PSF flux, by reason.
     same_contaminants : int
         Contaminants that were left out, because they are sources of the catalogue.
+    offsets : Offsets
+        Where bright isolated stars among those that may be used are.
     """
 
     flux: np.ndarray
@@ -92,6 +95,7 @@ class PsfPhotometry:
     aperture_correction: np.ndarray
     empty: dict[str, int] = field(default_factory=dict)
     same_contaminants: int = 0
+    offsets: Offsets = NO_STARS
 
 
 def measure_psf_fluxes(
@@ -107,6 +111,7 @@ def measure_psf_fluxes(
     solid_angle: np.ndarray,
     bad: int,
     psf_bad: int,
+    is_star: np.ndarray | None = None,
     contaminants: Contaminants | None = None,
     origin: tuple[float, float] = (0.0, 0.0),
 ) -> PsfPhotometry:
@@ -131,6 +136,8 @@ def measure_psf_fluxes(
     bad, psf_bad : int
         Masks of flag bits: of bad pixels in the aperture, and of those that are left out of
         the fit, as are all that are not finite or have no valid variance.
+    is_star : (n,) bool array, optional
+        Which sources may tell by their light how good the positions are; by default none.
     contaminants : Contaminants, optional
         More sources of the solution.
     origin : (float, float)
@@ -156,6 +163,7 @@ def measure_psf_fluxes(
         corners, x[order], y[order], is_contaminant[order], model.size, radius, SAME_SOURCE_PIXELS
     )
     columns = np.full((6, len(x)), np.nan)
+    offsets = NO_STARS
     if pairs <= MOST_PAIRS:
         kept = ~is_double
         if is_double.any():
@@ -169,6 +177,14 @@ def measure_psf_fluxes(
         columns[:, order] = fit[:6]
         separation = np.full(len(x), np.inf)
         separation[order] = fit.separation
+        if is_star is not None:
+            is_usable = ~is_contaminant
+            is_usable[:n] &= is_star
+            found = measure_star_offsets(
+                model, fit, is_usable[order], pixels[0], pixels[1], stamps, corners, x[order],
+                y[order], level[order], origin,
+            )  # fmt: skip
+            offsets = replace(found, index=order[found.index])
     shares = np.full(len(x), np.nan)
     shares[order] = enclosed
     flux, flux_error, chi2, fraction, neighbours, bad_fraction = columns[:, :n]
@@ -195,6 +211,7 @@ def measure_psf_fluxes(
         aperture_correction=1.0 / np.where(shares > 0, shares, np.nan),
         empty=empty,
         same_contaminants=int(is_double.sum()),
+        offsets=offsets,
     )
 
 

@@ -416,3 +416,57 @@ def test_sources_without_a_link_change_nothing(epsf, radius):
     for name in ("flux", "flux_error", "chi2", "fraction", "neighbour_flux", "bad_fraction"):
         assert getattr(every, name).tobytes() == getattr(some, name).tobytes(), name
     assert every.empty == some.empty
+
+
+def draw_stars(model, *, n=13, seed=5):
+    """A frame of isolated stars, none of them at the border of zones."""
+    rng = np.random.default_rng(seed)
+    x, y = np.add(grid_of(n, 20.0, rng), 5.0)
+    return Scene(model, x, y, 10 ** rng.uniform(2.3, 3, len(x)), sigma=0.3, shot=0.02, seed=seed)
+
+
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (0.2, -0.1)])
+def test_offsets_of_single_stars_scatter_by_their_errors(model, shift):
+    pulls = []
+    for seed in range(8):
+        scene = draw_stars(model, n=5, seed=seed)
+        scene.x, scene.y = scene.x - shift[0], scene.y - shift[1]
+        found = scene.measure(is_star=np.ones(len(scene.x), bool)).offsets
+        assert sorted(found.index) == list(range(25))
+        pulls += [(found.dx - shift[0]) / found.dx_error, (found.dy - shift[1]) / found.dy_error]
+        assert 0.001 < np.median(found.dx_error) < 0.01
+    pulls = np.concatenate(pulls)
+    # Of 400 numbers. The second fit leaves 0.0005 pixels of an offset of 0.2.
+    assert np.std(pulls) == pytest.approx(1.0, abs=0.12)
+    assert abs(np.mean(pulls)) < 0.25
+
+
+def test_stars_that_tell_no_offset_are_left_out(epsf):
+    scene = draw_stars(epsf, n=4)
+    is_star = np.ones(16, bool)
+    is_star[0] = False
+    row, column = np.rint([scene.y, scene.x]).astype(int)
+    # One has a pixel that cannot be used, one a neighbour that is in the catalogue, and one light
+    # that is like no PSF. A faint neighbour is subtracted.
+    scene.flags[row[1], column[1]] = PSF_BAD
+    more = Scene(
+        epsf,
+        np.append(scene.x, scene.x[[2, 4]] + 2.0),
+        np.append(scene.y, scene.y[[2, 4]]),
+        np.append(scene.flux, scene.flux[[2, 4]] * (0.5, 0.03)),
+        sigma=0.3,
+        shot=0.02,
+    )
+    more.flags = scene.flags
+    more.image[row[3] - 2 : row[3] + 3, column[3] - 2 : column[3] + 3] += 0.2 * scene.flux[3]
+    found = more.measure(is_star=np.append(is_star, [False, False])).offsets
+    assert sorted(found.index) == list(range(4, 16))
+    assert (np.abs(found.dx) < 5 * found.dx_error).all()
+    # The brightest are first, and contaminants and others are none.
+    snr = more.flux[found.index]
+    assert (np.diff(snr) <= 0.05 * snr[:-1]).all()
+    unknown = np.full(12, np.nan)
+    others = Contaminants(x=scene.x[4:], y=scene.y[4:], level=unknown, level_error=unknown)
+    found = scene.measure(np.arange(4), is_star=is_star[:4], contaminants=others).offsets
+    assert sorted(found.index) == [2, 3]
+    assert len(scene.measure().offsets.index) == 0
