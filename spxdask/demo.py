@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -116,13 +116,16 @@ def variability(mjd: ArrayLike) -> np.ndarray:
     return 1.0 + VARIABILITY * np.sin(2.0 * np.pi * phase)
 
 
-def run_demo(output: str) -> RunSummary:
+def run_demo(output: str, *, visits: Sequence[int] = range(len(VISIT_ORDER))) -> RunSummary:
     """Simulate an archive, run the pipeline against it, print and plot the results.
 
     Parameters
     ----------
     output : str
         Folder of the run.
+    visits : sequence of int, optional
+        Those of the 17 visits to the field that are made; by default all, which together see
+        every channel.
 
     Returns
     -------
@@ -151,7 +154,7 @@ def run_demo(output: str) -> RunSummary:
     with tempfile.TemporaryDirectory(
         prefix="archive-", dir=folder.path, ignore_cleanup_errors=True
     ) as archive_folder:
-        frames = _simulate(sky, Path(archive_folder))
+        frames = _simulate(sky, Path(archive_folder), visits)
         # Those that are the archive's newest.
         products = make_products(
             archive_folder, tokens=[token for release, _, token, _ in CATALOG if release == "qr3"]
@@ -260,12 +263,12 @@ def _make_sky() -> DemoSky:
     )
 
 
-def _list_exposures() -> list[tuple[Exposure, bool]]:
+def _list_exposures(visits: Sequence[int]) -> list[tuple[Exposure, bool]]:
     """Return all exposures, and whether they are of full size; one in an older release, too."""
     found = []
-    for visit, place in enumerate(VISIT_ORDER):
+    for visit in visits:
         roll = 0.7 * (visit % 5)
-        column, row = VISIT_PIXELS[place]
+        column, row = VISIT_PIXELS[VISIT_ORDER[visit]]
         ra, dec = aim(CENTER_RA, CENTER_DEC, column=column, row=row, roll_deg=roll)
         for detector in range(1, 7):
             exposure = Exposure(
@@ -285,7 +288,7 @@ def _list_exposures() -> list[tuple[Exposure, bool]]:
     return found
 
 
-def _simulate(sky: DemoSky, folder: Path) -> list[SimulatedFrame]:
+def _simulate(sky: DemoSky, folder: Path, visits: Sequence[int]) -> list[SimulatedFrame]:
     """Simulate all frames, several at a time."""
     jobs = [
         Job(
@@ -294,7 +297,7 @@ def _simulate(sky: DemoSky, folder: Path) -> list[SimulatedFrame]:
             scene=SCENE,
             window=None if is_full else find_window(exposure, CENTER_RA, CENTER_DEC, CUT_OUT_HALF),
         )
-        for exposure, is_full in _list_exposures()
+        for exposure, is_full in _list_exposures(visits)
     ]
     # Maps of a detector are made once if its frames follow one another.
     jobs.sort(key=lambda job: (job.window is not None, job.exposure.detector))

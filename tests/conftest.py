@@ -129,7 +129,8 @@ def client() -> Iterator[Client]:
         LocalCluster(
             n_workers=2, threads_per_worker=3, host="127.0.0.1", dashboard_address="127.0.0.1:0"
         ) as cluster,
-        Client(cluster) as client,
+        # Not the default, on which tests that say nothing of a cluster would compute.
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
 

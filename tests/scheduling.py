@@ -1,9 +1,10 @@
-"""How tests are shared out under ``pytest -n 2``.
+"""How tests are shared out under ``pytest -n 3``.
 
 Tests that start clusters, kill processes or submit jobs would disturb each other's timing. They
-are in two groups, each run one by one by one process of pytest-xdist; the rest is shared out file
-by file. Markers are not known where xdist shares tests out, and `--dist loadgroup` of
-pytest-xdist 3.8 has no effect with pytest 9.2, so the files are named here.
+are in groups, each run one by one by one process of pytest-xdist; the rest is shared out file by
+file. Three processes keep two cores busy, as tests of jobs mostly wait for Slurm. Markers are not
+known where xdist shares tests out, and `--dist loadgroup` of pytest-xdist 3.8 has no effect with
+pytest 9.2, so the files are named here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import pytest
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
-# The groups take about as long. Within a group, tests run one by one.
+# Within a group, tests run one by one. Of two that have the same beginning, the first is meant.
 GROUPS = {
+    "jobs": ("tests/cluster/test_slurm.py",),
     "clusters and kills": ("tests/cluster/", "tests/test_kills.py", "tests/test_streaming.py"),
-    "whole runs": (
-        "tests/pipeline/",
+    "whole runs": ("tests/pipeline/",),
+    "other runs": (
         "tests/run/test_status.py",
         "tests/stages/test_light_curves.py",
         "tests/stages/test_sources.py",

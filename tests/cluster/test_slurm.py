@@ -297,7 +297,7 @@ def test_an_interrupt_gives_the_jobs_back(jobs, make_config, archive, tmp_path):
         wait()
         assert len(queued("--states=RUNNING")) > 0
         run.interrupt()
-        assert run.wait(30) == 130, run.said
+        assert run.wait(30) == 130, run.stderr
         assert run.left_behind() == []
     assert queued("--states=PENDING,RUNNING") == []
 
@@ -310,7 +310,7 @@ def test_an_interrupt_while_a_job_is_submitted(
     in_place_of_sbatch('job=$($sbatch "$@"); kill -s INT -- -$PPID; echo $job')
     command = ("spxdask", "run", "--config", str(tmp_path / "run.yaml"))
     with Command(*command, "--jobqueue", str(jobs()), log=tmp_path / "run") as run:
-        assert run.wait(60) == 130, run.said
+        assert run.wait(60) == 130, run.stderr
     assert queued("--states=PENDING,RUNNING") == []
 
 

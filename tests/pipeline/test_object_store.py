@@ -303,7 +303,7 @@ def test_light_curves_of_removed_sources_are_removed(store, survey, make_config,
     sky = survey.sky
     curves = []
     # Some names are patterns that match others.
-    for ids in (["a[1]", "a*", "a?", "a", "a1"], ["a*", "a1"], ["a", "a1"]):
+    for ids in (["a[1]", "a*", "a?", "a", "a1"], ["a", "a1"]):
         path = tmp_path / "sources.csv"
         simulated.write_catalogue(path, ids, sky.ra[: len(ids)], sky.dec[: len(ids)])
         config = make_config(
@@ -314,7 +314,6 @@ def test_light_curves_of_removed_sources_are_removed(store, survey, make_config,
         curves.append(read_folder(store, pipeline, "lightcurves").keys())
     assert curves == [
         {"a[1].csv", "a*.csv", "a?.csv", "a.csv", "a1.csv"},
-        {"a*.csv", "a1.csv"},
         {"a.csv", "a1.csv"},
     ]
 

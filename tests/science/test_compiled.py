@@ -11,6 +11,7 @@ import pytest
 import simulated
 
 from spxdask.science.compiled import compiled, prepare_cache
+from spxdask.simulate.frames import make_planes, write_frame
 
 SLOW_TO_COMPILE = (
     """
@@ -20,12 +21,12 @@ from spxdask.science.compiled import compiled
 def polynomial(x):
     total = 0.0
 """
-    + "".join(f"    total += {k} * x ** {k}\n" for k in range(300))
+    + "".join(f"    total += {k} * x ** {k}\n" for k in range(120))
     + "    return total\n"
 )
 
 
-def start(folder, *paths):
+def start(folder):
     code = "import polynomial as p; print(p.polynomial(1.0)); "
     code += "print(sum(p.polynomial.dispatcher.stats.cache_misses.values()))"
     environment = os.environ | {
@@ -38,17 +39,12 @@ def start(folder, *paths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locking", [True, False])
-def test_neighbours_do_not_compile_the_same(tmp_path, locking):
+def test_neighbours_do_not_compile_the_same(tmp_path):
     (tmp_path / "polynomial.py").write_text(SLOW_TO_COMPILE)
-    if not locking:
-        # A cache that cannot be written is no reason to stop.
-        (tmp_path / "cache").touch()
     processes = [start(tmp_path) for _ in range(2)]
     answers = [process.communicate()[0].split() for process in processes]
-    assert [value for value, _ in answers] == ["44850.0"] * 2
-    if locking:
-        assert sorted(misses for _, misses in answers) == ["0", "1"]
+    assert [value for value, _ in answers] == ["7140.0"] * 2
+    assert sorted(misses for _, misses in answers) == ["0", "1"]
 
 
 def test_a_compiled_function_is_the_function():
@@ -103,7 +99,7 @@ def test_cached_code_is_not_older_than_the_functions_that_it_calls(tmp_path):
 
     assert [compute(), compute()] == [["20", "0"], ["20", "1"]]
     (tmp_path / "called.py").write_text(CALLED.replace("x + 1", "x + 2"))
-    assert [compute(), compute()] == [["30", "0"], ["30", "1"]]
+    assert compute() == ["30", "0"]
     (tmp_path / "called.py").write_text(CALLED.replace("x * 10", "x * 70"))
     assert compute() == ["140", "0"]
 
@@ -169,19 +165,21 @@ def test_without_a_place_for_the_cache_there_is_a_temporary_one(run_add, tmp_pat
     assert warning.startswith("WARNING compiled code cannot be cached in its place (")
     assert handed["NUMBA_CACHE_DIR"].startswith(str(tmp_path / "tmp"))
     # A worker of the run finds it, and so does one that was started by others.
-    for more in (handed, {}):
+    for more in (handed, {}) if environment == NO_HOME else ({},):
         (*values, hits, _), warnings = run_add(**(environment | more))
         assert (values, hits, warnings) == ([2, 2.5], 2, [])
 
 
 @pytest.mark.slow
 def test_without_any_place_each_process_compiles(run_add, tmp_path):
-    # In place of the temporary cache there is a file of somebody.
+    # In place of both caches there is a file of somebody.
     (tmp_path / "tmp" / f"spxdask-numba-{os.getuid()}").touch()
-    (*values, hits, handed), [warning] = run_add("client", **NO_HOME)
+    (tmp_path / "cache").touch()
+    environment = NO_HOME | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    (*values, hits, handed), [warning] = run_add("client", **environment)
     assert (values, hits, handed) == ([2, 2.5], 0, {})
     assert "each process compiles for itself" in warning
-    (*values, hits, _), warnings = run_add(**NO_HOME)
+    (*values, hits, _), warnings = run_add(**environment)
     assert (values, hits, warnings) == ([2, 2.5], 0, [])
 
 
@@ -231,13 +229,15 @@ np.savez(sys.argv[2], **found)
 
 @pytest.mark.slow
 def test_interpreted_functions_measure_the_same(tmp_path):
-    sky = simulated.field_sky()
-    # The flags of this release are compressed.
-    [frame] = simulated.simulate(tmp_path, [simulated.exposure(0, release="qr3")], sky)
+    # The flags of this release are compressed. Few pixels, as interpreted loops take long.
+    exposure, window = simulated.exposure(0, release="qr3"), (960, 960, 120, 100)
+    path = tmp_path / exposure.filename
+    planes = make_planes(exposure, simulated.field_sky(), simulated.OPTIONS, window=window)
+    write_frame(path, exposure, planes, window=window)
     found = []
     for name, environment in (("compiled", {}), ("plain", {"NUMBA_DISABLE_JIT": "1"})):
         out = tmp_path / f"{name}.npz"
-        command = [sys.executable, "-W", "error", "-c", MEASURE, frame.path, out]
+        command = [sys.executable, "-W", "error", "-c", MEASURE, path, out]
         subprocess.run(command, env=os.environ | environment, check=True)
         found.append(dict(np.load(out)))
     compiled_columns, plain = found

@@ -67,10 +67,8 @@ def found(archive, **options):
     "options",
     [
         {},
-        {"coverage_mode": "full"},
-        {"bands": ["D3"]},
         {"bands": ["D1", "D6"], "mjd_range": (61000, 61000.00065)},
-        {"center_ra": 1e-5, "center_dec": -1.5e-7, "radius": 1e-9},
+        {"bands": ["D3"], "center_ra": 1e-5, "center_dec": -1.5e-7, "radius": 1e-9},
         {"center_ra": 360.0, "center_dec": -90.0, "radius": 90.0, "mjd_range": (1e-6, 1e6)},
         {"coverage_mode": "full", "center_ra": 270.123456789012, "center_dec": 66.56},
     ],
