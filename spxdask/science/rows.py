@@ -176,7 +176,10 @@ def sum_zodi_of_rows(
     bracket = bracket_median(planes.variance, bands.ravel(), planes.factors)
     blocks = max(n for n in range(1, max(nx // LEAST_BLOCK_PIXELS, 1) + 1) if nx % n == 0)
     # As if each row were as many rows of one block.
-    cut = Planes(*(None if plane is None else plane.reshape(-1, nx // blocks) for plane in planes))
+    shape = -1, nx // blocks
+    factors = None if planes.factors is None else planes.factors.reshape(shape)
+    image, variance, zodi, flags = (plane.reshape(shape) for plane in planes[:4])
+    cut = Planes(image, variance, zodi, flags, factors)
     cells = bands[:, np.newaxis] * blocks + np.arange(blocks)[:, np.newaxis]
     found = sum_zodi(cut, excluded, cells.reshape(-1, bands.shape[1]), bracket)
     fields = found.T.reshape(-1, len(bands), blocks)

@@ -334,6 +334,12 @@ def test_a_flux_correction_is_as_if_the_planes_had_been_multiplied(origin, optio
     assert len(got.index) > 30
     for name, column in expected.columns.items():
         np.testing.assert_array_equal(got.columns[name], column, err_msg=name)
+    expected, few = (
+        photometry.measure(one, ra[:1], dec[:1], config, *more, few_rows=True)
+        for one, more in ((corrected, ()), (frame, (calibration,)))
+    )
+    assert few.fit_rows < SIZE
+    assert few.zodi_scale == expected.zodi_scale
     plain = photometry.measure(frame, ra, dec, config)
     assert not np.array_equal(plain.columns["flux"], got.columns["flux"])
     with pytest.raises(FrameError, match="not a part of the detector"):

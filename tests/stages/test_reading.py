@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spxdask.archive.link import LONGEST_GAP_BYTES
+from spxdask.science.rows import find_spread_rows
 from spxdask.stages.reading import HEADERS, RowRule, choose_way, count_requests, make_row_rule
 
 FILE = 71_600_000
@@ -69,6 +71,15 @@ def test_requests_are_counted_by_runs_of_rows():
     assert count_requests(rows_at(5, 67), 8160, 1 << 30)[0] == 8 + HEADERS
     # Rows that overlap are one run.
     assert count_requests(rows_at(5, 40), 8160, 0) == (4 + HEADERS, 4 * 91 * 8160)
+
+
+def test_one_source_takes_few_bytes_and_requests_wherever_it_is():
+    """With a window of 50 pixels, and gaps as cheap as they can be."""
+    for y in range(26, 2013):
+        rows = rows_at(y - 25, height=50) | find_spread_rows(2040)
+        n_requests, n_bytes = count_requests(rows, 8160, LONGEST_GAP_BYTES)
+        assert n_requests <= 9 * 4 + HEADERS
+        assert n_bytes < 2_600_000
 
 
 def test_the_rule_of_numbers_knows_nothing_of_the_link():
