@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,15 +141,19 @@ def fit_smooth_flux(
     basis = _make_basis((x - x.min()) / np.ptp(x), min(MAX_INTERVALS, n // 2))
     rough = np.diff(np.eye(basis.shape[1]), 2, axis=0)
     penalty = rough.T @ rough
-    robust = np.ones(n)
+    robust, intrinsic = np.ones(n), np.zeros(n)
     for _ in range(ROUNDS):
-        weight = robust * flux_error**-2.0
+        weight = robust / (flux_error**2 + intrinsic**2)
         inverse, degrees = _choose_curve(basis, weight, flux, penalty)
         curve = basis @ (inverse @ (basis.T @ (weight * flux)))
         pull = (flux - curve) / flux_error
-        # A variable source scatters by more than its errors, which makes no point an outlier.
+        # A variable source scatters by more than its errors, which makes no point an outlier. By
+        # the errors alone, which grow with the flux, its curve would be too low.
         spread = max(1.0, 1.4826 * float(np.median(np.abs(pull - np.median(pull)))))
-        robust = np.minimum(1.0, OUTLIER * spread / np.maximum(np.abs(pull), 1e-12)) ** 2
+        size = np.abs(curve)
+        intrinsic = math.sqrt(spread**2 - 1.0) * size * _find_relative_error(flux_error, size)
+        pull *= flux_error / np.hypot(flux_error, intrinsic)
+        robust = np.minimum(1.0, OUTLIER / np.maximum(np.abs(pull), 1e-12)) ** 2
     # The value of the curve at a point is a weighted sum of all fluxes, with the part `leverage`
     # of its own; without it, the others' weights are larger by 1 / (1 - leverage).
     own = np.einsum("ni,ij,nj->n", basis, inverse, basis)
@@ -165,6 +170,11 @@ def fit_smooth_flux(
         error=np.where(is_free, error, np.nan),
         degrees=degrees,
     )
+
+
+def _find_relative_error(flux_error: np.ndarray, size: np.ndarray) -> float:
+    """Return the error of points that are as bright as the curve, as a part of it."""
+    return float(np.median(flux_error)) / max(float(np.median(size)), 1e-300)
 
 
 def _make_basis(place: np.ndarray, n_intervals: int) -> np.ndarray:

@@ -189,7 +189,9 @@ def test_the_amplitude_of_a_variable_source_is_recovered(rng):
     phase = 2 * np.pi * found["mjd"].value / period
     shape = np.stack([np.ones(len(phase)), np.sin(phase), np.cos(phase)], axis=1)
     level, sine, cosine = np.linalg.lstsq(shape, np.asarray(found["ratio"]), rcond=None)[0]
-    assert sine / level == pytest.approx(0.2, rel=0.05)
+    # Errors grow with the flux, which must not draw the curve to the faint points.
+    assert level == pytest.approx(1.0, abs=0.01)
+    assert sine == pytest.approx(0.2, rel=0.05)
     assert abs(cosine / level) < 0.01
     assert found.reduced_chi2 > 50
 
