@@ -174,6 +174,9 @@ class Lines:
         """See `Progress.advance`."""
         self._ended += 1
         self._failed += failed
+        if self._ended == 1:
+            # The first one may have waited for loops to be compiled.
+            self._history = deque([(self._clock(), 1)])
         if self._clock() - self._written_at >= self._interval_s:
             self._write_counts()
 

@@ -27,6 +27,21 @@ def test_lines_are_at_most_one_a_minute_and_tell_what_is_left():
     ]
 
 
+def test_waiting_for_the_first_frame_is_no_rate():
+    file, seconds = io.StringIO(), [0.0]
+    lines = Lines(file, clock=lambda: seconds[0])
+    lines.start("frames", 100, "frames")
+    seconds[0] += 100
+    lines.advance()
+    for _ in range(60):
+        seconds[0] += 1
+        lines.advance()
+    assert file.getvalue().splitlines() == [
+        "frames: 1 of 100 frames",
+        "frames: 61 of 100 frames, 1/s, 39 s left",
+    ]
+
+
 def test_links_are_printed_to_standard_error(capsys):
     bars = Bars()
     bars.start("frames", 2, "frames")
