@@ -21,7 +21,7 @@ ASTROPY_KEY = "table_meta_yaml"
 VOPARQUET_KEY, VOPARQUET_VERSION = "IVOA.VOTable-Parquet", "1.0"
 VOTABLE_VERSION = "1.4"
 # Astropy's reader of VOParquet cannot join columns of text without a bound; rows may exceed it.
-VOPARQUET_TEXT = "64*"
+VOPARQUET_TEXT = "64"
 _WRAPPED = re.compile(r"\s*\n\s*")
 _BY_NAME = {column.name: column for column in COLUMNS}
 # Datatypes of astropy and of VOTables.
