@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/bytes.py            # all links, layouts, sources and windows: 40 minutes
+    python benchmarks/bytes.py            # all links, layouts, sources and windows: 25 minutes
     python benchmarks/bytes.py --quick    # a part of them, in five minutes
     python benchmarks/bytes.py --survey   # the tables again, from the results of the last run
 
@@ -44,9 +44,9 @@ WAYS = ("rows", "auto")
 CONNECTIONS = 8
 # A run lasts about so long, and has at least and at most so many frames.
 SECONDS_A_RUN = 12.0
-FEWEST_FRAMES, MOST_FRAMES = 4, 60
+FEWEST_FRAMES, MOST_FRAMES = 2, 60
 # Whole frames take the same time whatever is measured in them.
-WHOLE_FRAMES = 4
+WHOLE_FRAMES = 2
 # Frames that see a field of one degree about the north ecliptic pole.
 SURVEY_FRAMES = 24_000
 SURVEY_SOURCES = (3, 30, 300)

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.kill, pytest.mark.cluster]
 
 N_FRAMES = 10
 LONG = os.environ.get("SPXDASK_TESTS") == "long"
-KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 3))
+KILLS = int(os.environ.get("SPXDASK_KILLS", 200 if LONG else 2))
 ONLY_LONG = pytest.mark.skipif(not LONG, reason="a similar case runs; SPXDASK_TESTS=long runs all")
 # A long run tries other moments each time; a short one repeats the same.
 SEED = None if LONG else 20261122
@@ -183,7 +183,7 @@ def test_kills_at_random_moments(home, archive, undisturbed, tmp_path, capsys):
     while sum(tried.values()) < KILLS:
         output = tmp_path / f"out{number}"
         arguments = run_command(home, archive, output)
-        for n in range(dice.randint(1, 3) if LONG else 3):
+        for n in range(dice.randint(1, 3) if LONG else 2):
             victim = dice.choice(["client", "worker"]) if LONG else ("client", "worker")[n % 2]
             began = time.time()
             with Command(*arguments, log=tmp_path / f"run{number}-{n}") as command:
