@@ -114,17 +114,15 @@ class Detrended:
 
     @property
     def notes(self) -> list[str]:
-        """What to know of bands with few points, as sentences."""
-        notes = []
-        for fit in self.fits:
-            points = format_count(fit.n, "point")
-            if not fit.n_compared:
-                notes.append(f"{fit.band}: {points}, too few for a spectrum")
-            elif fit.is_sparse:
-                notes.append(
-                    f"{fit.band}: {points}, too few to tell variability from spectral lines"
-                )
-        return notes
+        """What to know of bands with few points, a sentence for each reason."""
+        few = [fit for fit in self.fits if not fit.n_compared]
+        sparse = [fit for fit in self.fits if fit.n_compared and fit.is_sparse]
+        reasons = {"for a spectrum": few, "to tell variability from spectral lines": sparse}
+        return [
+            f"too few points {reason}: " + ", ".join(f"{fit.n:,} in {fit.band}" for fit in fits)
+            for reason, fits in reasons.items()
+            if fits
+        ]
 
     def __repr__(self) -> str:
         return f"<Detrended {self.table.meta.get('id')!r}: {self._describe()}>"

@@ -212,9 +212,9 @@ def test_few_points_are_said_to_be_few(rng):
     assert np.isnan(found["ratio"]).all()
     assert found.n == 0
     assert np.isnan(found.reduced_chi2)
-    assert found.notes == ["D1: 5 points, too few for a spectrum"]
+    assert found.notes == ["too few points for a spectrum: 5 in D1"]
     sparse = curve_of(make_points(rng, 20, with_lines, bands=(1,))).detrended()
-    assert sparse.notes == ["D2: 20 points, too few to tell variability from spectral lines"]
+    assert sparse.notes == ["too few points to tell variability from spectral lines: 20 in D2"]
     assert len(curve_of(make_points(rng, 0, with_lines)).detrended()) == 0
 
 
