@@ -19,6 +19,8 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.query_summary import Field
 from spxdask.science.footprint import Circle
 
+pytestmark = pytest.mark.slow
+
 
 def as_observation(frame: simulated.SimulatedFrame) -> Observation:
     archived = frame.archived

@@ -37,6 +37,8 @@ from spxdask.stages.calibration import prepare_calibration
 from spxdask.stages.extract import ExtractOptions, extract, measure_catalogue
 from spxdask.tables.schema import APERTURE_ONLY, WITH_PSF
 
+pytestmark = pytest.mark.slow
+
 QR3 = {"release": "qr3", "version": 30, "year": 2026, "day": 90}
 SCENE = replace(CALIBRATED_SCENE, crowding=0.3)
 TOKENS = {

@@ -18,7 +18,7 @@ from spxdask.results.hats import write_hats
 pytest.importorskip("lsdb", exc_type=ImportError)
 
 # Warnings of the libraries about each other.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ from spxdask.simulate.frames import (
     write_frame,
 )
 
+pytestmark = pytest.mark.slow
+
 WINDOW = (700, 1200, 300, 280)
 REAL = Exposure(
     obs_id="2025W51_1A_0684_2",

@@ -28,6 +28,8 @@ from spxdask.simulate.frames import (
 )
 from spxdask.simulate.products import CATALOG, make_products
 
+pytestmark = pytest.mark.slow
+
 LISTING = "ibe/dir/list/spherex"
 NEWEST = {
     "cal-sapm-v3-2026-191",

@@ -28,6 +28,8 @@ from spxdask.simulate.frames import (
 )
 from spxdask.simulate.psf import cube_hdu
 
+pytestmark = pytest.mark.slow
+
 PSF = VaryingPsf()
 WINDOW = (1500, 300, 260, 240)
 REAL = Exposure(

@@ -332,6 +332,7 @@ def table_of(observation):
     ],
     ids=describe,
 )
+@pytest.mark.slow
 def test_faults_cost_time_alone(qr3, archive, reader, other, fault, at):
     options = qr3.options(find_on_frame(qr3)[:2])
     observation = qr3.observe(archive.url)

@@ -73,6 +73,7 @@ def found(archive, **options):
         {"coverage_mode": "full", "center_ra": 270.123456789012, "center_dec": 66.56},
     ],
 )
+@pytest.mark.slow
 def test_another_parser_takes_the_adql(options):
     queryparser = pytest.importorskip("queryparser.adql")
     text = query.build_adql(config(**options))

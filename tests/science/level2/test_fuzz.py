@@ -33,6 +33,7 @@ LONG = os.environ.get("SPXDASK_TESTS") == "long"
 MAX_CPU_S = 5.0
 # Only a timeout by a thread can end a process that hangs in compiled code.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(7200 if LONG else 60, method="thread"),
     pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning"),
     # In a run these warnings are no errors, either.

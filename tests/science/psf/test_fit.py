@@ -359,6 +359,7 @@ def test_no_sources(epsf):
 
 @pytest.mark.parametrize("kind", ["epsf", "cube"])
 @pytest.mark.parametrize("wide", [0.9, 1.2])
+@pytest.mark.slow
 def test_fluxes_of_an_analytic_psf_are_unbiased(kind, wide):
     """The frame is drawn with the integral of the PSF over each pixel, not with the model."""
     if kind == "epsf":
