@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from spxdask.report.channels import BANDS, CHANNEL_WIDTHS, CHANNELS_PER_BAND, list_channels
 from spxdask.report.collect import Drawing, SampleSpectrum
@@ -278,14 +280,17 @@ def plot_time(drawing: Drawing, column: str, title: str, label: str) -> Plot:
         title,
         height=250,
     )
-    every = _thin(len(mjd))
-    band = frames["band"].to_numpy()[every]
-    for number, name in enumerate(BANDS):
-        ours = band == name
-        plot.draw_points(
-            mjd[every][ours], values[every][ours], BAND_COLORS[number], size=4, label=name
-        )
+    for name, color, ours in _choose_by_band(frames):
+        plot.draw_points(mjd[ours], values[ours], color, size=4, label=name)
     return plot
+
+
+def _choose_by_band(frames: pd.DataFrame) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield each band, its colour, and which of its frames are drawn."""
+    drawn = np.arange(len(frames))[_thin(len(frames))]
+    band = frames["band"].to_numpy()[drawn]
+    for name, color in zip(BANDS, BAND_COLORS, strict=True):
+        yield name, color, drawn[band == name]
 
 
 def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> tuple[Plot, bool]:
@@ -327,11 +332,8 @@ def plot_astrometry(numbers: dict[str, Any], drawing: Drawing) -> tuple[Plot, bo
         angle = np.linspace(0, 2 * np.pi, 181)
         circle = limit * np.cos(angle), limit * np.sin(angle)
         plot.draw_line(*circle, MUTED, width=1, dashes="4 3")
-    every = _thin(len(dx))
-    band = frames["band"].to_numpy()[every]
-    for number, name in enumerate(BANDS):
-        ours = band == name
-        plot.draw_points(dx[every][ours], dy[every][ours], BAND_COLORS[number], opacity=0.45)
+    for _, color, ours in _choose_by_band(frames):
+        plot.draw_points(dx[ours], dy[ours], color, opacity=0.45)
     for d in found["detectors"]:
         color = BAND_COLORS[BANDS.index(d["band"])]
         at = np.array([d["dx"]]), np.array([d["dy"]])

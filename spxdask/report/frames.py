@@ -26,7 +26,7 @@ STATES = ("measured", "failed", "fetched", "pending", "empty")
 # An offset of so many pixels takes about one percent from a flux.
 MAX_OFFSET_PIXELS = 0.1
 # A frame with a larger one is named if as many stars or more tell it.
-MIN_STARS = 5
+MIN_STARS_OF_FRAME = 5
 _URL = re.compile(r"\b[a-z][a-z0-9+]*://\S+\s*")
 
 
@@ -228,7 +228,7 @@ def _describe_astrometry(frames: pd.DataFrame) -> dict[str, Any]:
                 found[f"{short}_scatter"] = _as_number((high - low) / 2)
         detectors.append(found)
     offset = np.hypot(told["astrometry_dx"], told["astrometry_dy"])
-    is_off = (offset > MAX_OFFSET_PIXELS) & (told["astrometry_stars"] >= MIN_STARS)
+    is_off = (offset > MAX_OFFSET_PIXELS) & (told["astrometry_stars"] >= MIN_STARS_OF_FRAME)
     return {
         "frames": len(told),
         "stars": int(told["astrometry_stars"].sum()),

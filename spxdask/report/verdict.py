@@ -18,7 +18,7 @@ MAX_OFFSET = 0.01
 MAX_UNFITTED = 0.05
 MAX_REJECTED = 0.3
 # A median offset of fewer stars says nothing of a detector.
-MIN_STARS = 10
+MIN_STARS_OF_DETECTOR = 10
 
 
 def judge(numbers: dict[str, Any]) -> list[dict[str, str]]:
@@ -194,7 +194,7 @@ def _judge_ratios(checks: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _judge_astrometry(found: dict[str, Any]) -> list[tuple[str, str]]:
     limit = found["max_offset"]
-    told = [d for d in found["detectors"] if d["stars"] >= MIN_STARS]
+    told = [d for d in found["detectors"] if d["stars"] >= MIN_STARS_OF_DETECTOR]
     if not told:
         return [
             (
@@ -202,7 +202,7 @@ def _judge_astrometry(found: dict[str, Any]) -> list[tuple[str, str]]:
                 "Positions could not be checked: too few bright isolated sources have a PSF flux.",
             )
         ]
-    offsets = {d["band"]: (d["dx"] ** 2 + d["dy"] ** 2) ** 0.5 for d in told}
+    offsets = {d["band"]: math.hypot(d["dx"], d["dy"]) for d in told}
     off = [d for d in told if offsets[d["band"]] > limit]
     sentences = []
     if off:
