@@ -60,9 +60,11 @@ def prepare_workers(client: Client) -> None:
     """
     try:
         client.register_plugin(WorkerPreparation())
+    except OSError as error:
+        logger.debug("a worker has just died, another will be prepared in its place: %s", error)
     except Exception as error:
         # A scheduler that accepts no plugins answers with whatever error its Python raises. The
-        # run works without this, but for a rare chance to stand still.
+        # run works without this, but for a rare chance that a worker freezes.
         logger.warning("the workers are not prepared: %s", error)
 
 
