@@ -29,10 +29,8 @@ TASK_S, LATE_S = 30, 30
 def main(rounds: int) -> None:
     """Print what became of each worker, without and with the preparation."""
     for is_prepared in (False, True):
-        frozen = sum(map(_is_frozen, [is_prepared] * rounds))
-        print(
-            f"{'prepared' if is_prepared else 'as Dask starts them'}: {frozen} of {rounds} frozen"
-        )
+        frozen = sum(_is_frozen(is_prepared) for _ in range(rounds))
+        print(f"{'prepared' if is_prepared else 'unprepared'}: {frozen} of {rounds} were frozen")
 
 
 def _is_frozen(is_prepared: bool) -> bool:

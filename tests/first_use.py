@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -17,8 +18,9 @@ _events: Counter[str] = Counter()
 
 
 class RecordFirstUse(WorkerPlugin):
-    """Count what threads import, and how often anybody asks Python where its threads are.
+    """Count what threads import, and how often Python is asked where its threads are.
 
+    To ask is safe while no garbage collection can begin; see `spxdask.cluster.workers`.
     On SIGUSR1, a worker writes its stacks into a file of the folder, even if it is frozen.
     """
 
@@ -31,7 +33,7 @@ class RecordFirstUse(WorkerPlugin):
         loop_thread = threading.get_ident()
 
         def record(event: str, arguments: tuple) -> None:
-            if event == "sys._current_frames":
+            if event == "sys._current_frames" and gc.isenabled():
                 _events[event] += 1
             elif event == "import" and threading.get_ident() != loop_thread:
                 _events[arguments[0].partition(".")[0]] += 1
