@@ -276,6 +276,20 @@ def make_threads(n_threads: int, name: str) -> WorkerThreads:
     return WorkerThreads(n_threads, ThreadPoolExecutor(n_threads, thread_name_prefix=name))
 
 
+def stop_profiler(worker: Any) -> None:
+    """Stop a worker from looking, every 10 ms, at where its tasks are, for Dask's Profile page.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker. One that has no profiler is not changed.
+    """
+    for name in ("profile", "profile-cycle"):
+        callback = worker.periodic_callbacks.pop(name, None)
+        if callback is not None:
+            callback.stop()
+
+
 # Schedulers
 
 

@@ -19,7 +19,7 @@ from spxdask.cluster.logs import forward_logs
 from spxdask.cluster.page import show_page
 from spxdask.cluster.shuffle import unregister_stale_plugins
 from spxdask.cluster.tasks import run_one
-from spxdask.cluster.workers import keep_local_workers
+from spxdask.cluster.workers import keep_local_workers, prepare_workers
 from spxdask.errors import ConfigError
 
 __all__ = ["Client", "ClusterSession"]
@@ -173,6 +173,7 @@ class ClusterSession:
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
             warn_of_small_workers(client)
+        prepare_workers(client)
         forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

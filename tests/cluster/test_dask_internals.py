@@ -67,6 +67,7 @@ def instances():
         "worker.executors",
         "worker.id",
         "worker.memory_manager.memory_limit",
+        "worker.periodic_callbacks",
         "worker.state.nthreads",
         "worker_state.name",
     ],
@@ -95,6 +96,15 @@ def test_the_numbers_are_those_of_the_cluster(instances):
     threads = dask_internals.get_threads(instances["worker"])
     assert threads.n_threads == 1
     dask_internals.set_threads(instances["worker"], threads)
+
+
+def test_profiler(instances):
+    worker = instances["worker"]
+    callbacks = [worker.periodic_callbacks[name] for name in ("profile", "profile-cycle")]
+    for _ in range(2):
+        dask_internals.stop_profiler(worker)
+    assert not any(callback.is_running() for callback in callbacks)
+    assert worker.periodic_callbacks.keys().isdisjoint({"profile", "profile-cycle"})
 
 
 def test_task_states(instances):
