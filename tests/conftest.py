@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dask
 import pytest
 import simulated
 from distributed import Client, LocalCluster
@@ -114,8 +115,11 @@ def _cache_is_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="session", autouse=True)
 def _workers_are_forked() -> Iterator[None]:
-    """Start the workers of all clusters as those of an embedded one, which takes half the time."""
-    with fork_workers():
+    """Start the workers of all clusters as those of an embedded one, which takes half the time.
+
+    Dask's profiler can freeze those that a run has not prepared.
+    """
+    with dask.config.set({"distributed.worker.profile.enabled": False}), fork_workers():
         yield
 
 

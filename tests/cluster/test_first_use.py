@@ -48,8 +48,13 @@ def first_results() -> dict[str, dict]:
 def fresh_workers(folder: Path, n_workers: int) -> Iterator[Client]:
     """Start workers, print their stacks if the block takes long, and see what they did."""
     with (
-        # Those of other tests are forked from a process that has imported everything.
-        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
+        # As Dask has them by default; those of other tests are forked, and have no profiler.
+        dask.config.set(
+            {
+                "distributed.worker.multiprocessing-method": "spawn",
+                "distributed.worker.profile.enabled": True,
+            }
+        ),
         LocalCluster(
             n_workers=n_workers,
             threads_per_worker=3,
