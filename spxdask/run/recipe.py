@@ -25,7 +25,7 @@ __all__ = ["FEW_ROWS_VERSION", "STEPS", "Recipe", "RecipeInputs", "StepDefinitio
 # Version of the zodiacal fit to few rows of a frame, raised whenever its numbers change. It is no
 # part of the recipe, which is the same for frames that are measured on all of their rows.
 # 2: bands that are the same for all sources, each block of them weighted by what it stands for.
-FEW_ROWS_VERSION = 2
+FEW_ROWS_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
