@@ -41,16 +41,17 @@ LEAST_BLOCK_PIXELS = 100
 # Cells, one block of one band, with a smaller share of clear pixels tell too little.
 LEAST_CLEAR_SHARE = 0.1
 # Chi^2 from which the two slopes of the share of clear pixels count, which chance gives to one
-# frame of 400; and what is allowed for below: as a share of their error.
+# frame of 400; and the slope, from the middle to an edge, that may be there before any is seen, as
+# a part of the share.
 SIGNIFICANT_SLOPES = 12.0
-UNSEEN_SLOPES = 0.5
+UNSEEN_SLOPE = 0.01
 # Light is not even if the cells scatter about a plane by so many times the variance of their
 # noise, or the bands about their neighbours; chance does it in less than one frame of 1,000.
 UNEVEN_CELLS = 1.5
 UNEVEN_BANDS = 4.0
 # Rows at one of the edges that may have no clear pixel where bands do not see it: the dichroic
-# takes 12 rows of two of six detectors.
-UNSEEN_ROWS = 6.0
+# takes 12 rows of two of six detectors, of which this is the root mean square.
+UNSEEN_ROWS = 7.0
 # The scatter of bands about their neighbours is from as many of them at least.
 LEAST_TRIPLES = 3
 
@@ -378,7 +379,9 @@ def _estimate_error(
     squares = np.where(use, (light - mean) ** 2 - 1.0 / safe, 0.0)
     chance = deviation * max((weight**2 * squares).sum(), 0.0) / total**2
     if not is_tilted and cells.is_used[is_band].all():
-        chance *= UNSEEN_SLOPES**2
+        # What is known of its slopes before any look counts like another measurement.
+        squared = 3.0 * deviation / np.count_nonzero(use)
+        chance *= UNSEEN_SLOPE**2 / (UNSEEN_SLOPE**2 + squared)
 
     edge = 0.0 if not is_band.all() else (fitted[2] * UNSEEN_ROWS / cells.ny) ** 2
     return math.sqrt(sampling + chance + edge)
