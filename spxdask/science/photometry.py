@@ -66,8 +66,8 @@ USABLE_SCALE_ARCSEC = (1.0, 60.0)
 # The background window leaves out pixels whose centre is this close to the aperture, pixels:
 # half the diagonal of a pixel.
 WINDOW_GAP_PIXELS = 0.707
-# Of few rows, the error of a flux by which its other value with all rows differs at most is twice
-# this: PSF fluxes take somewhat larger steps.
+# A step of a flux that the scale from all rows might make, as a part of its error. It is half of
+# what is promised, as PSF fluxes take somewhat larger steps.
 LARGEST_FLUX_STEP = 5e-4
 # Sources are measured in strips of this many rows, from left to right, so that neighbours,
 # which need the same pixels, follow one another.
@@ -305,10 +305,13 @@ def _measure_planes(
     if few_rows and not len(index):
         zodi, sums, flag = _skip_zodi(config), np.empty((0, 4)), np.empty(0, np.uint32)
     else:
-        rows = find_window_rows(ny, y, radius, _make_region(radius, config))
-        if model is not None:
-            rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
-        looks = find_looks(ny) if few_rows else (None,)
+        looks, rows = find_looks(ny), np.zeros(ny, bool)
+        if not few_rows:
+            looks = looks[-1:]
+        else:
+            rows |= find_window_rows(ny, y, radius, _make_region(radius, config))
+            if model is not None:
+                rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
         zodi, sums, flag = _look_and_sum(planes, frame, x, y, radius, rows, looks, config)
     if zodi.unflagged:
         warnings.append(
@@ -633,8 +636,8 @@ def _look_and_sum(
 ) -> tuple[ZodiFit, np.ndarray, np.ndarray]:
     """Fit the zodiacal light, and return what `_sum_sources` does with it.
 
-    Of the looks, which end with that at all rows, the first is taken that tells enough: whatever
-    the scale from all rows is, it would not change these sources. `rows` are needed anyway.
+    Of the looks, the last of which is at all rows, the first is taken that tells enough: the scale
+    from all rows would not change these sources. `rows` are needed anyway.
     """
     bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
     for look in looks:
