@@ -340,48 +340,56 @@ def _estimate_error(
 ) -> float:
     """Return the error of a scale from cells, against that from all of the frame.
 
-    It is infinite if the cells are too few to tell.
+    It is infinite if the cells are too few to tell. The edges, which are a small part of the frame,
+    are left out of account.
     """
-    sums = ZodiSums(*cells.fields)
-    precision = np.where(cells.is_used, sums.weighted_zz, 0.0)
-    use = cells.is_band[:, np.newaxis] & (precision > 0.0)
+    is_band = cells.is_band
+    sums = ZodiSums(*cells.fields[:, is_band])
+    use = cells.is_used[is_band] & (sums.weighted_zz > 0.0)
     n = np.count_nonzero(use)
     if n <= 3:
         return math.inf
-    weight = weights * precision
-    total = weight.sum()
-    # The light of each cell that is in neither model nor noise, in units of the scale.
-    safe = np.where(use, precision, 1.0)
-    light = np.where(use, sums.weighted_iz / safe - scale, 0.0)
-    noise = (weights * weight).sum() / total**2
+    precision = np.where(use, sums.weighted_zz, 1.0)
+    # The part that each cell has in the scale, and its light that is neither model nor noise, in
+    # units of the scale.
+    parts = np.where(use, weights[is_band] * precision, 0.0)
+    parts /= parts.sum()
+    light = np.where(use, sums.weighted_iz / precision - scale, 0.0)
+    noise = (parts**2 / precision).sum()
 
     root = np.sqrt(precision[use])
-    terms = cells.plane[use]
-    fitted = np.linalg.lstsq(terms * root[:, np.newaxis], light[use] * root, rcond=None)[0]
-    unevenness = (precision[use] * (light[use] - terms @ fitted) ** 2).sum() / (n - 3)
-    is_band = cells.is_band
-    of_bands = np.where(use, weight, 0.0)[is_band]
-    sum_of_bands = of_bands.sum(axis=1)
-    means = np.where(sum_of_bands > 0, (of_bands * light[is_band]).sum(axis=1), np.nan)
-    means /= np.where(sum_of_bands > 0, sum_of_bands, 1.0)
+    terms = cells.plane[is_band][use]
+    plane = np.linalg.lstsq(terms * root[:, np.newaxis], light[use] * root, rcond=None)[0]
+    unevenness = (precision[use] * (light[use] - terms @ plane) ** 2).sum() / (n - 3)
+    between = _find_scatter(parts, light)
+    is_uneven = unevenness > UNEVEN_CELLS or between > UNEVEN_BANDS * noise
+    sampling = max(noise, between) if is_uneven else noise
+
+    # Cells without clear pixels are part of what makes the share uncertain.
+    deviation = ((cells.shares[is_band] / smooth[is_band] - 1.0) ** 2).mean()
+    mean = (parts * light).sum()
+    squares = np.where(use, (light - mean) ** 2 - 1.0 / precision, 0.0)
+    chance = deviation * max((parts**2 * squares).sum(), 0.0)
+    if not is_tilted and cells.is_used[is_band].all():
+        # What is known of its slopes before any look counts like another measurement.
+        slope = UNSEEN_SLOPE**2
+        chance *= slope / (slope + 3.0 * deviation / n)
+
+    unseen = plane[2] * UNSEEN_ROWS / cells.ny if is_band.all() else 0.0
+    return math.sqrt(sampling + chance + unseen**2)
+
+
+def _find_scatter(parts: np.ndarray, light: np.ndarray) -> float:
+    """Return the variance of the mean of bands, from each one about the mean of its neighbours.
+
+    It is infinite if too few of them have clear pixels.
+    """
+    of_bands = parts.sum(axis=1)
+    means = np.full(len(parts), np.nan)
+    np.divide((parts * light).sum(axis=1), of_bands, out=means, where=of_bands > 0)
     apart = means[1:-1] - 0.5 * (means[:-2] + means[2:])
     apart = apart[np.isfinite(apart)]
     if len(apart) < LEAST_TRIPLES:
         return math.inf
     # Each of these differences has the variance of one band and a half.
-    between = (apart**2).mean() / 1.5 / len(means)
-    is_uneven = unevenness > UNEVEN_CELLS or between > UNEVEN_BANDS * noise
-    sampling = max(noise, between) if is_uneven else noise
-
-    # Cells without clear pixels are part of what makes the share uncertain.
-    deviation = ((cells.shares / smooth - 1.0) ** 2)[is_band].mean()
-    mean = (weight * light).sum() / total
-    squares = np.where(use, (light - mean) ** 2 - 1.0 / safe, 0.0)
-    chance = deviation * max((weight**2 * squares).sum(), 0.0) / total**2
-    if not is_tilted and cells.is_used[is_band].all():
-        # What is known of its slopes before any look counts like another measurement.
-        squared = 3.0 * deviation / np.count_nonzero(use)
-        chance *= UNSEEN_SLOPE**2 / (UNSEEN_SLOPE**2 + squared)
-
-    edge = 0.0 if not is_band.all() else (fitted[2] * UNSEEN_ROWS / cells.ny) ** 2
-    return math.sqrt(sampling + chance + edge)
+    return float((apart**2).mean() / 1.5 / len(means))
