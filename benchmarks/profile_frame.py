@@ -20,7 +20,7 @@ import workloads
 
 from spxdask import PhotometryConfig
 from spxdask.archive.calibration import Product
-from spxdask.science import photometry
+from spxdask.science import photometry, zodi
 from spxdask.science.catalogue import Catalogue
 from spxdask.stages import extract
 from spxdask.tables import per_image
@@ -32,8 +32,8 @@ WARM_UP = 3
 STEPS = {
     "headers read, planes mapped": (extract, "open_frame"),
     "candidates from the catalogue": (Catalogue, "within"),
-    "zodiacal fit, one pass of four planes": (photometry, "sum_zodi_of_rows"),
-    "median variance, from a few values": (photometry, "find_positive_median"),
+    "zodiacal fit, one pass of four planes": (zodi, "sum_zodi"),
+    "median variance, from a few values": (zodi, "find_positive_median"),
     "positions on the detector": (photometry, "on_frame"),
     "background and aperture of each source": (photometry, "measure_sources"),
     "PSF read from the frame": (photometry, "read_frame_psf"),

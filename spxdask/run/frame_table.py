@@ -72,7 +72,7 @@ FRAME_COLUMNS: tuple[tuple[str, pa.DataType, str, str], ...] = (
         "fit_rows",
         pa.int64(),
         "",
-        "rows of pixels that the zodiacal fit and the median variance saw; null for all",
+        "rows of pixels that the zodiacal fit and the median variance saw; null for whole frames",
     ),
     (
         "astrometry_stars",

@@ -25,7 +25,8 @@ __all__ = ["FEW_ROWS_VERSION", "STEPS", "Recipe", "RecipeInputs", "StepDefinitio
 # Version of the zodiacal fit to few rows of a frame, raised whenever its numbers change. It is no
 # part of the recipe, which is the same for frames that are measured on all of their rows.
 # 2: bands that are the same for all sources, each block of them weighted by what it stands for.
-FEW_ROWS_VERSION = 2
+# 3: the scale counts only if its error is small for all sources; else more bands, or all rows.
+FEW_ROWS_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

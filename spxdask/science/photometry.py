@@ -10,8 +10,9 @@ and "bad" means that a pixel has one of the configured flag bits.
   over finite pixels without bad and SOURCE bits. s = 1 when fewer than half of the
   pixels are free of these bits or the fit is outside (zodi_scale_min, zodi_scale_max].
 - **Few rows**: in a frame that is read in parts, this fit and the median variance are from some
-  bands of rows that are spread over the frame, the same for all sources. Everything else is as in
-  a whole frame.
+  bands of rows that are spread over the frame; from more of them, or from all, where the error of
+  the scale would move a background by more than its error, or a flux by a thousandth of its.
+  Everything else is as in a whole frame.
 - **Background**: median, after clipping about the mean, of usable pixels in a window or
   an annulus; its error is their standard deviation / sqrt(number before clipping). A
   round of clipping that would leave no pixel is not done.
@@ -25,11 +26,9 @@ and "bad" means that a pixel has one of the configured flag bits.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +38,7 @@ from spxdask.science.flags import REJECTING_MASK
 from spxdask.science.kernels.background import Masks, Region
 from spxdask.science.kernels.pixels import Conversion, Planes
 from spxdask.science.kernels.sources import measure_sources
-from spxdask.science.kernels.statistics import Clipping, find_positive_median
+from spxdask.science.kernels.statistics import Clipping
 from spxdask.science.level2.frame import Frame
 from spxdask.science.options import PhotometryConfig
 from spxdask.science.psf.fit import Contaminants, choose_linked, measure_psf_fluxes
@@ -47,16 +46,14 @@ from spxdask.science.psf.model import PsfModel
 from spxdask.science.psf.offsets import Astrometry, summarise_offsets
 from spxdask.science.psf.product import read_frame_psf
 from spxdask.science.rows import (
-    MORE_BANDS,
-    find_bands,
+    Look,
+    find_looks,
     find_spread_rows,
     find_stamp_rows,
     find_window_rows,
-    is_fit_poor,
-    is_half_clear,
     require_rows,
-    sum_zodi_of_rows,
 )
+from spxdask.science.zodi import ZodiFit, fit_zodi
 
 # From the planes' MJy/sr to uJy/arcsec^2.
 # A number, as every worker would need half a second to import astropy's units.
@@ -69,6 +66,9 @@ USABLE_SCALE_ARCSEC = (1.0, 60.0)
 # The background window leaves out pixels whose centre is this close to the aperture, pixels:
 # half the diagonal of a pixel.
 WINDOW_GAP_PIXELS = 0.707
+# A step of a flux that the scale from all rows might make, as a part of its error. It is half of
+# what is promised, as PSF fluxes take somewhat larger steps.
+LARGEST_FLUX_STEP = 5e-4
 # Sources are measured in strips of this many rows, from left to right, so that neighbours,
 # which need the same pixels, follow one another.
 STRIP_ROWS = 32
@@ -201,7 +201,7 @@ def measure(
         get no rows.
     few_rows : bool
         Whether the scale of zodiacal light and the median variance are from a few bands of rows
-        (and more of them if these do not tell enough), and not from all. The
+        (and more of them if these do not tell enough for these sources), and not from all. The
         results are then the same of a whole frame and of one that has these rows alone, to the
         bit. Without a source, nothing is read: the head of a frame will do.
 
@@ -299,26 +299,24 @@ def _measure_planes(
             if model is None or model.size <= size:
                 break
             size = model.size
-    rows = np.full(ny, not few_rows)
-    if few_rows and len(index):
-        rows = find_spread_rows(ny)
-        rows |= find_window_rows(ny, y, radius, _make_region(radius, config))
-        if model is not None:
-            rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
-    require_rows(frame, rows)
-
-    bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
-    zodi = _fit_zodi(planes, frame, bad | source, rows, config)
+    if not config.subtract_zodi:
+        # Nothing of ZODI may enter, not even its NaNs.
+        planes = planes._replace(zodi=planes.image)
+    if few_rows and not len(index):
+        zodi, sums, flag = _skip_zodi(config), np.empty((0, 4)), np.empty(0, np.uint32)
+    else:
+        looks, rows = find_looks(ny), np.zeros(ny, bool)
+        if not few_rows:
+            looks = looks[-1:]
+        else:
+            rows |= find_window_rows(ny, y, radius, _make_region(radius, config))
+            if model is not None:
+                rows |= find_stamp_rows(ny, np.append(y, others.y), model.size)
+        zodi, sums, flag = _look_and_sum(planes, frame, x, y, radius, rows, looks, config)
     if zodi.unflagged:
         warnings.append(
             f"{zodi.unflagged} unflagged pixels with an invalid variance, treated as bad"
         )
-    if not config.subtract_zodi:
-        # Nothing of ZODI may enter, not even its NaNs.
-        planes = planes._replace(zodi=planes.image)
-
-    masks = Masks(bad, source, zodi.unflagged > 0)
-    sums, flag = _sum_sources(planes, x, y, radius, zodi, masks, config)
 
     kept = np.flatnonzero(~np.isnan(sums[:, 2]))
     skipped = {}
@@ -352,7 +350,7 @@ def _measure_planes(
                 level_error=level_error,
                 radius=radius,
                 solid_angle=solid_angle,
-                bad=int(bad),
+                bad=int(_mask(config.bad_flags)),
                 psf_bad=int(_mask(config.psf_bad_flags)),
                 is_star=flag[kept] & REJECTING_MASK == 0,
                 contaminants=others,
@@ -620,70 +618,60 @@ def _mask(bits: Iterable[int]) -> np.uint32:
     return np.uint32(sum(1 << bit for bit in bits))
 
 
-class ZodiFit(NamedTuple):
-    """What all pixels of a frame tell together, or those of some rows.
+def _skip_zodi(config: PhotometryConfig) -> ZodiFit:
+    """Return the fit of a frame of which no row is used."""
+    scale = 1.0 if config.subtract_zodi else 0.0
+    return ZodiFit(scale, 0.0, False, 0, 0, lambda: math.nan)
 
-    Attributes
-    ----------
-    scale : float
-        Of ZODI, 0 if it is not subtracted.
-    is_fitted : bool
-        Whether it was fitted.
-    unflagged : int
-        Number of pixels with an invalid variance and no flag.
-    n_rows : int
-        Number of rows that scale and median are from.
-    median_variance : callable
-        Returns the median of all valid variances.
+
+def _look_and_sum(
+    planes: Planes,
+    frame: Frame,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: float,
+    rows: np.ndarray,
+    looks: Iterable[Look | None],
+    config: PhotometryConfig,
+) -> tuple[ZodiFit, np.ndarray, np.ndarray]:
+    """Fit the zodiacal light, and return what `_sum_sources` does with it.
+
+    Of the looks, the last of which is at all rows, the first is taken that tells enough: the scale
+    from all rows would not change these sources. `rows` are needed anyway.
     """
+    bad, source = _mask(config.bad_flags), _mask([frame.flag_bits["SOURCE"]])
+    for look in looks:
+        used = np.ones(len(rows), bool) if look is None else rows | look.mark_rows(len(rows))
+        require_rows(frame, used)
+        zodi = fit_zodi(planes, bad | source, used, look, config)
+        if zodi is None:
+            continue
+        masks = Masks(bad, source, zodi.unflagged > 0)
+        sums, flag = _sum_sources(planes, x, y, radius, zodi, masks, config)
+        ends = () if zodi.reach == 0 else (zodi.scale - zodi.reach, zodi.scale + zodi.reach)
+        moved = (
+            _sum_sources(planes, x, y, radius, zodi._replace(scale=end), masks, config)[0]
+            for end in ends
+        )
+        if look is None or not any(_is_other(sums, some, radius) for some in moved):
+            return zodi, sums, flag
+    raise AssertionError("the last look is at all rows")
 
-    scale: float
-    is_fitted: bool
-    unflagged: int
-    n_rows: int
-    median_variance: Callable[[], float]
 
+def _is_other(sums: np.ndarray, moved: np.ndarray, radius: float) -> bool:
+    """Return whether sums of sources are others with another scale of the zodiacal light.
 
-def _fit_zodi(
-    planes: Planes, frame: Frame, excluded: np.uint32, rows: np.ndarray, config: PhotometryConfig
-) -> ZodiFit:
-    """Fit the scale of ZODI to IMAGE in some rows, and in more if these do not tell enough."""
-    is_subtracted = config.subtract_zodi
-    if not rows.any():
-        return ZodiFit(1.0 if is_subtracted else 0.0, False, 0, 0, lambda: math.nan)
-    ny = len(rows)
-    bands = None if rows.all() else find_bands(ny)
-    sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
-    if bands is not None and is_fit_poor(sums, share, is_subtracted):
-        bands = find_bands(ny, MORE_BANDS)
-        rows = rows | find_spread_rows(ny, MORE_BANDS)
-        require_rows(frame, rows)
-        sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
-        if is_half_clear(share, is_subtracted):
-            bands, rows = None, np.ones(ny, bool)
-            require_rows(frame, rows)
-            sums, share, bracket = sum_zodi_of_rows(planes, excluded, rows, bands)
-    fitted = np.arange(ny) if bands is None else bands.ravel()
-
-    @functools.cache
-    def median_variance() -> float:
-        return float(find_positive_median(planes.variance, fitted, planes.factors, bracket))
-
-    n_rows, unflagged = len(np.unique(fitted)), int(sums.unflagged)
-    if not sums.finite:
-        raise FrameError("IMAGE has no finite pixel")
-    if not sums.valid:
-        raise FrameError("VARIANCE has no finite positive pixel")
-    if not is_subtracted:
-        return ZodiFit(0.0, False, unflagged, n_rows, median_variance)
-    izw, zzw = sums.weighted_iz, sums.weighted_zz
-    if sums.zz > 0:
-        weight = 1.0 / median_variance()
-        izw, zzw = izw + weight * sums.iz, zzw + weight * sums.zz
-    scale = izw / zzw if zzw > 0 else math.nan
-    if share < 0.5 or not config.zodi_scale_min < scale <= config.zodi_scale_max:
-        return ZodiFit(1.0, False, unflagged, n_rows, median_variance)
-    return ZodiFit(scale, True, unflagged, n_rows, median_variance)
+    All pixels of a source move together, so that fluxes hardly change, unless another pixel of the
+    background is clipped.
+    """
+    circle = math.pi * radius**2
+    total, variance, level, error = sums.T
+    step = moved[:, 2] - level
+    flux_step = moved[:, 0] - total - circle * step
+    flux_error = np.sqrt(variance + (error * circle) ** 2)
+    return bool(
+        (abs(step) > error).any() or (abs(flux_step) > LARGEST_FLUX_STEP * flux_error).any()
+    )
 
 
 def _sum_sources(

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import numpy as np
 
 from spxdask.errors import MissingRowsError
 from spxdask.science.kernels.background import Region
-from spxdask.science.kernels.pixels import Planes
-from spxdask.science.kernels.statistics import Bracket, bracket_median
-from spxdask.science.kernels.zodi import ZodiSums, sum_zodi
 from spxdask.science.level2.frame import Frame
 
 __all__ = [
     "BANDS",
-    "MORE_BANDS",
-    "find_bands",
+    "ROWS_OF_BAND",
+    "Look",
+    "find_looks",
     "find_share",
     "find_spread_rows",
     "find_stamp_rows",
     "find_window_rows",
-    "is_fit_poor",
-    "is_half_clear",
     "require_rows",
-    "sum_zodi_of_rows",
 ]
 
-# The fit sees bands of rows that are spread evenly over the frame, and nothing else, so that it is
-# the same whichever sources are on the frame. Light that is not in the model of the zodiacal light,
-# such as a gradient, is in its scale, and the rows of sources would have too much of the light that
-# is there. Each band takes a request for each plane. Fewer of them miss structure in that
-# light; broader ones tell little more, as they have the light and the masks of the same stars.
+# The zodiacal light is fitted to bands of rows that are spread evenly over the frame, and to
+# nothing else. Light that is not in its model, such as a gradient, is in its scale, and the rows of
+# sources would have too much of the light that is there. Each band takes a request for each plane.
+# Fewer of them miss structure in that light; broader ones tell little more, as they have the light
+# and the masks of the same stars.
 BANDS = 8
 ROWS_OF_BAND = 3
-# There are more of them where these do not tell enough.
-MORE_BANDS = 48
-# The scale from this many pixels moves a background by less than a third of its error, as that of
-# a window is from 2,500 pixels at most.
-LEAST_CLEAR_PIXELS = 20_000
-# The scale is fitted when half of the pixels are clear. The bands tell this share to 0.01, and more
-# bands to 0.003. A wrong answer costs a background many times its error.
-NEAR_HALF = 0.03
-STILL_NEAR_HALF = 0.01
-# Bands are divided along x into blocks of as many pixels at least. They are wider than what is
-# masked around a star, and so narrow that light hardly changes within them.
-LEAST_BLOCK_PIXELS = 100
-# Cells, one block of one band, with a smaller share of clear pixels tell too little.
-LEAST_CLEAR_SHARE = 0.1
-# A slope of the share of clear pixels counts if it is this many times its error.
-SIGNIFICANT = 3.0
+# At the second look, two more bands are between any two of them. A request costs as much as many
+# rows, so they are broader.
+MORE_BANDS = 3 * BANDS
+ROWS_OF_MORE_BANDS = 8
+# Groups of as many rows at either edge, of which parts may have no clear pixels, such as those near
+# the edge of the dichroic (12 rows).
+EDGE_GROUPS = 3
+
+
+class Look(NamedTuple):
+    """Groups of neighbouring rows that stand for a frame in the zodiacal fit.
+
+    Attributes
+    ----------
+    bands : tuple of (n, m) int array
+        The rows of bands that are spread evenly over the frame; those in one array are of the same
+        height.
+    edges : (n, m) int array
+        The rows of groups that follow one another from either edge; none at the first look.
+    """
+
+    bands: tuple[np.ndarray, ...]
+    edges: np.ndarray
+
+    @property
+    def groups(self) -> tuple[np.ndarray, ...]:
+        """All of them, (n, m) int arrays, none of which is empty."""
+        return tuple(some for some in (*self.bands, self.edges) if len(some))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of all groups, an (n,) int array."""
+        return np.concatenate([some.ravel() for some in self.groups])
+
+    def mark_rows(self, ny: int) -> np.ndarray:
+        """Return the rows of all groups of a frame.
+
+        Parameters
+        ----------
+        ny : int
+            Rows of the frame.
+
+        Returns
+        -------
+        (ny,) bool array
+        """
+        marks = np.zeros(ny, bool)
+        marks[self.rows] = True
+        return marks
 
 
 def find_window_rows(ny: int, y: np.ndarray, radius: float, region: Region) -> np.ndarray:
@@ -97,179 +125,44 @@ def find_stamp_rows(ny: int, y: np.ndarray, size: int) -> np.ndarray:
     return _mark(ny, first, first + size - 1)
 
 
-def find_bands(ny: int, bands: int = BANDS) -> np.ndarray:
-    """Return bands of rows that are spread over a frame, the same for all frames of this height.
+def find_looks(ny: int) -> tuple[Look | None, ...]:
+    """Return what the zodiacal fit sees of a frame at one look after the other.
+
+    They are the same for all frames of this height, and each has the rows of that before it.
 
     Parameters
     ----------
     ny : int
         Rows of the frame.
-    bands : int
-        Number of bands.
 
     Returns
     -------
-    (bands, m) int array
-        The rows of each band, which is in the middle of one of so many equal parts of the frame.
+    tuple of Look or None
+        None for all rows, which is the last. Looks at frames of too few rows are left out.
     """
-    first = np.floor((np.arange(bands) + 0.5) * ny / bands - (ROWS_OF_BAND - 1) / 2)
-    rows = first.astype(np.int64)[:, np.newaxis] + np.arange(ROWS_OF_BAND)
-    return np.clip(rows, 0, ny - 1)
+    few = _find_bands(ny, BANDS, ROWS_OF_BAND)
+    many = _find_bands(ny, MORE_BANDS, ROWS_OF_MORE_BANDS)
+    between = many[np.arange(MORE_BANDS) % 3 != 1]
+    edge = np.arange(EDGE_GROUPS * ROWS_OF_MORE_BANDS).reshape(EDGE_GROUPS, -1)
+    edges = np.concatenate([edge, edge + ny - edge.size])
+    looks = Look((few,), few[:0]), Look((few, between), edges)
+    return *(look for look in looks if _are_apart(look, ny)), None
 
 
-def find_spread_rows(ny: int, bands: int = BANDS) -> np.ndarray:
-    """Return the rows of `find_bands`.
+def find_spread_rows(ny: int) -> np.ndarray:
+    """Return the rows of the first look at a frame.
 
     Parameters
     ----------
     ny : int
         Rows of the frame.
-    bands : int
-        Number of bands.
 
     Returns
     -------
     (ny,) bool array
     """
-    rows = np.zeros(ny, bool)
-    rows[find_bands(ny, bands)] = True
-    return rows
-
-
-def sum_zodi_of_rows(
-    planes: Planes, excluded: np.uint32, rows: np.ndarray, bands: np.ndarray | None
-) -> tuple[ZodiSums, float, Bracket]:
-    """Compute the sums of `sum_zodi` over a frame, or estimate them from some bands of it.
-
-    Where a band happens to have more clear pixels than the frame has thereabouts, it would have too
-    much weight, and so would light that is there and not in ZODI. So each block of a band is
-    weighted as if the share of clear pixels were the same everywhere, or rose evenly over
-    the frame, if it clearly does.
-
-    Parameters
-    ----------
-    planes : Planes
-        The frame.
-    excluded : uint32
-        The bad bits and the SOURCE bit.
-    rows : (ny,) bool array
-        The rows that are used for anything, those of the bands included.
-    bands : (n, m) int array or None
-        The rows that are used for the fit, from `find_bands`; None for all of the frame.
-
-    Returns
-    -------
-    sums : ZodiSums
-        Of the whole frame, or of the bands, with weights. Not weighted is `clear`, of the bands;
-        `unflagged`, `finite` and `valid` are of all rows that are used.
-    share : float
-        That of clear pixels in the frame.
-    bracket : Bracket
-        With all variances of the whole frame, or of the bands.
-    """
-    ny, nx = planes.image.shape
-    if bands is None:
-        bracket = bracket_median(planes.variance, np.arange(ny), planes.factors)
-        [found] = sum_zodi(planes, excluded, np.arange(ny)[np.newaxis], bracket).tolist()
-        whole = ZodiSums(*found)
-        return whole, whole.clear / (ny * nx), bracket
-    bracket = bracket_median(planes.variance, bands.ravel(), planes.factors)
-    blocks = max(n for n in range(1, max(nx // LEAST_BLOCK_PIXELS, 1) + 1) if nx % n == 0)
-    # As if each row were as many rows of one block.
-    shape = -1, nx // blocks
-    factors = None if planes.factors is None else planes.factors.reshape(shape)
-    image, variance, zodi, flags = (plane.reshape(shape) for plane in planes[:4])
-    cut = Planes(image, variance, zodi, flags, factors)
-    cells = bands[:, np.newaxis] * blocks + np.arange(blocks)[:, np.newaxis]
-    found = sum_zodi(cut, excluded, cells.reshape(-1, bands.shape[1]), bracket)
-    fields = found.T.reshape(-1, len(bands), blocks)
-    # Nothing of these rows enters the fit, but they must tell when a variance is wrong.
-    apart = rows.copy()
-    apart[bands] = False
-    at = np.flatnonzero(apart)[np.newaxis]
-    beside = bracket_median(planes.variance, at[0], planes.factors)
-    others = ZodiSums(*sum_zodi(planes, excluded, at, beside)[0].tolist())
-    *weighted, clear, unflagged, finite, valid = fields
-    shares = clear * blocks / bands[0].size / nx
-    used = shares >= LEAST_CLEAR_SHARE
-    weights = np.where(used, _smooth(shares, used) / np.where(used, shares, 1.0), 0.0)
-    # Exact sums, which are the same on all machines.
-    izw, zzw, iz, zz = (math.fsum((weights * field).flat) for field in weighted)
-    sums = ZodiSums(
-        weighted_iz=izw,
-        weighted_zz=zzw,
-        iz=iz,
-        zz=zz,
-        clear=float(clear.sum()),
-        unflagged=float(unflagged.sum()) + others.unflagged,
-        finite=max(float(finite.max()), others.finite),
-        valid=max(float(valid.max()), others.valid),
-    )
-    return sums, sums.clear / (bands.size * nx), bracket
-
-
-def _smooth(shares: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Return shares of clear pixels without their noise: a plane, of significant slopes alone."""
-    n = np.count_nonzero(used)
-    flat = np.full(shares.shape, math.fsum(shares[used]) / n if n else 1.0)
-    ny, nx = shares.shape
-    y, x = np.meshgrid(
-        (2 * np.arange(ny) + 1) / ny - 1, (2 * np.arange(nx) + 1) / nx - 1, indexing="ij"
-    )
-    terms = np.stack([np.ones(n), x[used], y[used]], axis=1)
-    if n < 4 or np.linalg.matrix_rank(terms) < 3:
-        return flat
-    inverse = np.linalg.inv(terms.T @ terms)
-    fitted = inverse @ terms.T @ shares[used]
-    scatter = ((shares[used] - terms @ fitted) ** 2).sum() / (n - 3)
-    errors = np.sqrt(scatter * np.diag(inverse))
-    # The last digits are not the same on all machines.
-    _, along_x, along_y = np.where(abs(fitted) > SIGNIFICANT * errors, fitted, 0.0).round(9)
-    plane = along_x * x + along_y * y
-    return np.clip(flat + plane - math.fsum(plane[used]) / n, LEAST_CLEAR_SHARE, 1.0)
-
-
-def is_fit_poor(sums: ZodiSums, share: float, is_subtracted: bool) -> bool:
-    """Return whether some rows do not tell enough of the zodiacal light of their frame.
-
-    Parameters
-    ----------
-    sums : ZodiSums
-        From `sum_zodi_of_rows`.
-    share : float
-        That of clear pixels.
-    is_subtracted : bool
-        Whether zodiacal light is subtracted at all.
-
-    Returns
-    -------
-    bool
-        True if they have too few clear pixels, or so nearly one half that the frame may have more
-        or fewer; also if no pixel or variance is valid, as others may be.
-    """
-    if not (sums.finite and sums.valid):
-        return True
-    if not is_subtracted or share < 0.5 - NEAR_HALF:
-        return False
-    return share <= 0.5 + NEAR_HALF or sums.clear < LEAST_CLEAR_PIXELS
-
-
-def is_half_clear(share: float, is_subtracted: bool) -> bool:
-    """Return whether only all rows tell if zodiacal light is fitted to a frame.
-
-    Parameters
-    ----------
-    share : float
-        That of clear pixels in many bands.
-    is_subtracted : bool
-        Whether zodiacal light is subtracted at all.
-
-    Returns
-    -------
-    bool
-        True if it is one half within its error.
-    """
-    return is_subtracted and abs(share - 0.5) <= STILL_NEAR_HALF
+    first = find_looks(ny)[0]
+    return np.ones(ny, bool) if first is None else first.mark_rows(ny)
 
 
 def find_share(frame: Frame, rows: np.ndarray) -> float:
@@ -314,6 +207,21 @@ def require_rows(frame: Frame, rows: np.ndarray) -> None:
             f"{np.count_nonzero(missing)} rows of the frame are needed that were not read",
             rows=missing,
         )
+
+
+def _find_bands(ny: int, bands: int, height: int) -> np.ndarray:
+    """Return the rows of bands, each in the middle of one of so many equal parts of a frame.
+
+    Those of another number that have the same middle begin with the same row.
+    """
+    first = np.floor((np.arange(bands) + 0.5) * ny / bands - (ROWS_OF_BAND - 1) / 2)
+    return first.astype(np.int64)[:, np.newaxis] + np.arange(height)
+
+
+def _are_apart(look: Look, ny: int) -> bool:
+    """Return whether all rows of a look are on the frame, and none is in two groups."""
+    rows = look.rows
+    return bool(rows.min() >= 0 and rows.max() < ny and len(np.unique(rows)) == len(rows))
 
 
 def _mark(ny: int, first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -19,7 +19,6 @@ from spxdask import BatchConfig, BatchPipeline
 from spxdask.errors import RunFolderError
 from spxdask.run.frame_table import FRAMES_NAME
 from spxdask.run.status import read_status
-from spxdask.science.rows import BANDS, ROWS_OF_BAND
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import SceneOptions, make_planes, make_sky, write_frame
 
@@ -31,7 +30,10 @@ FITTED += ["psf_flux", "psf_flux_error", "psf_chi2", "neighbour_flux"]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Full-size frames of one place, one file under many names, and one beside the sources."""
+    """Full-size frames of one place, one file under many names, and one beside the sources.
+
+    In the last of the place, light is not in ZODI, so that a few of its rows do not tell enough.
+    """
 
     catalogue: Path
     frames: list[ArchivedFrame]
@@ -47,13 +49,17 @@ def field(tmp_path_factory) -> Field:
     sky = make_sky(*simulated.CENTER, 0.3, n_sources=60, min_separation_arcsec=90, seed=2)
     one = simulated.exposure(0, 3)
     path = folder / one.filename
-    write_frame(path, one, make_planes(one, sky, SceneOptions(crowding=0.45)))
+    planes = make_planes(one, sky, SceneOptions(crowding=0.45))
+    write_frame(path, one, planes)
     base, frames = ArchivedFrame.of(one, path), []
     for number in range(N_FRAMES):
         obs_id = f"2025W51_1A_{number:04d}_1"
         changes = {"obs_id": obs_id, "uri": base.uri.replace(base.obs_id, obs_id)}
         times = {"mjd_begin": base.mjd_begin + number, "mjd_end": base.mjd_end + number}
         frames.append(dataclasses.replace(base, **changes, **times))
+    planes.image[...] += np.linspace(-0.02, 0.02, len(planes.image))[:, np.newaxis]
+    write_frame(folder / "slope.fits", one, planes)
+    frames[-1] = dataclasses.replace(frames[-1], path=folder / "slope.fits")
     # Its polygon has the field, and the frame itself is elsewhere.
     aside = simulated.exposure(50, 3, dec=simulated.CENTER[1] + 10)
     path = folder / aside.filename
@@ -108,7 +114,7 @@ def test_a_part_of_the_bytes_gives_the_rows_of_whole_frames(
     assert frames["bytes"].sum() == download.bytes
     assert frames["file_bytes"].sum() == field.total_bytes
     assert (frames["requests"] > 0).all()
-    assert set(frames["fit_rows"]) == {BANDS * ROWS_OF_BAND, 0}
+    assert sorted(frames["fit_rows"]) == [0, *[24] * (N_FRAMES - 1), 200]
     # No more than the head of the frame without sources.
     [aside] = frames[frames["rows"] == 0].to_dict("records")
     assert (aside["bytes"] < 300_000, aside["requests"], aside["fit_rows"]) == (True, 1, 0)

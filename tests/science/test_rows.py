@@ -20,15 +20,8 @@ from spxdask.science.options import PhotometryConfig
 from spxdask.science.photometry import find_needed_rows, measure
 from spxdask.science.psf.epsf import make_epsf_model
 from spxdask.science.psf.fit import choose_linked
-from spxdask.science.rows import (
-    BANDS,
-    MORE_BANDS,
-    ROWS_OF_BAND,
-    find_bands,
-    find_share,
-    find_spread_rows,
-    sum_zodi_of_rows,
-)
+from spxdask.science.rows import BANDS, ROWS_OF_BAND, find_looks, find_share, find_spread_rows
+from spxdask.science.zodi import ZodiFit, fit_zodi
 from spxdask.simulate.frames import Exposure, SceneOptions, make_planes, make_sky, write_frame
 
 NX, NY = 110, 500
@@ -38,7 +31,8 @@ FIXED = ("x", "y", "wavelength", "bandwidth", "flag", "aperture_radius")
 
 
 @functools.cache
-def make_content(folder, layout: str, crowding: float = 0.3) -> bytes:
+def make_content(folder, layout: str, window=WINDOW, light: float = 0.0) -> bytes:
+    """Return a cut-out with light of a slope along y, from minus this to this, MJy/sr."""
     exposure = Exposure(
         obs_id="2025W51_1A_0684_2",
         detector=3,
@@ -47,12 +41,14 @@ def make_content(folder, layout: str, crowding: float = 0.3) -> bytes:
         roll_deg=25.0,
         mjd_begin=61027.25,
     )
-    ra, dec = exposure.wcs(WINDOW).all_pix2world(NX / 2, NY / 2, 0)
+    ny = window[3]
+    ra, dec = exposure.wcs(window).all_pix2world(NX / 2, ny / 2, 0)
     sky = make_sky(float(ra), float(dec), 0.45, n_sources=200, min_separation_arcsec=20, seed=3)
-    options = SceneOptions(crowding=crowding, bad_pixels_on_sources=True, diffuse_amplitude=0.0)
-    planes = make_planes(exposure, sky, options, window=WINDOW)
+    options = SceneOptions(crowding=0.3, bad_pixels_on_sources=True, diffuse_amplitude=0.0)
+    planes = make_planes(exposure, sky, options, window=window)
+    planes.image[...] += np.linspace(-light, light, ny)[:, np.newaxis]
     path = folder / f"{layout}.fits"
-    write_frame(path, exposure, planes, window=WINDOW, layout=layout)
+    write_frame(path, exposure, planes, window=window, layout=layout)
     return path.read_bytes()
 
 
@@ -103,6 +99,16 @@ def assert_equal(one, other, *, but=()) -> None:
         if field.name not in ("index", "columns", "psf_columns", *but):
             assert getattr(one, field.name) == getattr(other, field.name), field.name
     assert np.array_equal(one.index, other.index)
+
+
+PLANES = ("image", "variance", "zodi", "flags")
+
+
+def view(plane: np.ndarray) -> np.ndarray:
+    """Return a plane of a frame as `Planes` have it."""
+    words = np.asarray(plane).view("<u4")
+    words.flags.writeable = False
+    return words
 
 
 # Anywhere, edges and beyond included, and often near one another or near the middle of a pixel.
@@ -162,7 +168,7 @@ def test_what_is_not_needed_is_not_used(
         flux, level = (
             np.abs(few.columns[name] - whole.columns[name]) for name in ("flux", "bg_level")
         )
-        assert np.nanmax(flux / whole.columns["flux_error"], initial=0) < 5e-3
+        assert np.nanmax(flux / whole.columns["flux_error"], initial=0) < 1e-3
         assert np.nanmax(level / whole.columns["bg_error"], initial=0) < 1
     if not len(few.index) and not few.skipped:
         assert part.held.total < 40_000
@@ -188,16 +194,6 @@ def test_the_rows_that_are_named_are_those_that_are_read(folder, layout):
         assert caught.value.rows[row]
     assert find_share(whole, rows) == pytest.approx(16 * NX * rows.sum() / len(content))
     assert not find_needed_rows(whole, ra[:0], dec[:0], config).any()
-
-
-def test_a_frame_that_is_nearly_half_clear_is_seen_in_more_rows(folder):
-    """The number of clear pixels is near one half of all, or too small, or a frame's own."""
-    content = make_content(folder, "qr2", 0.45)
-    few, same, _, part = measure_both(content, np.array([50.0]), np.array([200.0]), CONFIG)
-    assert_equal(few, same)
-    # Headers, rows, rows of the second look.
-    image = 4 * NX
-    assert sum(stop - start for start, stop in part.rounds[-1]) >= 4 * image * MORE_BANDS // 2
 
 
 CONFIG = PhotometryConfig(psf="none", window_size=21)
@@ -227,64 +223,97 @@ def test_a_row_that_is_missing_is_an_error_and_never_zeros(folder):
         measure(dataclasses.replace(whole, rows=rows), ra, dec, CONFIG)
 
 
-def test_a_gradient_is_in_a_fit_of_few_rows_as_in_that_of_all(folder):
-    """Light that is not in ZODI, rising along y: rows of the source alone would follow it."""
-    content = make_content(folder, "qr2")
-    frame = open_frame(memoryview(content), "a.fits")
-    tilt = np.linspace(-0.02, 0.02, NY)[:, np.newaxis]
-    frame = dataclasses.replace(frame, image=(frame.image + tilt).astype(">f4"))
-    config = dataclasses.replace(CONFIG, min_usable_pixels=10)
-    for y in (30.0, 250.0, 470.0):
-        ra, dec = frame.wcs.pixel_to_sky([50.0], [y])
-        few = measure(frame, ra, dec, config, few_rows=True)
-        whole = measure(frame, ra, dec, config)
-        assert few.is_zodi_fitted
-        assert few.zodi_scale != whole.zodi_scale
-        level = abs(few.columns["bg_level"] - whole.columns["bg_level"])
-        assert (level < whole.columns["bg_error"]).all()
+TALL = (900, 300, NX, 1500)
 
 
-def test_bands_are_spread_over_the_frame():
-    bands = find_bands(2040)
-    assert bands.shape == (BANDS, ROWS_OF_BAND)
+@pytest.mark.parametrize("layout", ["qr2", "qr3"])
+@pytest.mark.parametrize(
+    ("size", "light", "n_rows"), [(11, 0.0, 24), (21, 0.0, 200), (21, 0.2, 1500)]
+)
+def test_more_rows_are_read_where_few_do_not_tell_enough(folder, layout, size, light, n_rows):
+    """Larger windows have smaller errors; with a slope, it matters more what is masked where."""
+    content = make_content(folder, layout, TALL, light)
+    config = dataclasses.replace(CONFIG, window_size=size)
+    x, y = np.array([30.0, 50.0, 70.0]), np.array([110.0, 400.0, 1300.0])
+    few, same, whole, part = measure_both(content, x, y, config)
+    assert_equal(few, same)
+    assert (len(few.index), few.is_zodi_fitted, few.fit_rows) == (3, True, n_rows)
+    held = part.held.total / (4 * 4 * NX)
+    assert held > n_rows if layout == "qr2" else held > 0.7 * n_rows
+    assert held < n_rows + 3 * (size + 1) + 90
+    level, flux = (abs(few.columns[name] - whole.columns[name]) for name in ("bg_level", "flux"))
+    assert (level < whole.columns["bg_error"]).all()
+    assert (flux < 1e-3 * whole.columns["flux_error"]).all()
+    if n_rows == 1500:
+        assert few.zodi_scale == whole.zodi_scale
+
+
+def test_a_flux_that_depends_on_the_error_of_the_scale_takes_more_rows(folder):
+    """A pixel of the background that is clipped or not makes a step, with any change of scale."""
+    frame = open_frame(memoryview(make_content(folder, "qr2", TALL)), "a.fits")
+    # All pixels of a window would move together if zodiacal light did not change over it.
+    more = frame.zodi * np.linspace(-0.5, 0.5, NX)
+    image, zodi = frame.image + 1.08 * more, frame.zodi + more
+    frame = dataclasses.replace(frame, image=image.astype(">f4"), zodi=zodi.astype(">f4"))
+    config = dataclasses.replace(CONFIG, window_size=11)
+    x, y = np.random.default_rng(1).uniform([[10], [10]], [[100], [1490]], (2, 3000))
+    ra, dec = frame.wcs.pixel_to_sky(x, y)
+    planes = Planes(*(view(getattr(frame, name)) for name in PLANES))
+    excluded = np.uint32(sum(1 << bit for bit in {*config.bad_flags, frame.flag_bits["SOURCE"]}))
+    seen = fit_zodi(planes, excluded, np.ones(1500, bool), find_looks(1500)[0], config)
+    # With a scale that is not fitted.
+    fixed = dataclasses.replace(config, zodi_scale_max=0.1)
+
+    def measure_at(scale: float):
+        image = (frame.image - (scale - 1.0) * frame.zodi.astype(float)).astype(">f4")
+        return measure(dataclasses.replace(frame, image=image), ra, dec, fixed).columns
+
+    low, middle, high = (measure_at(seen.scale + k * seen.reach) for k in (-1, 0, 1))
+    step = np.maximum(*(abs(end["flux"] - middle["flux"]) for end in (low, high)))
+    step /= middle["flux_error"]
+    index = measure(frame, ra, dec, fixed).index
+    sure, unsure = index[step < 1e-4], index[step > 1e-3]
+    assert len(unsure) > 2
+    for sources, is_sure in ((sure[:5], True), (unsure[:5], False)):
+        for k in sources:
+            few = measure(frame, ra[[k]], dec[[k]], config, few_rows=True)
+            assert (few.fit_rows == 24) == is_sure
+
+
+FIRST, SECOND, ALL = find_looks(2040)
+
+
+def test_looks_are_spread_over_the_frame():
+    [bands] = FIRST.bands
+    assert (bands.shape, len(FIRST.edges)) == ((BANDS, ROWS_OF_BAND), 0)
     # Each is in the middle of what it stands for, 255 rows.
     assert np.array_equal(bands.mean(axis=1), 255 * np.arange(BANDS) + 127)
     rows = find_spread_rows(2040)
     assert np.array_equal(np.flatnonzero(rows), bands.ravel())
-    assert find_spread_rows(2040, MORE_BANDS).sum() == MORE_BANDS * ROWS_OF_BAND
-    assert find_spread_rows(4).any()
-    assert find_bands(1).max() == 0
+    more = SECOND.mark_rows(2040)
+    assert (more.sum(), more[:24].all(), more[-24:].all()) == (24 + 16 * 8 + 48, True, True)
+    assert more[rows].all()
+    first = np.sort([band[0] for group in SECOND.bands for band in group])
+    assert set(np.diff(first)) == {85}
+    assert ALL is None
 
 
-def test_the_fit_of_few_rows_is_the_same_for_all_sources(folder):
-    frame = open_frame(memoryview(make_content(folder, "qr2")), "a.fits")
-    scales = set()
-    for y in ([60.0], [250.0], [100.0, 300.0, 440.0]):
-        ra, dec = frame.wcs.pixel_to_sky(np.full(len(y), 50.0), y)
-        few = measure(frame, ra, dec, CONFIG, few_rows=True)
-        scales.add(few.zodi_scale)
-        assert few.fit_rows == MORE_BANDS * ROWS_OF_BAND
-    assert len(scales) == 1
-    assert measure(frame, ra, dec, CONFIG).fit_rows == NY
+@pytest.mark.parametrize(("ny", "n"), [(1, 1), (23, 1), (24, 2), (500, 2), (1500, 3)])
+def test_frames_of_few_rows_have_fewer_looks(ny, n):
+    looks = find_looks(ny)
+    assert (len(looks), looks[-1]) == (n, None)
+    assert find_spread_rows(ny).sum() == (ny if n == 1 else 24)
 
 
 SHAPE = (2040, 1000)
 EXCLUDED = np.uint32(1)
 
 
-def fit(image, flags, bands=None) -> float:
-    """Return the scale of a ZODI of 1 and a variance of 1, of bands or of all."""
-
-    def view(plane, kind):
-        words = plane.astype(kind).view("<u4")
-        words.flags.writeable = False
-        return words
-
-    ones = view(np.ones(SHAPE), ">f4")
-    planes = Planes(view(image, ">f4"), ones, ones, view(flags, ">i4"))
-    sums, share, _ = sum_zodi_of_rows(planes, EXCLUDED, np.ones(SHAPE[0], bool), bands)
-    assert share == pytest.approx((flags == 0).mean(), abs=0.1)
-    return sums.weighted_iz / sums.weighted_zz
+def fit(image, flags, look, config=CONFIG) -> ZodiFit | None:
+    """Fit a ZODI of 1 with a variance of 1."""
+    ones = view(np.ones(SHAPE, ">f4"))
+    planes = Planes(view(image.astype(">f4")), ones, ones, view(flags.astype(">i4")))
+    return fit_zodi(planes, EXCLUDED, np.ones(SHAPE[0], bool), look, config)
 
 
 def make_slopes() -> tuple[np.ndarray, np.ndarray]:
@@ -297,35 +326,107 @@ def make_slopes() -> tuple[np.ndarray, np.ndarray]:
 def test_chance_in_the_number_of_stars_does_not_tilt_the_fit(axis):
     rng = np.random.default_rng(2)
     light = make_slopes()[axis]
-    bands = find_bands(SHAPE[0])
+    [bands] = FIRST.bands
     errors, by_pixels = [], []
     for _ in range(6):
         # Masks as long as a block, so that the share of clear pixels is noisy.
         coarse = rng.uniform(size=(SHAPE[0] // 4, SHAPE[1] // 20)) < 0.4
         flags = np.kron(coarse, np.ones((4, 20), bool))
-        whole = fit(1 + light, flags)
-        errors.append(fit(1 + light, flags, bands) - whole)
+        whole = fit(1 + light, flags, ALL).scale
+        errors.append(fit(1 + light, flags, FIRST).scale - whole)
         chosen = flags[bands.ravel()] == 0
         by_pixels.append((1 + light[bands.ravel()])[chosen].mean() - whole)
     assert np.std(errors) < 0.5 * np.std(by_pixels)
 
 
-def test_a_frame_with_more_stars_at_one_end_is_followed():
+@pytest.mark.parametrize("slope", [(0.1, -0.15), (0.18, 0.03)])
+def test_a_frame_with_more_stars_at_one_end_is_followed(slope):
+    """Both slopes of the share count if it is tilted at all, however small one of them is."""
     rng = np.random.default_rng(3)
     y, x = make_slopes()
-    flags = rng.uniform(size=SHAPE) < 0.3 + 0.1 * y - 0.15 * x
+    flags = rng.uniform(size=SHAPE) < 0.3 + slope[0] * y + slope[1] * x
     light = 0.5 * (y + x)
-    whole = fit(1 + light, flags)
+    whole = fit(1 + light, flags, ALL).scale
     assert abs(whole - 1) > 0.01
-    assert fit(1 + light, flags, find_bands(SHAPE[0])) == pytest.approx(whole, abs=2e-3)
+    assert fit(1 + light, flags, FIRST).scale == pytest.approx(whole, abs=2e-3)
 
 
 def test_blocks_without_clear_pixels_count_for_nothing():
     flags = np.zeros(SHAPE, bool)
-    # One band, and half of the frame's columns.
-    flags[find_bands(SHAPE[0])[3]] = flags[:, 500:] = True
+    # One band, and some of the frame's columns.
+    flags[FIRST.bands[0][3]] = flags[:, 700:] = True
     image = np.where(flags, 1e9, 1.25)
-    assert fit(image, flags, find_bands(SHAPE[0])) == pytest.approx(1.25)
+    assert fit(image, flags, FIRST).scale == pytest.approx(1.25)
+
+
+def test_edges_without_clear_pixels_are_seen_at_the_second_look():
+    """The dichroic takes twelve rows, which is much where there is a slope."""
+    flags = np.zeros(SHAPE, bool)
+    flags[-12:] = True
+    y, _ = make_slopes()
+    image = 1.0 + 0.1 * y
+    whole, first, second = (fit(image, flags, look) for look in (ALL, FIRST, SECOND))
+    assert whole.reach == 0
+    assert 4e-4 < abs(first.scale - whole.scale) < first.reach
+    assert abs(second.scale - whole.scale) < 1e-4
+
+
+def add_stripes(rng, y, x):
+    return np.repeat(rng.normal(0, 0.1, (SHAPE[0] // 60, 1)), 60, axis=0)
+
+
+def add_clouds(rng, y, x):
+    return np.kron(rng.normal(0, 0.3, (17, 10)), np.ones((120, 100)))
+
+
+LIGHTS = {
+    "a slope": lambda rng, y, x: 1.5 * (y + x),
+    "a curve": lambda rng, y, x: 0.5 * y**2,
+    "stripes": add_stripes,
+    "clouds": add_clouds,
+}
+
+
+@pytest.mark.parametrize("light", LIGHTS)
+def test_the_error_of_a_scale_tells_of_light_that_is_not_in_the_model(light):
+    rng = np.random.default_rng(4)
+    y, x = make_slopes()
+    coarse = rng.uniform(size=(SHAPE[0] // 4, SHAPE[1] // 4)) < 0.4
+    flags = np.kron(coarse, np.ones((4, 4), bool))
+    noise = rng.standard_normal(SHAPE, dtype=np.float32)
+    plain = fit(1 + noise, flags, FIRST)
+    # 2.5 times the error of the mean of the clear pixels.
+    assert plain.reach == pytest.approx(2.5 / np.sqrt(0.6 * 24 * 1000), rel=0.1)
+    image = 1 + noise + LIGHTS[light](rng, y, x)
+    whole, first, second = (fit(image, flags, look) for look in (ALL, FIRST, SECOND))
+    assert first.reach > 1.2 * plain.reach
+    for seen in (first, second):
+        assert abs(seen.scale - whole.scale) < seen.reach
+
+
+def test_masks_that_vary_over_the_frame_add_to_the_error():
+    """With light of a slope, it is not known where the masks begin and end between the bands."""
+    y, x = make_slopes()
+    noise = np.random.default_rng(5).standard_normal(SHAPE, dtype=np.float32)
+    image = 1 + noise + 0.1 * (y + x)
+    clear = np.zeros(SHAPE, bool)
+    hole = np.hypot(y - 0.3, x + 0.3) < 0.5
+    whole, first = (fit(image, hole, look) for look in (ALL, FIRST))
+    assert first.reach > 1.5 * fit(image, clear, FIRST).reach
+    assert abs(first.scale - whole.scale) < first.reach
+
+
+@pytest.mark.parametrize(
+    ("limits", "is_told"), [((0.0, 1.0), False), ((0.0, 0.9), True), ((1.1, 2.0), True)]
+)
+def test_a_scale_near_its_limits_is_left_to_more_rows(limits, is_told):
+    noise = np.random.default_rng(6).standard_normal(SHAPE, dtype=np.float32)
+    low, high = limits
+    config = dataclasses.replace(CONFIG, zodi_scale_min=low, zodi_scale_max=high)
+    found = fit(1 + noise, np.zeros(SHAPE, bool), FIRST, config)
+    assert (found is not None) == is_told
+    if found is not None:
+        assert (found.is_fitted, found.scale, found.reach) == (False, 1, 0)
 
 
 def link_plainly(x, y, other_x, other_y, reach) -> np.ndarray:
