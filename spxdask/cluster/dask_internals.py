@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import FrameType
 from typing import Any, NamedTuple
 
 from distributed import Client, Future, LocalCluster, Status
@@ -197,6 +199,46 @@ def cancel_futures(client: Client, reason: str) -> None:
     client.cancel([Future(key, client) for key in list(client.futures)], reason=reason)
 
 
+def run_in_time(
+    client: Client,
+    function: Callable,
+    *arguments: Any,
+    worker: str,
+    timeout_s: float,
+    on_nanny: bool = False,
+) -> Any:
+    """Call a function in the process of a worker, or of its nanny, that may never answer.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    function : callable
+        What is called.
+    *arguments : object
+        With these arguments.
+    worker : str
+        Address of the worker.
+    timeout_s : float
+        How long to wait for the answer, s.
+    on_nanny : bool
+        Whether it is called in the process of the nanny.
+
+    Returns
+    -------
+    object
+        What the function returned.
+
+    Raises
+    ------
+    TimeoutError
+        If there is no answer in time.
+    """
+    options = {"workers": [worker], "nanny": on_nanny, "callback_timeout": timeout_s}
+    [answer] = client.run(function, *arguments, **options).values()
+    return answer
+
+
 def get_default_processes(cores: int) -> int:
     """Return into how many processes Dask divides a worker.
 
@@ -274,6 +316,50 @@ def make_threads(n_threads: int, name: str) -> WorkerThreads:
     WorkerThreads
     """
     return WorkerThreads(n_threads, ThreadPoolExecutor(n_threads, thread_name_prefix=name))
+
+
+def get_task_threads(worker: Any) -> dict[int, Any]:
+    """Return which thread of a worker runs which task.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+
+    Returns
+    -------
+    dict of int to object
+        Key of the task by the number of the thread.
+    """
+    with worker.active_threads_lock:
+        return dict(worker.active_threads)
+
+
+def get_process_id(nanny: Any) -> int | None:
+    """Return the process of the worker that a nanny has started.
+
+    Parameters
+    ----------
+    nanny : Nanny
+        The nanny.
+
+    Returns
+    -------
+    int or None
+        None if it does not run.
+    """
+    return nanny.pid
+
+
+def get_frames() -> dict[int, FrameType]:
+    """Return where each thread of this process is.
+
+    Returns
+    -------
+    dict of int to frame
+        The innermost frame by the number of the thread.
+    """
+    return sys._current_frames()
 
 
 # Schedulers

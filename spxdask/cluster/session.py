@@ -12,7 +12,8 @@ from typing import Any
 from distributed import Client
 
 from spxdask.cluster.connect import check_versions, connect
-from spxdask.cluster.embedded import embedded_client, require_main_guard
+from spxdask.cluster.embedded import WORKER_TTL_S, embedded_client, require_main_guard
+from spxdask.cluster.frozen import FrozenTimes, FrozenWatch, watch_frozen
 from spxdask.cluster.jobqueue import jobqueue_client
 from spxdask.cluster.limits import warn_of_small_workers
 from spxdask.cluster.logs import forward_logs
@@ -43,6 +44,11 @@ class ClusterSession:
         three, the cluster is one of this machine's size.
     on_connect : callable
         Called with the client, and lines that name its pages, before a cluster is first used.
+    save_stacks : callable
+        Takes a name and the stacks of a worker that was frozen; returns where they are saved.
+    frozen_times : FrozenTimes, optional
+        When a worker counts as frozen; by default after a minute on an embedded cluster, after
+        three on others.
 
     Raises
     ------
@@ -59,6 +65,8 @@ class ClusterSession:
         scheduler: str | None = None,
         jobqueue: str | os.PathLike | None = None,
         on_connect: Callable[[Client, str], None] = lambda client, links: None,
+        save_stacks: Callable[[str, str], str] = lambda name, stacks: "not saved",
+        frozen_times: FrozenTimes | None = None,
     ) -> None:
         if [client, scheduler, jobqueue].count(None) < 2:
             raise ConfigError("give a client, a scheduler or a jobqueue file, not two of them")
@@ -68,7 +76,11 @@ class ClusterSession:
             )
         self._max_processes, self._n_downloads = max_processes, n_downloads
         self._given, self._scheduler, self._jobqueue = client, scheduler, jobqueue
-        self._on_connect = on_connect
+        self._on_connect, self._save_stacks = on_connect, save_stacks
+        silent_s = WORKER_TTL_S if self.is_embedded else FrozenTimes().silent_s
+        self._frozen_times = frozen_times or FrozenTimes(silent_s=silent_s)
+        self._watches: list[FrozenWatch] = []
+        self._is_watched = False
         self._client: Client | None = client
         self._open: ExitStack | None = None
         self._prepared: str | None = None
@@ -95,6 +107,11 @@ class ClusterSession:
         return self._page if self.dashboard_link else None
 
     @property
+    def n_replaced(self) -> int:
+        """Number of workers that were frozen, or had tasks that hung, and were replaced."""
+        return sum(watch.n_replaced for watch in self._watches)
+
+    @property
     def links(self) -> str:
         """Lines for people that name the two pages."""
         page = f"\nframes      {self.page_link}" if self.page_link else ""
@@ -112,7 +129,7 @@ class ClusterSession:
                     self._open.enter_context(keep_local_workers(self._given.cluster))
                 yield
         finally:
-            self._open, self._client = None, self._given
+            self._open, self._client, self._is_watched = None, self._given, False
 
     def connect(self) -> Client:
         """Return the client; start the cluster if there is none yet. Only within `hold`.
@@ -133,6 +150,11 @@ class ClusterSession:
                     max_processes=self._max_processes, n_downloads=self._n_downloads
                 )
             self._client = self._open.enter_context(made)
+        if not self._is_watched:
+            assert self._open is not None
+            watching = watch_frozen(self._client, self._frozen_times, self._save_stacks)
+            self._watches.append(self._open.enter_context(watching))
+            self._is_watched = True
         self._prepare(self._client)
         return self._client
 
