@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -31,22 +32,25 @@ class RequestLimiter:
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self.n_expected = 0
+        self._counting = threading.Lock()
         self._n_active = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @contextmanager
     def announce(self) -> Iterator[None]:
-        """Count one more request as expected, until the block ends.
+        """Count one more request as expected, until the block ends; in any thread.
 
         Yields
         ------
         None
         """
-        self.n_expected += 1
+        with self._counting:
+            self.n_expected += 1
         try:
             yield
         finally:
-            self.n_expected -= 1
+            with self._counting:
+                self.n_expected -= 1
 
     @asynccontextmanager
     async def take_turn(self) -> AsyncIterator[None]:

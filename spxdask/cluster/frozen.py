@@ -139,6 +139,26 @@ class FrozenWatch:
             self.n_replaced += len(bad)
             self._client.restart_workers(bad, timeout=RESTART_S, raise_for_error=False)
 
+    def prepare_workers(self) -> None:
+        """Have the workers, now and in future, keep ready what is wanted when one is frozen."""
+        interval_s, dump_s = self._times.poll_interval_s, DUMP_PART * self._times.silent_s
+        keep_stacks(self._client, interval_s, dump_s)
+
+    def find_description(self, address: str) -> Description | None:
+        """Return what the process of a silent worker looks like.
+
+        Parameters
+        ----------
+        address : str
+            The worker.
+
+        Returns
+        -------
+        Description or None
+            None for a worker that is not silent, or not for long.
+        """
+        return self._workers[address].description
+
     def _judge(self, address: str) -> bool:
         """Describe and report a worker that is frozen; return whether it is to be replaced."""
         known, times, still_s = self._workers[address], self._times, self._find_longest_still()
@@ -272,7 +292,6 @@ def watch_frozen(
     thread = threading.Thread(target=watch.run, args=(is_over,), name="spxdask-frozen", daemon=True)
     thread.start()
     try:
-        keep_stacks(client, times.poll_interval_s, DUMP_PART * times.silent_s)
         yield watch
     finally:
         is_over.set()

@@ -79,8 +79,8 @@ class ClusterSession:
         self._on_connect, self._save_stacks = on_connect, save_stacks
         silent_s = WORKER_TTL_S if self.is_embedded else FrozenTimes().silent_s
         self._frozen_times = frozen_times or FrozenTimes(silent_s=silent_s)
-        self._watches: list[FrozenWatch] = []
-        self._is_watched = False
+        self._watch: FrozenWatch | None = None
+        self._n_replaced_before = 0
         self._client: Client | None = client
         self._open: ExitStack | None = None
         self._prepared: str | None = None
@@ -109,7 +109,7 @@ class ClusterSession:
     @property
     def n_replaced(self) -> int:
         """Number of workers that were frozen, or had tasks that hung, and were replaced."""
-        return sum(watch.n_replaced for watch in self._watches)
+        return self._n_replaced_before + (self._watch.n_replaced if self._watch else 0)
 
     @property
     def links(self) -> str:
@@ -129,7 +129,8 @@ class ClusterSession:
                     self._open.enter_context(keep_local_workers(self._given.cluster))
                 yield
         finally:
-            self._open, self._client, self._is_watched = None, self._given, False
+            self._n_replaced_before, self._watch = self.n_replaced, None
+            self._open, self._client = None, self._given
 
     def connect(self) -> Client:
         """Return the client; start the cluster if there is none yet. Only within `hold`.
@@ -150,12 +151,12 @@ class ClusterSession:
                     max_processes=self._max_processes, n_downloads=self._n_downloads
                 )
             self._client = self._open.enter_context(made)
-        if not self._is_watched:
+        if self._watch is None:
             assert self._open is not None
+            # First of all, as each of the other calls may meet a worker that does not answer.
             watching = watch_frozen(self._client, self._frozen_times, self._save_stacks)
-            self._watches.append(self._open.enter_context(watching))
-            self._is_watched = True
-        self._prepare(self._client)
+            self._watch = self._open.enter_context(watching)
+        self._prepare(self._client, self._watch)
         return self._client
 
     def run_once(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -185,7 +186,7 @@ class ClusterSession:
         if self.is_embedded:
             require_main_guard()
 
-    def _prepare(self, client: Client) -> None:
+    def _prepare(self, client: Client, watch: FrozenWatch) -> None:
         """Check, once, that a cluster can be used, and have its scheduler show the run."""
         if self._prepared == client.id:
             return
@@ -195,6 +196,7 @@ class ClusterSession:
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
             warn_of_small_workers(client)
+        watch.prepare_workers()
         forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import linecache
 import logging
 import os
 import socket
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 METRIC = "spxdask"
 FILE_NAME = "spxdask-stacks.txt"
 # A process that uses less than this part of a core does not compute; Dask's own threads need some.
-IDLE_CPU_PART = 0.05
+# The system counts in hundredths of a second.
+IDLE_CPU_PART, IDLE_CPU_S = 0.05, 0.02
 # Where threads wait for a server that has time limits of its own.
 SOCKET_FILES = ("/socket.py", "/ssl.py")
 # Tasks in this code, or in that of spxdask, are those of a run; others are not judged.
@@ -76,7 +78,7 @@ class Look(NamedTuple):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a thread waits for a disk, a server, or another process of the cluster.
+        """Whether a thread waits for a disk, a server, or another process.
 
         Returns
         -------
@@ -85,7 +87,7 @@ class Look(NamedTuple):
         if self.is_at_disk or any(map(_waits_for_others, (*self.tasks.values(), *self.others))):
             return True
         # An event loop that is not in `select` does not notice what comes, nor when time is over.
-        is_listening = bool(self.sender) and self.sender[0].function == "select"
+        is_listening = not self.sender or self.sender[0].function == "select"
         return self.n_requests > 0 and is_listening
 
     def has_moved(self, since: Look, elapsed_s: float) -> bool:
@@ -105,7 +107,7 @@ class Look(NamedTuple):
         return (
             not self.tasks
             or (self.tasks, self.sender) != (since.tasks, since.sender)
-            or abs(self.cpu_s - since.cpu_s) > IDLE_CPU_PART * elapsed_s
+            or abs(self.cpu_s - since.cpu_s) > IDLE_CPU_PART * elapsed_s + IDLE_CPU_S
             or self.is_waiting
             or not all(map(_is_of_run, self.tasks.values()))
         )
@@ -113,13 +115,19 @@ class Look(NamedTuple):
 
 def _waits_for_others(stack: Stack) -> bool:
     """Return whether a thread waits for what other processes do, requests of frames excepted."""
-    if stack and stack[0].file.endswith(SOCKET_FILES):
+    if stack and (stack[0].file.endswith(SOCKET_FILES) or _asks_for_lock(stack[0])):
         return True
     waits = [place.file for place in stack if place.function == "sync"]
     if any(file.endswith("distributed/utils.py") for file in waits):
         return True
     is_fetching = any(place.file in FETCHING_CODE for place in stack)
     return not is_fetching and any(file.endswith("fsspec/asyn.py") for file in waits)
+
+
+def _asks_for_lock(place: Place) -> bool:
+    """Return whether a file is locked there, as by the process that compiles for all others."""
+    line = linecache.getline(place.file, place.line)
+    return "flock(" in line or "lockf(" in line
 
 
 def _is_of_run(stack: Stack) -> bool:

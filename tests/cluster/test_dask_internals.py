@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 import inspect
+import threading
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
 from distributed.scheduler import WorkerState
 from distributed.shuffle import _core, _scheduler_plugin
 
@@ -64,9 +66,12 @@ def instances():
         "scheduler.total_nthreads",
         "scheduler.worker_plugins",
         "scheduler.workers",
+        "worker.active_threads",
+        "worker.active_threads_lock",
         "worker.executors",
         "worker.id",
         "worker.memory_manager.memory_limit",
+        "worker.metrics",
         "worker.state.nthreads",
         "worker_state.name",
     ],
@@ -95,6 +100,18 @@ def test_the_numbers_are_those_of_the_cluster(instances):
     threads = dask_internals.get_threads(instances["worker"])
     assert threads.n_threads == 1
     dask_internals.set_threads(instances["worker"], threads)
+
+
+def test_a_call_that_is_not_answered_in_time(instances):
+    client, [address] = instances["client"], instances["client"].nthreads()
+    assert dask_internals.run_in_time(client, abs, -1, worker=address, timeout_s=30.0) == 1
+    with pytest.raises(TimeoutError):
+        dask_internals.run_in_time(client, asyncio.sleep, 60, worker=address, timeout_s=0.01)
+
+
+def test_the_process_of_a_nanny_and_the_frames_of_threads():
+    assert isinstance(inspect.getattr_static(Nanny, "pid"), property)
+    assert dask_internals.get_frames()[threading.get_ident()].f_code.co_name == "get_frames"
 
 
 def test_task_states(instances):
