@@ -139,10 +139,17 @@ class FrozenWatch:
             self.n_replaced += len(bad)
             self._client.restart_workers(bad, timeout=RESTART_S, raise_for_error=False)
 
-    def prepare_workers(self) -> None:
-        """Have the workers, now and in future, keep ready what is wanted when one is frozen."""
+    def prepare_workers(self, *, is_shared: bool) -> None:
+        """Have the workers, now and in future, keep ready what is wanted when one is frozen.
+
+        Parameters
+        ----------
+        is_shared : bool
+            Whether others use the cluster, too; a worker that runs a task of theirs is not judged
+            by its tasks.
+        """
         interval_s, dump_s = self._times.poll_interval_s, DUMP_PART * self._times.silent_s
-        keep_stacks(self._client, interval_s, dump_s)
+        keep_stacks(self._client, interval_s, dump_s, is_shared=is_shared)
 
     def find_description(self, address: str) -> Description | None:
         """Return what the process of a silent worker looks like.

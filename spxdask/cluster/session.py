@@ -196,7 +196,7 @@ class ClusterSession:
                 logger.warning("%s has no worker yet; waiting for the first", address)
             unregister_stale_plugins(client)
             warn_of_small_workers(client)
-        watch.prepare_workers()
+        watch.prepare_workers(is_shared=not self.is_embedded and self._jobqueue is None)
         forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

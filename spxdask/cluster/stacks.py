@@ -31,7 +31,7 @@ FILE_NAME = "spxdask-stacks.txt"
 IDLE_CPU_PART, IDLE_CPU_S = 0.05, 0.02
 # Where threads wait for a server that has time limits of its own.
 SOCKET_FILES = ("/socket.py", "/ssl.py")
-# Tasks in this code, or in that of spxdask, are those of a run; others are not judged.
+# Tasks in this code, or in that of spxdask, are those of a run.
 SHUFFLE_CODE = os.path.join("distributed", "shuffle", "")
 OWN_CODE = os.path.join(os.path.dirname(spxdask.__file__), "")
 # Threads that wait here wait for requests, which are counted.
@@ -90,8 +90,8 @@ class Look(NamedTuple):
         is_listening = not self.sender or self.sender[0].function == "select"
         return self.n_requests > 0 and is_listening
 
-    def has_moved(self, since: Look, elapsed_s: float) -> bool:
-        """Return whether the tasks have done something, or may be waiting, or are not of a run.
+    def has_moved(self, since: Look, elapsed_s: float, *, is_shared: bool = True) -> bool:
+        """Return whether the tasks have done something, or may be waiting, or are not to be judged.
 
         Parameters
         ----------
@@ -99,6 +99,8 @@ class Look(NamedTuple):
             The look before.
         elapsed_s : float
             How long ago that was, s.
+        is_shared : bool
+            Whether others use the cluster, too, whose tasks may wait for anything.
 
         Returns
         -------
@@ -109,7 +111,7 @@ class Look(NamedTuple):
             or (self.tasks, self.sender) != (since.tasks, since.sender)
             or abs(self.cpu_s - since.cpu_s) > IDLE_CPU_PART * elapsed_s + IDLE_CPU_S
             or self.is_waiting
-            or not all(map(_is_of_run, self.tasks.values()))
+            or (is_shared and not all(map(_is_of_run, self.tasks.values())))
         )
 
 
@@ -197,12 +199,14 @@ class StackKeeper(WorkerPlugin):
         The tasks are looked at, and the time begins again, each time that this has passed, s.
     dump_s : float
         The time after which the stacks are written, s.
+    is_shared : bool
+        As that of `Look.has_moved`.
     """
 
     name = "spxdask-stacks"
 
-    def __init__(self, interval_s: float, dump_s: float) -> None:
-        self._interval_s, self._dump_s = interval_s, dump_s
+    def __init__(self, interval_s: float, dump_s: float, is_shared: bool) -> None:
+        self._interval_s, self._dump_s, self._is_shared = interval_s, dump_s, is_shared
         # A worker in the client's process could not be replaced.
         self._client_process = (socket.gethostname(), os.getpid())
         self._file: int | None = None
@@ -275,7 +279,8 @@ class StackKeeper(WorkerPlugin):
         # What is longer was not time of this process: it was stopped, or the machine slept.
         elapsed_s = min(now_s - self._looked_s, 2 * self._interval_s)
         self._looked_s = now_s
-        self._still_s = 0.0 if now.has_moved(self._last, elapsed_s) else self._still_s + elapsed_s
+        has_moved = now.has_moved(self._last, elapsed_s, is_shared=self._is_shared)
+        self._still_s = 0.0 if has_moved else self._still_s + elapsed_s
         self._last = now
         ended = [run_s for key, run_s in self._run_s.items() if key not in now.tasks]
         self._longest_s = max((self._longest_s, *ended))
@@ -285,7 +290,7 @@ class StackKeeper(WorkerPlugin):
         }
 
 
-def keep_stacks(client: Client, interval_s: float, dump_s: float) -> None:
+def keep_stacks(client: Client, interval_s: float, dump_s: float, *, is_shared: bool) -> None:
     """Prepare the workers of a cluster, now and in future, for the moment when one does not answer.
 
     Parameters
@@ -294,9 +299,11 @@ def keep_stacks(client: Client, interval_s: float, dump_s: float) -> None:
         Of the cluster.
     interval_s, dump_s : float
         As those of `StackKeeper`.
+    is_shared : bool
+        As that of `Look.has_moved`.
     """
     try:
-        client.register_plugin(StackKeeper(interval_s, dump_s))
+        client.register_plugin(StackKeeper(interval_s, dump_s, is_shared))
     except Exception as error:
         # A scheduler that accepts no plugins answers with whatever error its Python raises, and a
         # worker may die just now. The run works without stacks.

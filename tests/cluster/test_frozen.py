@@ -191,6 +191,11 @@ def test_tasks_are_still(still, now):
     assert now.has_moved(before, 5.0) is not still
 
 
+def test_all_tasks_of_a_cluster_that_is_not_shared_are_those_of_a_run():
+    now = Look({"a": OTHERS_TASK})
+    assert not now.has_moved(now, 5.0, is_shared=False)
+
+
 def test_tasks_that_change_have_moved():
     assert Look({"a": HELD}).has_moved(Look({"b": HELD}), 5.0)
     assert Look({"a": HELD}).has_moved(Look({"a": SOCKET}), 5.0)
@@ -264,7 +269,7 @@ def block(dask_worker) -> bytes:
 
 
 def test_an_event_loop_that_does_not_run_leaves_the_stacks(workers):
-    keep_stacks(workers, 0.1, 0.3)
+    keep_stacks(workers, 0.1, 0.3, is_shared=True)
     assert len(workers.run(block)) == 2
     # They are gone when it runs again.
     while any(workers.run(get_stacks).values()):
@@ -278,7 +283,7 @@ async def get_metrics(dask_worker) -> dict:
 
 
 def test_a_worker_in_the_process_of_the_client_is_left_alone(in_process):
-    keep_stacks(in_process, 0.1, 0.3)
+    keep_stacks(in_process, 0.1, 0.3, is_shared=True)
     [worker] = in_process.cluster.workers.values()
     assert METRIC not in worker.metrics
     assert not Path(worker.local_directory, FILE_NAME).exists()
