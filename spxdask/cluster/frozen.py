@@ -136,7 +136,7 @@ class FrozenWatch:
                 known.silent_s += elapsed_s
         bad = [address for address in list(self._workers) if self._judge(address)]
         if bad:
-            self.n_replaced += len(bad)
+            # Tried again at the next poll if the scheduler cannot be asked now.
             self._client.restart_workers(bad, timeout=RESTART_S, raise_for_error=False)
 
     def prepare_workers(self, *, is_shared: bool) -> None:
@@ -172,21 +172,22 @@ class FrozenWatch:
         is_silent = known.silent_s >= DESCRIBE_PART * times.silent_s
         if is_silent and not known.is_described:
             known.is_described, known.description = True, self._describe(address, known.info)
-        if known.is_reported:
+        is_frozen = known.silent_s >= times.silent_s
+        if not is_frozen and (is_silent or _get_metric(known.info, "still_s") < still_s):
             return False
-        if known.silent_s >= times.silent_s:
-            problem, stacks = _describe_silence(known), _get_stacks(known)
-        elif not is_silent and _get_metric(known.info, "still_s") >= still_s:
-            problem = (
-                f"has tasks that hang: for {format_duration(still_s)} they have neither computed "
-                "nor waited for a server or a disk"
-            )
-            stacks = self._ask_for_stacks(address)
-        else:
-            return False
-        known.is_reported = True
         has_nanny = bool(known.info.get("nanny"))
-        self._report(known, problem, stacks, has_nanny)
+        if not known.is_reported:
+            known.is_reported = True
+            self.n_replaced += has_nanny
+            if is_frozen:
+                problem, stacks = _describe_silence(known), _get_stacks(known)
+            else:
+                stacks = self._ask_for_stacks(address)
+                problem = (
+                    f"has tasks that hang: for {format_duration(still_s)} they have neither "
+                    "computed nor waited for a server or a disk"
+                )
+            self._report(known, problem, stacks, has_nanny)
         return has_nanny
 
     def _find_longest_still(self) -> float:

@@ -140,6 +140,22 @@ def test_tasks_hang_after_a_multiple_of_the_longest_so_far(caplog, longest_s, li
     assert "has tasks that hang" in caplog.text
 
 
+def test_a_restart_that_fails_is_tried_again(caplog):
+    cluster = Cluster(a=worker() | {"is_frozen": True})
+    restart, cluster.restart_workers = cluster.restart_workers, raise_lost
+    cluster.wait(60)
+    with pytest.raises(OSError, match="gone"):
+        cluster.wait(5)
+    cluster.restart_workers = restart
+    cluster.wait(60)
+    assert (cluster.restarted, cluster.watch.n_replaced) == (["a"], 1)
+    assert len(caplog.messages) == 1
+
+
+def raise_lost(*_, **__) -> None:
+    raise OSError("gone")
+
+
 def test_stacks_are_saved_under_a_safe_name(tmp_path):
     folder = RunFolder(tmp_path / "out")
     path = Path(folder.save_stacks("../../evil/\x00-7", "text"))
@@ -234,11 +250,20 @@ def test_threads_are_looked_at(tmp_path):
 SOON = FrozenTimes(silent_s=8.0, still_s=5.0, poll_interval_s=0.25)
 
 
+# What workers import before they answer for the first time: on a busy machine, that may take longer
+# than the times of this test.
+PRELOAD = ["spxdask.stages.stream", "spxdask.stages.light_curves", "spxdask.cluster.stacks"]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=2, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+            n_workers=2,
+            threads_per_worker=2,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            preload=PRELOAD,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
