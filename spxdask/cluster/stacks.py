@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from distributed import Client, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-import spxdask
 from spxdask.archive.limiter import REQUESTS
 from spxdask.cluster.dask_internals import get_frames, get_process_id, get_task_threads
 
@@ -33,7 +32,7 @@ IDLE_CPU_PART, IDLE_CPU_S = 0.05, 0.02
 SOCKET_FILES = ("/socket.py", "/ssl.py")
 # Tasks in this code, or in that of spxdask, are those of a run.
 SHUFFLE_CODE = os.path.join("distributed", "shuffle", "")
-OWN_CODE = os.path.join(os.path.dirname(spxdask.__file__), "")
+OWN_CODE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 # Threads that wait here wait for requests, which are counted.
 FETCHING_CODE = tuple(f"{OWN_CODE}archive/{name}.py" for name in ("transfer", "pieces"))
 
