@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # Parts of `FrozenTimes.silent_s`: an event loop that does not run leaves the stacks, and a worker
 # that is silent is described, before it is replaced.
 DUMP_PART, DESCRIBE_PART = 1 / 3, 1 / 2
+# A worker that has not said anything of itself yet may be so many times as long without a heartbeat:
+# it is still importing, be it from a slow disk that many others read at the same time.
+STARTING_FACTOR = 3.0
 # A nanny, or a worker whose heartbeats come, answers within this time, s.
 ANSWER_S = 10.0
 # A nanny waits for 4 s before it kills; a new process takes some seconds to start.
@@ -41,7 +44,7 @@ class FrozenTimes(NamedTuple):
     Attributes
     ----------
     silent_s : float
-        Without a heartbeat.
+        Without a heartbeat; three times as long if it has just been started.
     still_s : float
         In which no task of the worker has done anything, and none may have been waiting.
     still_factor : float
@@ -169,10 +172,11 @@ class FrozenWatch:
     def _judge(self, address: str) -> bool:
         """Describe and report a worker that is frozen; return whether it is to be replaced."""
         known, times, still_s = self._workers[address], self._times, self._find_longest_still()
-        is_silent = known.silent_s >= DESCRIBE_PART * times.silent_s
+        silent_s = times.silent_s * (1.0 if METRIC in known.info["metrics"] else STARTING_FACTOR)
+        is_silent = known.silent_s >= DESCRIBE_PART * silent_s
         if is_silent and not known.is_described:
             known.is_described, known.description = True, self._describe(address, known.info)
-        is_frozen = known.silent_s >= times.silent_s
+        is_frozen = known.silent_s >= silent_s
         if not is_frozen and (is_silent or _get_metric(known.info, "still_s") < still_s):
             return False
         has_nanny = bool(known.info.get("nanny"))

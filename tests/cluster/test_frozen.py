@@ -87,6 +87,14 @@ def test_a_silent_worker_is_replaced_and_reported_once(caplog):
     assert "has not answered" in stacks
 
 
+def test_a_worker_that_starts_has_more_time():
+    cluster = Cluster(a=worker() | {"metrics": {}, "is_frozen": True})
+    cluster.wait(180)
+    assert cluster.restarted == []
+    cluster.wait(5)
+    assert cluster.restarted == ["a"]
+
+
 def test_a_worker_that_answers_again_in_time_is_kept(caplog):
     cluster = Cluster(a=worker())
     for _ in range(5):
@@ -384,6 +392,7 @@ class Harm(WorkerPlugin):
 POINTS = {"begin": "stop", "fetch": "gil", "extract": "hang", "receive": "stop"}
 
 
+@pytest.mark.timeout(300)
 def test_a_run_replaces_workers_that_do_not_get_on(
     workers, make_config, undisturbed, tmp_path, caplog
 ):
