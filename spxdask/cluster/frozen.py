@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Parts of `FrozenTimes.silent_s`: an event loop that does not run leaves the stacks, and a worker
 # that is silent is described, before it is replaced.
 DUMP_PART, DESCRIBE_PART = 1 / 3, 1 / 2
-# A worker that has not said anything of itself yet may be so many times as long without a heartbeat:
-# it is still importing, be it from a slow disk that many others read at the same time.
+# A worker that has not said anything of itself yet may be without a heartbeat so many times as
+# long: it is still importing, be it from a slow disk that many others read at the same time.
 STARTING_FACTOR = 3.0
 # A nanny, or a worker whose heartbeats come, answers within this time, s.
 ANSWER_S = 10.0

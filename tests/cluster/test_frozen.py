@@ -324,9 +324,8 @@ def test_a_worker_in_the_process_of_the_client_is_left_alone(in_process):
 
 def test_a_stopped_worker_that_goes_on_is_kept(workers):
     now_s, saved = 0.0, []
-    watch = FrozenWatch(
-        workers, FrozenTimes(poll_interval_s=1000), saved.append, clock=lambda: now_s
-    )
+    times = FrozenTimes(silent_s=60, poll_interval_s=1000)
+    watch = FrozenWatch(workers, times, lambda *text: saved.append(text), clock=lambda: now_s)
     address, pid = next(iter(workers.run(os.getpid).items()))
 
     def poll_after(seconds: float) -> None:
