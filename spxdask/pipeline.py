@@ -13,6 +13,7 @@ import dask.bag as db
 
 from spxdask.archive.observation import Observation
 from spxdask.archive.outage import OutagePolicy
+from spxdask.cluster.frozen import FrozenTimes
 from spxdask.cluster.page import ProgressPublisher
 from spxdask.cluster.session import Client, ClusterSession
 from spxdask.config import BatchConfig
@@ -54,6 +55,8 @@ class BatchPipeline:
         serves all stages.
     progress : bool or Progress, optional
         True draws a bar a stage; an object is called as `Progress` describes.
+    frozen_times : FrozenTimes, optional
+        When a worker counts as frozen, and is replaced.
 
     Attributes
     ----------
@@ -76,6 +79,7 @@ class BatchPipeline:
         scheduler: str | None = None,
         jobqueue: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
+        frozen_times: FrozenTimes | None = None,
     ) -> None:
         if not isinstance(config, BatchConfig | RunSources):
             raise ConfigError(option="config", rule="a BatchConfig", value=config)
@@ -93,6 +97,8 @@ class BatchPipeline:
             scheduler=scheduler,
             jobqueue=jobqueue,
             on_connect=self._progress.connect,
+            save_stacks=self.folder.save_stacks,
+            frozen_times=frozen_times,
         )
         self._held = ExitStack()
         self._outage_policy = OutagePolicy(patience_s=self.config.outage_patience)
@@ -269,7 +275,10 @@ class BatchPipeline:
                 except aggregate.NothingMeasuredError as error:
                     logger.warning("%s", error)
             self.summary = RunSummary(
-                stages=self.reports, n_sources=len(self.catalogue), output=self.folder.path
+                stages=self.reports,
+                n_sources=len(self.catalogue),
+                output=self.folder.path,
+                replaced_workers=self._session.n_replaced,
             )
             if self.config.report:
                 self.summary.report = make_report_of_run(self.summary, self._session.connect)

@@ -5,6 +5,7 @@ As a Dask preload (see `hold`), this module also lets the workers of a whole com
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from distributed import WorkerPlugin
 # Where a worker can be made to die or wait: a module, and a function in it.
 POINTS = {
     "begin": ("spxdask.stages.stream", "fetch_frame"),
-    "fetch": ("spxdask.stages.download", "_open_verified"),
+    "fetch": ("spxdask.stages.download", "verify"),
     "extract": ("spxdask.stages.extract", "measure_catalogue"),
     "read": ("spxdask.stages.light_curves", "read_lines"),
     "transfer": ("distributed.shuffle._shuffle", "DataFrameShuffleRun.add_partition"),
@@ -115,11 +116,25 @@ def patch(point: str, make: Callable[[Callable], Callable]) -> None:
     setattr(home, name, make(getattr(home, name)))
 
 
-def die_once(point: str, marker: str, calls: int, inside: str = "") -> None:
+def harm(how: str) -> None:
+    """Do to this process, in the calling thread, what a run must survive."""
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "gil":
+        # Functions that are called in this way keep the GIL.
+        ctypes.PyDLL(None).sleep(100_000)
+    else:
+        assert how == "hang"
+        threading.Event().wait()
+
+
+def die_once(point: str, marker: str, calls: int, inside: str = "", how: str = "kill") -> None:
     """Let this process kill itself at the n-th call of a function, unless another already did.
 
     The first process creates the file `marker`. Only calls count that have `inside` in the text
-    of their arguments.
+    of their arguments. In place of being killed, it may come to another harm.
     """
     lock = threading.Lock()
     left = calls
@@ -133,7 +148,7 @@ def die_once(point: str, marker: str, calls: int, inside: str = "") -> None:
                     if left == 0:
                         with suppress(FileExistsError):
                             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
-                            os.kill(os.getpid(), signal.SIGKILL)
+                            harm(how)
             return function(*arguments, **options)
 
         return call

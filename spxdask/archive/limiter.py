@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 
 class RequestLimiter:
@@ -24,12 +25,32 @@ class RequestLimiter:
     ----------
     limit : float
         As given.
+    n_expected : int
+        Requests that are under way, wait for their turn, or are announced by `announce`.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
+        self.n_expected = 0
+        self._counting = threading.Lock()
         self._n_active = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @contextmanager
+    def announce(self) -> Iterator[None]:
+        """Count one more request as expected, until the block ends; in any thread.
+
+        Yields
+        ------
+        None
+        """
+        with self._counting:
+            self.n_expected += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self.n_expected -= 1
 
     @asynccontextmanager
     async def take_turn(self) -> AsyncIterator[None]:
@@ -43,8 +64,9 @@ class RequestLimiter:
         self._waiting.append(turn)
         self._admit()
         try:
-            await turn
-            yield
+            with self.announce():
+                await turn
+                yield
         finally:
             if turn.done() and not turn.cancelled():
                 self._n_active -= 1

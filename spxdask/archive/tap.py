@@ -20,6 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, MaxRetryError, ProxyError, ReadTimeoutError
 from yarl import URL
 
+from spxdask.archive.limiter import REQUESTS
 from spxdask.archive.network import explain_certificate_error, find_proxy, get_ssl_context
 from spxdask.archive.redirects import MAX_REDIRECTS, REDIRECT_STATUS, resolve_redirect
 from spxdask.archive.retry import TRANSIENT_STATUS, RetryPolicy
@@ -244,7 +245,8 @@ class _Query:
                 pause = retry.delay(attempt, retry_after)
                 text = strip_credentials(str(failure))
                 logger.info("%s failed (%s); trying again in %.1f s", name, text, pause)
-                time.sleep(pause)
+                with REQUESTS.announce():
+                    time.sleep(pause)
         obstacle = self._explain_no_connection(failure)
         if obstacle is not None:
             raise UnreachableError(

@@ -229,7 +229,8 @@ class Requester:
             *(self.shown_url, reason, delay_s),
             extra={"kind": f"{urlsplit(self.shown_url).netloc} {re.sub(r'[0-9]{4,}', '', reason)}"},
         )
-        await asyncio.sleep(delay_s)
+        with self._limiter.announce():
+            await asyncio.sleep(delay_s)
 
 
 # What a request may raise that is no mistake in the program.

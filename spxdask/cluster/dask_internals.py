@@ -6,10 +6,14 @@ fails by that name when a new version of the libraries lacks it.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import FrameType
 from typing import Any, NamedTuple
 
 from distributed import Client, Future, LocalCluster, Status
@@ -18,6 +22,8 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 # How the messages begin that distributed raises as RuntimeError when a shuffle is lost.
 _SHUFFLE_LOST = ("P2P ", "No active shuffle", "Worker ", "Shuffle ")
+# Held while garbage is not collected.
+_asking_for_frames = threading.Lock()
 
 
 class AdaptLimits(NamedTuple):
@@ -197,6 +203,46 @@ def cancel_futures(client: Client, reason: str) -> None:
     client.cancel([Future(key, client) for key in list(client.futures)], reason=reason)
 
 
+def run_in_time(
+    client: Client,
+    function: Callable,
+    *arguments: Any,
+    worker: str,
+    timeout_s: float,
+    on_nanny: bool = False,
+) -> Any:
+    """Call a function in the process of a worker, or of its nanny, that may never answer.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster.
+    function : callable
+        What is called.
+    *arguments : object
+        With these arguments.
+    worker : str
+        Address of the worker.
+    timeout_s : float
+        How long to wait for the answer, s.
+    on_nanny : bool
+        Whether it is called in the process of the nanny.
+
+    Returns
+    -------
+    object
+        What the function returned.
+
+    Raises
+    ------
+    TimeoutError
+        If there is no answer in time.
+    """
+    options = {"workers": [worker], "nanny": on_nanny, "callback_timeout": timeout_s}
+    [answer] = client.run(function, *arguments, **options).values()
+    return answer
+
+
 def get_default_processes(cores: int) -> int:
     """Return into how many processes Dask divides a worker.
 
@@ -288,6 +334,58 @@ def stop_profiler(worker: Any) -> None:
         callback = worker.periodic_callbacks.pop(name, None)
         if callback is not None:
             callback.stop()
+
+
+def get_task_threads(worker: Any) -> dict[int, Any]:
+    """Return which thread of a worker runs which task.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+
+    Returns
+    -------
+    dict of int to object
+        Key of the task by the number of the thread.
+    """
+    with worker.active_threads_lock:
+        return dict(worker.active_threads)
+
+
+def get_process_id(nanny: Any) -> int | None:
+    """Return the process of the worker that a nanny has started.
+
+    Parameters
+    ----------
+    nanny : Nanny
+        The nanny.
+
+    Returns
+    -------
+    int or None
+        None if it does not run.
+    """
+    return nanny.pid
+
+
+def get_frames() -> dict[int, FrameType]:
+    """Return where each thread of this process is.
+
+    Returns
+    -------
+    dict of int to frame
+        The innermost frame by the number of the thread.
+    """
+    with _asking_for_frames:
+        # A garbage collection within the call can freeze the process; see `stop_profiler`.
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 # Schedulers

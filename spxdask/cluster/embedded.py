@@ -30,6 +30,10 @@ from spxdask.science.compiled import prepare_cache
 
 logger = logging.getLogger(__name__)
 
+# A worker without a heartbeat for this time is replaced, s. Where a cluster is not of one machine,
+# the network may be to blame for it.
+WORKER_TTL_S = 60.0
+
 _GUARD_ADVICE = (
     "worker processes import the script that starts them: in a script, put what it does under "
     "if __name__ == '__main__':"
@@ -81,6 +85,7 @@ def embedded_client(
         f"distributed.nanny.pre-spawn-environ.{name}": value
         for name, value in (MALLOC_ENVIRONMENT | prepare_cache()).items()
     }
+    settings["distributed.scheduler.worker-ttl"] = f"{WORKER_TTL_S} s"
 
     def start() -> LocalCluster:
         return make_cluster(

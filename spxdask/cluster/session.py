@@ -12,7 +12,8 @@ from typing import Any
 from distributed import Client
 
 from spxdask.cluster.connect import check_versions, connect
-from spxdask.cluster.embedded import embedded_client, require_main_guard
+from spxdask.cluster.embedded import WORKER_TTL_S, embedded_client, require_main_guard
+from spxdask.cluster.frozen import FrozenTimes, FrozenWatch, watch_frozen
 from spxdask.cluster.jobqueue import jobqueue_client
 from spxdask.cluster.limits import warn_of_small_workers
 from spxdask.cluster.logs import forward_logs
@@ -43,6 +44,11 @@ class ClusterSession:
         three, the cluster is one of this machine's size.
     on_connect : callable
         Called with the client, and lines that name its pages, before a cluster is first used.
+    save_stacks : callable
+        Takes a name and the stacks of a worker that was frozen; returns where they are saved.
+    frozen_times : FrozenTimes, optional
+        When a worker counts as frozen; by default after a minute on an embedded cluster, after
+        three on others.
 
     Raises
     ------
@@ -59,6 +65,8 @@ class ClusterSession:
         scheduler: str | None = None,
         jobqueue: str | os.PathLike | None = None,
         on_connect: Callable[[Client, str], None] = lambda client, links: None,
+        save_stacks: Callable[[str, str], str] = lambda name, stacks: "not saved",
+        frozen_times: FrozenTimes | None = None,
     ) -> None:
         if [client, scheduler, jobqueue].count(None) < 2:
             raise ConfigError("give a client, a scheduler or a jobqueue file, not two of them")
@@ -68,7 +76,11 @@ class ClusterSession:
             )
         self._max_processes, self._n_downloads = max_processes, n_downloads
         self._given, self._scheduler, self._jobqueue = client, scheduler, jobqueue
-        self._on_connect = on_connect
+        self._on_connect, self._save_stacks = on_connect, save_stacks
+        silent_s = WORKER_TTL_S if self.is_embedded else FrozenTimes().silent_s
+        self._frozen_times = frozen_times or FrozenTimes(silent_s=silent_s)
+        self._watch: FrozenWatch | None = None
+        self._n_replaced_before = 0
         self._client: Client | None = client
         self._open: ExitStack | None = None
         self._prepared: str | None = None
@@ -95,6 +107,11 @@ class ClusterSession:
         return self._page if self.dashboard_link else None
 
     @property
+    def n_replaced(self) -> int:
+        """Number of workers that were frozen, or had tasks that hung, and were replaced."""
+        return self._n_replaced_before + (self._watch.n_replaced if self._watch else 0)
+
+    @property
     def links(self) -> str:
         """Lines for people that name the two pages."""
         page = f"\nframes      {self.page_link}" if self.page_link else ""
@@ -112,6 +129,7 @@ class ClusterSession:
                     self._open.enter_context(keep_local_workers(self._given.cluster))
                 yield
         finally:
+            self._n_replaced_before, self._watch = self.n_replaced, None
             self._open, self._client = None, self._given
 
     def connect(self) -> Client:
@@ -133,7 +151,12 @@ class ClusterSession:
                     max_processes=self._max_processes, n_downloads=self._n_downloads
                 )
             self._client = self._open.enter_context(made)
-        self._prepare(self._client)
+        if self._watch is None:
+            assert self._open is not None
+            # First of all, as each of the other calls may meet a worker that does not answer.
+            watching = watch_frozen(self._client, self._frozen_times, self._save_stacks)
+            self._watch = self._open.enter_context(watching)
+        self._prepare(self._client, self._watch)
         return self._client
 
     def run_once(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -163,7 +186,7 @@ class ClusterSession:
         if self.is_embedded:
             require_main_guard()
 
-    def _prepare(self, client: Client) -> None:
+    def _prepare(self, client: Client, watch: FrozenWatch) -> None:
         """Check, once, that a cluster can be used, and have its scheduler show the run."""
         if self._prepared == client.id:
             return
@@ -174,6 +197,7 @@ class ClusterSession:
             unregister_stale_plugins(client)
             warn_of_small_workers(client)
         prepare_workers(client)
+        watch.arm_workers(is_shared=not self.is_embedded and self._jobqueue is None)
         forward_logs(client)
         self._prepared, self._page = client.id, show_page(client)
         self._on_connect(client, self.links)

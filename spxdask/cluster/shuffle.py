@@ -172,8 +172,8 @@ def _compute_partitions(
                 on_result(result)
     except KilledWorker as error:
         raise ClusterError(
-            "every worker that received one of the partitions died, perhaps for lack of memory: "
-            "run the same command again, with fewer threads or more memory per worker"
+            "every worker that took one of the partitions died or hung, perhaps for lack of "
+            "memory: run the same command again, with fewer threads or more memory per worker"
         ) from error
     except RuntimeError as error:
         # The error of a task is the cause of the error that the shuffle raises.

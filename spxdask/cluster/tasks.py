@@ -109,7 +109,7 @@ def run_one(client: Client, function: Callable, *arguments: Any, key: Any) -> An
         raise scheduler_lost_error(client) from None
     except KilledWorker:
         raise ClusterError(
-            f"every worker that began the task {key[0]} died, perhaps for lack of memory"
+            f"every worker that began the task {key[0]} died or hung, perhaps for lack of memory"
         ) from None
     if isinstance(result, SpxdaskError):
         raise result

@@ -41,8 +41,9 @@ WORKER_MODULES = (
     "distributed.nanny",
     "distributed.shuffle",
     "distributed.worker",
-    "spxdask.stages.extract",
+    "spxdask.cluster.stacks",
     "spxdask.stages.light_curves",
+    "spxdask.stages.stream",
 )
 
 

@@ -22,12 +22,14 @@ from spxdask.run.lock import RunLock, open_lock
 from spxdask.run.observations import Observations, save_observations
 from spxdask.run.query_summary import QUERY_SUMMARY_NAME, Field, save_query_summary
 from spxdask.science.catalogue import Catalogue
-from spxdask.storage import NEVER_IN_NAMES, Store, locate_file, open_store
+from spxdask.storage import NEVER_IN_NAMES, Store, file_stem, locate_file, open_store
 
 logger = logging.getLogger(__name__)
 
 WAITING_NAME = "waiting.txt"
 CONFIG_NAME = "config.yaml"
+# The folder of `RunFolder.save_stacks`.
+STACKS_NAME = "stacks"
 OBSERVATIONS_NAME = "observations.parquet"
 TABLE_GROUPS_NAME = "tables.parquet"
 CATALOGUE_PREFIX, CONTAMINANTS_PREFIX = "catalogue-", "contaminants-"
@@ -231,6 +233,27 @@ class RunFolder:
             self.state.delete_many([WAITING_NAME])
         else:
             self.state.put(WAITING_NAME, reason.encode(), durable=False)
+
+    def save_stacks(self, name: str, stacks: str) -> str:
+        """Save what a worker process was doing when it was frozen.
+
+        Parameters
+        ----------
+        name : str
+            Any text that tells the process from others; a later text of the same name replaces
+            the earlier one.
+        stacks : str
+            The text.
+
+        Returns
+        -------
+        str
+            Path or URL of the file.
+        """
+        store, filename = self.state / STACKS_NAME, f"{file_stem(name)}.txt"
+        store.make()
+        store.put(filename, stacks.encode("utf-8", "surrogateescape"), durable=False)
+        return store.path_to(filename)
 
     def find_waiting(self) -> str | None:
         """Return what the run that is at work waits for, in words.

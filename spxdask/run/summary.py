@@ -131,12 +131,15 @@ class RunSummary:
         The output folder.
     report : str
         What is to be said of `report.html`; empty if it was not to be made.
+    replaced_workers : int
+        Number of workers that were frozen, or whose tasks hung, and were replaced.
     """
 
     stages: dict[str, StageReport]
     n_sources: int
     output: str
     report: str = ""
+    replaced_workers: int = 0
 
     @property
     def n_measured(self) -> int:
@@ -171,6 +174,9 @@ class RunSummary:
                 lines.append(_line("", f"and {more:,} more, see the ledger in state/"))
         else:
             lines.append(_line("failed", "none"))
+        if self.replaced_workers:
+            count = format_count(self.replaced_workers, "frozen one")
+            lines.append(_line("workers", f"{count} replaced, see state/stacks/"))
         if self.report:
             lines.append(_line("report", self.report))
         lines.append(_line("output", self.output))

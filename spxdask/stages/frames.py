@@ -450,7 +450,9 @@ class FrameRun:
         """Return the outcome of a task that could not report one."""
         reason = f"{type(error).__name__}: {error}"
         if is_killed_worker(error):
-            reason = "every worker that began it died, perhaps for lack of memory (KilledWorker)"
+            reason = (
+                "every worker that began it died or hung, perhaps for lack of memory (KilledWorker)"
+            )
         # The last stage of the task is the one that is to be done again.
         stage = "download" if state == FrameState.FETCH else "extract"
         return self._fail(stage, observation, reason)

@@ -98,3 +98,17 @@ def test_one_request_is_always_made(limit):
         assert requests.active == [1]
 
     asyncio.run(check())
+
+
+def test_requests_are_expected_before_their_turn_and_when_announced():
+    async def scenario():
+        requests = Requests(1)
+        await requests.start(0, 1, 2)
+        expected = [requests.limiter.n_expected]
+        with requests.limiter.announce():
+            expected.append(requests.limiter.n_expected)
+        await requests.end(0)
+        await requests.cancel(1, 2)
+        return [*expected, requests.limiter.n_expected]
+
+    assert asyncio.run(scenario()) == [3, 4, 0]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 import inspect
+import threading
 from operator import attrgetter
 from pathlib import Path
 
+import dask
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
 from distributed.scheduler import WorkerState
 from distributed.shuffle import _core, _scheduler_plugin
 
@@ -24,6 +27,7 @@ MODULES = sorted(p for p in CLUSTER.rglob("*.py") if p.name != "dask_internals.p
 def instances():
     """One of each, at work."""
     with (
+        dask.config.set({"distributed.worker.profile.enabled": True}),
         LocalCluster(
             n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
         ) as cluster,
@@ -64,9 +68,12 @@ def instances():
         "scheduler.total_nthreads",
         "scheduler.worker_plugins",
         "scheduler.workers",
+        "worker.active_threads",
+        "worker.active_threads_lock",
         "worker.executors",
         "worker.id",
         "worker.memory_manager.memory_limit",
+        "worker.metrics",
         "worker.periodic_callbacks",
         "worker.state.nthreads",
         "worker_state.name",
@@ -105,6 +112,18 @@ def test_profiler(instances):
         dask_internals.stop_profiler(worker)
     assert not any(callback.is_running() for callback in callbacks)
     assert worker.periodic_callbacks.keys().isdisjoint({"profile", "profile-cycle"})
+
+
+def test_a_call_that_is_not_answered_in_time(instances):
+    client, [address] = instances["client"], instances["client"].nthreads()
+    assert dask_internals.run_in_time(client, abs, -1, worker=address, timeout_s=30.0) == 1
+    with pytest.raises(TimeoutError):
+        dask_internals.run_in_time(client, asyncio.sleep, 60, worker=address, timeout_s=0.01)
+
+
+def test_the_process_of_a_nanny_and_the_frames_of_threads():
+    assert isinstance(inspect.getattr_static(Nanny, "pid"), property)
+    assert dask_internals.get_frames()[threading.get_ident()].f_code.co_name == "get_frames"
 
 
 def test_task_states(instances):

@@ -39,6 +39,7 @@ def test_one_failure_to_start_is_tolerated():
     ) as client:
         assert client.submit(abs, -1).result() == 1
         assert list(client.nthreads().values()) == [5]
+        assert client.cluster.scheduler.worker_ttl == 60
 
 
 def test_two_failures_to_start_are_an_error():
