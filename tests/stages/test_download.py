@@ -569,7 +569,7 @@ def test_a_stalled_transfer_is_given_up(frame, images, sent):
 
 @pytest.mark.parametrize("fault", [Fault(stall=1_000_000), Fault(truncate=1_000_000)], ids=repr)
 def test_a_broken_transfer_goes_on(frame, content, images, fault):
-    hasty = options(stall_timeout_s=1.0)
+    hasty = options(stall_timeout_s=4.0)
     plan = [fault, Fault(status=503, retry_after_s=0), Fault(truncate=500_000)]
     with SimulatedArchive([frame], faults={frame.uri: plan}) as archive:
         assert_done(fetch(archive, frame, images, hasty), images, frame, content, 4)
