@@ -13,17 +13,18 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import dask
 import pytest
 import simulated
 from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
 from hypothesis import settings
 from scheduling import put_groups_first, pytest_xdist_make_scheduler  # noqa: F401
 
 from spxdask import BatchConfig
-from spxdask.cluster.workers import fork_workers
 from spxdask.simulate.archive import SimulatedArchive
 
 # Workers import functions that tests send them from `tests`. Appended, so that the spxdask that is
@@ -43,6 +44,16 @@ else:
 # files, where parameters choose libraries: to see whether other versions of them have what is used.
 SHORT_PARAMETERS = 2
 NEVER_SHORT = ("tests/storage/", "tests/tables/", "tests/test_config.py")
+
+# What workers and their tasks import.
+WORKER_MODULES = [
+    "distributed.nanny",
+    "distributed.shuffle",
+    "distributed.worker",
+    "spxdask.cluster.stacks",
+    "spxdask.stages.light_curves",
+    "spxdask.stages.stream",
+]
 
 CURRENT_ITEM = pytest.StashKey[pytest.Item]()
 EXPENSIVE = ("cluster", "kill", "slurm", "s3", "slow")
@@ -114,12 +125,19 @@ def _cache_is_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _workers_are_forked() -> Iterator[None]:
-    """Start the workers of all clusters as those of an embedded one, which takes half the time.
+def _workers_start_soon() -> Iterator[None]:
+    """Fork the workers of clusters that tests start from a process that has imported everything.
 
-    Dask's profiler can freeze those that a run has not prepared.
+    They have no profiler, as it can freeze those that no run has prepared.
     """
-    with dask.config.set({"distributed.worker.profile.enabled": False}), fork_workers():
+    settings = {
+        "distributed.worker.multiprocessing-method": "forkserver",
+        "distributed.worker.profile.enabled": False,
+    }
+    with dask.config.set(settings):
+        # Dask sets what is imported beforehand once, here at the latest.
+        get_mp_context()
+        get_context("forkserver").set_forkserver_preload(WORKER_MODULES)
         yield
 
 

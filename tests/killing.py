@@ -77,12 +77,11 @@ class Command:
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def workers(self) -> list[psutil.Process]:
-        """Return the processes of Dask workers that the command started."""
+        """Return the processes of Dask workers and nannies that the command started."""
         found = []
         for process in self.other_processes():
             with suppress(psutil.NoSuchProcess):
-                # The command starts a process that forks the workers.
-                if process.ppid() != self.pid and "forkserver" in " ".join(process.cmdline()):
+                if "spawn_main" in " ".join(process.cmdline()):
                     found.append(process)
         return sorted(found, key=lambda worker: worker.pid)
 

@@ -24,7 +24,7 @@ from spxdask.cluster.limits import (
     read_memory_limit,
 )
 from spxdask.cluster.page import choose_dashboard_port, ignore_taken_port
-from spxdask.cluster.workers import MALLOC_ENVIRONMENT, fork_workers, keep_local_workers
+from spxdask.cluster.workers import MALLOC_ENVIRONMENT, keep_local_workers
 from spxdask.errors import InputError
 from spxdask.science.compiled import prepare_cache
 
@@ -86,6 +86,8 @@ def embedded_client(
         for name, value in (MALLOC_ENVIRONMENT | prepare_cache()).items()
     }
     settings["distributed.scheduler.worker-ttl"] = f"{WORKER_TTL_S} s"
+    # A process that is forked, as Dask may be configured, would not have this environment.
+    settings["distributed.worker.multiprocessing-method"] = "spawn"
 
     def start() -> LocalCluster:
         return make_cluster(
@@ -97,13 +99,11 @@ def embedded_client(
             silence_logs=logging.ERROR if logger.isEnabledFor(logging.INFO) else logging.CRITICAL,
             host="127.0.0.1",
             dashboard_address=f"127.0.0.1:{choose_dashboard_port()}",
-            # A process that is forked has the environment in which the first of all was started.
-            env=environment,
         )
 
     held = None
     try:
-        with dask.config.set(settings), fork_workers(), _block_interrupts(), ignore_taken_port():
+        with dask.config.set(settings), _block_interrupts(), ignore_taken_port():
             try:
                 with hold_stderr_back() as held:
                     cluster = start()
@@ -120,7 +120,7 @@ def embedded_client(
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-    with fork_workers(), cluster, Client(cluster) as client, keep_local_workers(cluster):
+    with cluster, Client(cluster) as client, keep_local_workers(cluster):
         yield client
 
 
@@ -150,8 +150,8 @@ def _describe_failure(error: BaseException, stderr: str) -> str:
         cause = earlier
     reason = str(cause) if isinstance(cause, RuntimeError) else f"{type(cause).__name__}: {cause}"
     advice = ""
-    if reason.startswith("Nanny failed") or isinstance(cause, EOFError):
-        # A process has ended without a word to this one; what it wrote last is the reason.
+    if reason.startswith("Nanny failed"):
+        # The process has ended without a word to this one; what it wrote last is the reason.
         advice = f"; {_choose_advice()}"
         lines = [line.strip() for line in stderr.splitlines() if "error" in line.lower()]
         if lines and _GUARD_ADVICE not in lines[-1]:

@@ -8,13 +8,11 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, WorkerPlugin, get_worker
 from distributed.deploy import Cluster
-from distributed.utils import get_mp_context
 
 from spxdask.cluster.dask_internals import get_memory_limit, stop_profiler
 
@@ -35,40 +33,6 @@ PROFILER_FREEZES_FROM, PROFILER_FREEZES_BEFORE = (3, 11), (3, 11, 12)
 # What the threads of a worker would import first, several at the same time: Arrow imports pandas
 # with its first conversion of an array.
 FIRST_IMPORTS = ("pandas",)
-
-# What a worker and its tasks import.
-WORKER_MODULES = (
-    "distributed.nanny",
-    "distributed.shuffle",
-    "distributed.worker",
-    "spxdask.cluster.stacks",
-    "spxdask.stages.light_curves",
-    "spxdask.stages.stream",
-)
-
-
-@contextmanager
-def fork_workers() -> Iterator[None]:
-    """Let the worker processes of this machine be forked from one that has imported everything.
-
-    It is a process without threads of Python, so that no two threads of a worker are the first to
-    import something. All workers start in the time in which one would start by itself, one that
-    has died is replaced in some tenths of a second, and the memory of what is imported is theirs
-    in common. Only on Linux: libraries of macOS do not bear to be forked.
-
-    Yields
-    ------
-    None
-        While the setting of Dask is changed; workers may be started and restarted.
-    """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        # Dask sets what is imported beforehand once, here at the latest.
-        get_mp_context()
-        get_context("forkserver").set_forkserver_preload(list(WORKER_MODULES))
-        yield
 
 
 def worker_memory_limit() -> float:

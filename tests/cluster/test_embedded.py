@@ -17,7 +17,6 @@ from distributed import LocalCluster, WorkerPlugin, wait
 
 from spxdask.cluster.embedded import embedded_client
 from spxdask.cluster.held_stderr import hold_stderr_back
-from spxdask.cluster.workers import WORKER_MODULES
 from spxdask.errors import InputError
 
 
@@ -49,24 +48,6 @@ def test_two_failures_to_start_are_an_error():
         embedded_client(max_processes=1, n_downloads=4, make_cluster=Failing(failures=2)),
     ):
         pytest.fail("there is no cluster")
-
-
-def describe_process(name: str) -> tuple[int, set[str], str | None]:
-    return os.getppid(), set(WORKER_MODULES) - sys.modules.keys(), os.environ.get(name)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are spawned elsewhere")
-def test_workers_are_forked_with_what_they_import(monkeypatch):
-    """They have the environment of now, not that of the first cluster of this process."""
-    parents = set()
-    for value in ("first", "second"):
-        monkeypatch.setenv("SPXDASK_TEST_OF_WORKERS", value)
-        with embedded_client(max_processes=1, n_downloads=1) as client:
-            [found] = client.run(describe_process, "SPXDASK_TEST_OF_WORKERS").values()
-            assert found[1:] == (set(), value)
-            parents.add(found[0])
-    [parent] = parents
-    assert parent != os.getpid()
 
 
 class DieAtFirst(WorkerPlugin):
