@@ -378,7 +378,7 @@ def get_frames() -> dict[int, FrameType]:
         The innermost frame by the number of the thread.
     """
     with _asking_for_frames:
-        # A garbage collection within the call can freeze the process; see `stop_profiler`.
+        # A garbage collection within the call can freeze the process; see `workers.py`.
         was_enabled = gc.isenabled()
         gc.disable()
         try:

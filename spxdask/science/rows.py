@@ -143,15 +143,16 @@ def find_looks(ny: int) -> tuple[Look | None, ...]:
     few = _find_bands(ny, BANDS, ROWS_OF_BAND)
     many = _find_bands(ny, MORE_BANDS, ROWS_OF_MORE_BANDS)
     between = many[np.arange(MORE_BANDS) % 3 != 1]
-    looks = [Look((few,), few[:0])]
+    first = Look((few,), few[:0])
+    if not _are_apart(first, ny):
+        return (None,)
     # In a low frame, the bands begin nearer to the edge.
     for n_groups in range(EDGE_GROUPS, 0, -1):
         edge = np.arange(n_groups * ROWS_OF_MORE_BANDS).reshape(n_groups, -1)
-        look = Look((few, between), np.concatenate([edge, edge + ny - edge.size]))
-        if _are_apart(look, ny):
-            looks.append(look)
-            break
-    return *(look for look in looks if _are_apart(look, ny)), None
+        second = Look((few, between), np.concatenate([edge, edge + ny - edge.size]))
+        if _are_apart(second, ny):
+            return first, second, None
+    return first, None
 
 
 def find_spread_rows(ny: int) -> np.ndarray:
