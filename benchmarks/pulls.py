@@ -3,7 +3,8 @@
 A pull is (measured - true) / error. Full-size simulated frames are measured with the calibration
 products that belong to them, in this process. Half of the sources have a neighbour 1 to 3 pixels
 away. The same light without noise, fitted with the same model, shows which part of the pulls is due
-to the model: the light beyond its stamp, and the PSF that differs between the zones.
+to the model: the PSF that differs between the zones and, with --endless, the light beyond its
+stamp.
 """
 
 from __future__ import annotations
@@ -63,16 +64,16 @@ def simulate_sky(seed: int) -> tuple[Sky, np.ndarray]:
     return Sky(**columns), has_neighbour
 
 
-def calibrate(folder: Path, detector: int) -> DetectorCalibration:
+def calibrate(folder: Path, detector: int, psf: VaryingPsf) -> DetectorCalibration:
     """Return the products of a detector, without the flux correction, which QR3 does not need."""
     tokens = [token for release, _, token, _ in CATALOG if release == "qr3"]
     families = [EPSF, SOLID_ANGLE, SPECTRAL_WCS]
-    made = make_products(folder, detectors=[detector], tokens=tokens, families=families)
+    made = make_products(folder, detectors=[detector], tokens=tokens, families=families, psf=psf)
     return open_products({product.family: product.path for product in made}, f"D{detector}")
 
 
 def measure_frame(
-    folder: Path, detector: int, number: int, calibration: DetectorCalibration
+    folder: Path, detector: int, number: int, calibration: DetectorCalibration, psf: VaryingPsf
 ) -> pd.DataFrame:
     """Simulate a frame, and return one row for each source and way of choosing the PSF."""
     sky, has_neighbour = simulate_sky(number)
@@ -80,7 +81,7 @@ def measure_frame(
         obs_id=f"2025W51_1A_{number:04d}_1", detector=detector, ra=CENTER[0], dec=CENTER[1],
         roll_deg=0.0, mjd_begin=61027.0 + number, release="qr3", version=30,
     )  # fmt: skip
-    planes = make_planes(one, sky, SCENE)
+    planes = make_planes(one, sky, replace(SCENE, psf=psf))
     path = folder / one.filename
     write_frame(path, one, planes)
     frame = open_frame(path)
@@ -91,7 +92,7 @@ def measure_frame(
         columns = found.columns | found.psf_columns
         model = calibration.psf.interpolated(mode == "bilinear")
         stamps, _, _ = model.render(columns["x"], columns["y"])
-        light = VaryingPsf().stamps(detector, columns["x"], columns["y"], model.size)
+        light = psf.stamps(detector, columns["x"], columns["y"], model.size)
         tables.append(
             pd.DataFrame(
                 {
@@ -143,15 +144,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--detectors", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
     parser.add_argument("--frames", type=int, default=4, help="of each detector")
+    parser.add_argument(
+        "--endless", action="store_true", help="simulate light beyond the support of an EPSF, too"
+    )
     parser.add_argument("--work", type=Path, help="where a folder for the data is made")
     options = parser.parse_args()
+    psf = VaryingPsf(reach=None) if options.endless else VaryingPsf()
     with tempfile.TemporaryDirectory(dir=options.work, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         tables = []
         for detector in options.detectors:
-            calibration = calibrate(folder / "products", detector)
+            calibration = calibrate(folder / "products", detector, psf)
             for number in range(options.frames):
-                tables.append(measure_frame(folder, detector, number, calibration))
+                tables.append(measure_frame(folder, detector, number, calibration, psf))
     print(summarise(pd.concat(tables)))
 
 

@@ -43,7 +43,6 @@ from spxdask.simulate.psf import (
     CUBE_ZONES,
     EPSF_OVERSAMPLING,
     EPSF_SIZE,
-    STAMP_HALF_SIZE,
     VaryingPsf,
     cube_hdu,
     epsf_table_hdu,
@@ -702,7 +701,7 @@ def _stamp_maker(
     ) -> NDArray[np.float64]:
         return psf.stamps(exposure.detector, x + x0, y + y0, size)
 
-    return varying_stamps, STAMP_HALF_SIZE
+    return varying_stamps, psf.stamp_half_size
 
 
 def _sources_on_frame(

@@ -1,12 +1,14 @@
 """A PSF that is no Gaussian and varies smoothly over the detector, and the models of it in files.
 
 The PSF is a sum of elongated Gaussians with different centres, which follows a Moffat profile with
-a halo. So its share in any pixel is known exactly. Its peak is at the position of the source.
+a halo, within a square. So its share in any pixel is known exactly. Its peak is at the position of
+the source.
 Positions on the detector are 0-based pixels of the full frame.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 from astropy.io import fits
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import make_interp_spline
 from scipy.special import erf
 
 from spxdask.simulate.detector import FRAME_SIZE
@@ -25,7 +28,6 @@ __all__ = [
     "CUBE_ZONES",
     "EPSF_OVERSAMPLING",
     "EPSF_SIZE",
-    "STAMP_HALF_SIZE",
     "VaryingPsf",
     "Zones",
     "cube_hdu",
@@ -37,8 +39,6 @@ __all__ = [
     "sum_in_circles",
 ]
 
-# Half-width in pixels of the stamp that takes all light but 1e-9 of it.
-STAMP_HALF_SIZE = 8
 CUBE_ZONES, CUBE_SIZE, CUBE_OVERSAMPLING = 11, 101, 10
 EPSF_SIZE, EPSF_OVERSAMPLING = 33, 5
 
@@ -47,12 +47,15 @@ _PIXEL_SCALE_ARCSEC = 6.153
 # width at half maximum of the sum.
 _SHARES = np.array([0.58, 0.33, 0.08, 0.01])
 _WIDTHS = np.array([0.91, 1.325, 2.2, 0.0])
-# Standard deviation of the halo in pixels, the same for all detectors. With it, 3e-4 of the light
-# is beyond the 3.3 pixels of an EPSF.
+# Standard deviation of the halo in pixels, the same for all detectors.
 _HALO_PIXELS = 1.2
+# Without a square's end, all light but 1e-9 of it is so near, in pixels.
+_FARTHEST = 8.0
 # Centres of the components from that of the first one, in units of `VaryingPsf.lopsidedness`.
 _LEANS = np.array([0.0, 0.6, 2.0, 3.0])
 _PEAK_ROUNDS = 8
+# Places at which the spline through an EPSF is fitted to the response, for each of its samples.
+_FINE_STEPS = 4
 # A cube's core is off the middle of its plane by this many pixels, the same in x for all zones, and
 # in y from the lowest row of zones to the highest.
 _CUBE_OFFSET_X, _CUBE_OFFSETS_Y = -0.05, (0.01, -0.11)
@@ -83,21 +86,34 @@ class VaryingPsf:
         Largest relative difference of the width in x, and in y, from their mean.
     lopsidedness : float
         Distance, in pixels, of the centre of the shoulder from that of the core.
+    reach : float or None
+        Distance along x, and along y, in pixels, at which the light ends before it is summed over
+        pixels. The default makes an EPSF, which ends half a pixel farther, hold all light. With
+        None it does not end, and about 1e-4 of it, 3e-4 in D6, is beyond any EPSF.
 
     Raises
     ------
     ValueError
-        If `fwhm_arcsec` has not six values above 0.
+        If `fwhm_arcsec` has not six values above 0, or `reach` is not above 0.
     """
 
     fwhm_arcsec: tuple[float, ...] = (5.03, 4.84, 4.92, 6.02, 6.12, 6.56)
     variation: float = 0.06
     elongation: float = 0.06
     lopsidedness: float = 0.06
+    reach: float | None = 0.5 * (EPSF_SIZE / EPSF_OVERSAMPLING - 1.0)
 
     def __post_init__(self) -> None:
         if len(self.fwhm_arcsec) != 6 or not min(self.fwhm_arcsec) > 0.0:
             raise ValueError(f"fwhm_arcsec must be 6 values > 0, got {self.fwhm_arcsec}")
+        if self.reach is not None and not self.reach > 0.0:
+            raise ValueError(f"reach must be > 0 pixels, got {self.reach}")
+
+    @property
+    def stamp_half_size(self) -> int:
+        """Half-width in pixels of the stamp that takes all light of a source."""
+        # The source is up to half a pixel from the centre of the middle one.
+        return math.ceil(_FARTHEST if self.reach is None else self.reach)
 
     def stamps(self, detector: int, x: ArrayLike, y: ArrayLike, size: int) -> NDArray[np.float64]:
         """Integrate the PSF over the pixels of a stamp around each position.
@@ -175,10 +191,15 @@ class VaryingPsf:
         (k, k) or (n, k, k) float array
             Fraction of the flux per square pixel, indexed ``[..., y, x]``.
         """
+        dx, dy = np.asarray(dx, dtype=float), np.asarray(dy, dtype=float)
         parts = self._components(detector, x, y)
-        along_x = _gaussian(np.asarray(dx, dtype=float), parts.x, parts.sigma_x)
-        along_y = _gaussian(np.asarray(dy, dtype=float), parts.y, parts.sigma_y)
-        return _combine(parts.share, along_x, along_y)
+        along_x = _gaussian(dx, parts.x, parts.sigma_x)
+        along_y = _gaussian(dy, parts.y, parts.sigma_y)
+        density = _combine(parts.share, along_x, along_y)
+        if self.reach is None:
+            return density
+        has_x, has_y = np.abs(dx) <= self.reach, np.abs(dy) <= self.reach
+        return density * (has_y[..., :, np.newaxis] & has_x[..., np.newaxis, :])
 
     def _integrate(
         self,
@@ -190,6 +211,8 @@ class VaryingPsf:
     ) -> NDArray[np.float64]:
         """Return the flux between each two edges, given as distances from the source."""
         parts = self._components(detector, x, y)
+        if self.reach is not None:
+            edges_x, edges_y = (np.clip(e, -self.reach, self.reach) for e in (edges_x, edges_y))
         along_x = np.diff(_cumulative(edges_x, parts.x, parts.sigma_x))
         along_y = np.diff(_cumulative(edges_y, parts.y, parts.sigma_y))
         return _combine(parts.share, along_x, along_y)
@@ -207,7 +230,13 @@ class VaryingPsf:
         lean_y = self.lopsidedness * _LEANS * (0.2 - 0.5 * v)
         share = np.broadcast_to(_SHARES, sigma.shape)
         peak_x, peak_y = _find_peak(_Components(share, lean_x, lean_y, sigma_x, sigma_y))
-        return _Components(share, lean_x - peak_x, lean_y - peak_y, sigma_x, sigma_y)
+        center_x, center_y = lean_x - peak_x, lean_y - peak_y
+        if self.reach is not None:
+            ends = np.array([-self.reach, self.reach])
+            inside = np.diff(_cumulative(ends, center_x, sigma_x))[..., 0]
+            inside *= np.diff(_cumulative(ends, center_y, sigma_y))[..., 0]
+            share = share / np.sum(share * inside, axis=-1, keepdims=True)
+        return _Components(share, center_x, center_y, sigma_x, sigma_y)
 
 
 def _find_peak(parts: _Components) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -394,6 +423,10 @@ def epsf_table_hdu(
 ) -> fits.BinTableHDU:
     """Return the EPSF extension of QR3: the pixel's response is in it, and each row's sum is 1.
 
+    EPSFs are built from pixels of stars at all phases. So the samples are those whose cubic spline
+    is nearest to the true response, by least squares, and not that response at their places: its
+    spline would be too low at the peak by a few 1e-4.
+
     Parameters
     ----------
     psf : VaryingPsf
@@ -410,7 +443,9 @@ def epsf_table_hdu(
     """
     zones = epsf_zones(detector)
     steps = (np.arange(EPSF_SIZE) - EPSF_SIZE // 2) / EPSF_OVERSAMPLING
-    epsf = psf.response(detector, zones.x, zones.y, steps)
+    fine = np.linspace(steps[0], steps[-1], _FINE_STEPS * (EPSF_SIZE - 1) + 1)
+    fit = np.linalg.pinv(make_interp_spline(steps, np.eye(EPSF_SIZE))(fine))
+    epsf = fit @ psf.response(detector, zones.x, zones.y, fine) @ fit.T
     epsf /= epsf.sum(axis=(1, 2), keepdims=True)
     n = len(zones.x)
     table = Table(

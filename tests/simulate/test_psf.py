@@ -88,22 +88,35 @@ def flux_image(exposure, planes, window=WINDOW):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("detector", [1, 6])
-def test_shares_are_integrals_over_pixels(detector, place):
+@pytest.mark.parametrize("reach", [PSF.reach, 1.7, None])
+def test_shares_are_integrals_over_pixels(detector, place, reach):
+    psf = replace(PSF, reach=reach)
     x, y = place
-    stamp = PSF.stamps(detector, x, y, 17)
+    half = psf.stamp_half_size
+    stamp = psf.stamps(detector, x, y, 2 * half + 1)
     assert stamp.sum() == pytest.approx(1.0, abs=1e-9)
-    for row, column in ((8, 8), (7, 9), (8, 11)):
-        left = np.rint(x) + column - 8 - x
-        low = np.rint(y) + row - 8 - y
+    for row, column in ((0, 0), (-1, 1), (0, 2)):
+        # Integrated up to the end of the light only, as `dblquad` takes it to be smooth.
+        end = np.inf if reach is None else reach
+        edges_x = np.clip(np.rint(x) + column - x + (-0.5, 0.5), -end, end)
+        edges_y = np.clip(np.rint(y) + row - y + (-0.5, 0.5), -end, end)
         expected, _ = dblquad(
-            lambda dy, dx: PSF.density(detector, x, y, [dx], [dy])[0, 0],
-            left - 0.5,
-            left + 0.5,
-            low - 0.5,
-            low + 0.5,
+            lambda dy, dx: psf.density(detector, x, y, [dx], [dy])[0, 0],
+            *edges_x,
+            *edges_y,
             epsrel=1e-8,
         )
-        assert stamp[row, column] == pytest.approx(expected, rel=1e-6)
+        assert stamp[half + row, half + column] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("detector", range(1, 7))
+def test_an_epsf_s_support_holds_all_light_unless_it_does_not_end(detector):
+    # The support of 33 samples, 5 a pixel, is 6.6 pixels wide.
+    outermost = np.linspace(-3.3, 3.3, 3)
+    assert not PSF.response(detector, *PLACES[1], outermost)[[0, -1]].any()
+    assert PSF.response(detector, *PLACES[1], 0.99 * outermost)[[0, -1], 1].all()
+    endless = replace(PSF, reach=None)
+    assert 5e-5 < 1.0 - endless.stamps(detector, 0.0, 0.0, 7).sum() < 1e-3
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -142,6 +155,8 @@ def test_stamps_and_widths_that_cannot_be():
         PSF.stamps(1, 0.0, 0.0, 8)
     with pytest.raises(ValueError, match="6 values"):
         VaryingPsf(fwhm_arcsec=(5.0, 5.0))
+    with pytest.raises(ValueError, match="reach"):
+        VaryingPsf(reach=0.0)
 
 
 @pytest.mark.parametrize("detector", [3, 5])
