@@ -141,7 +141,7 @@ def measure_cells(client: Client, work: Path, options: argparse.Namespace) -> li
         file = workloads.frame(work, workloads.exposure(**LAYOUTS[layout]))
         # Compiled loops, imports and the layout of frames are not measured.
         warm = make_frames(4, layout, file, next(counter))
-        run(client, work, warm, "bucket", "rows", 3, 30)
+        run(client, work, warm, "bucket", "rows", 100, 30)
         for link in LINKS:
             n_whole = 2 if options.quick else WHOLE_FRAMES
             frames = make_frames(n_whole, layout, file, next(counter))
