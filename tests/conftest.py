@@ -125,12 +125,15 @@ def _cache_is_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _workers_start_soon() -> Iterator[None]:
+def _clusters_take_little() -> Iterator[None]:
     """Fork the workers of clusters that tests start from a process that has imported everything.
 
-    They have no profiler, as it can freeze those that no run has prepared.
+    They have no profiler, as it can freeze those that no run has prepared. Clusters of whole
+    modules are idle most of the time, and would look at themselves fifty times a second.
     """
     settings = {
+        "distributed.admin.system-monitor.interval": "2s",
+        "distributed.admin.tick.interval": "1s",
         "distributed.worker.multiprocessing-method": "forkserver",
         "distributed.worker.profile.enabled": False,
     }
