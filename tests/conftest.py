@@ -134,6 +134,7 @@ def _clusters_take_little() -> Iterator[None]:
     settings = {
         "distributed.admin.system-monitor.interval": "2s",
         "distributed.admin.tick.interval": "1s",
+        "distributed.worker.memory.monitor-interval": "500ms",
         "distributed.worker.multiprocessing-method": "forkserver",
         "distributed.worker.profile.enabled": False,
     }

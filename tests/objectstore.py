@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from botocore.loaders import JSONFileLoader
 from moto.backends import get_backend
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -22,6 +25,9 @@ def serving() -> Iterator[S3FileSystem]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     with pytest.MonkeyPatch.context() as patch:
+        # Each new session reads a megabyte of descriptions.
+        read = functools.cache(JSONFileLoader().load_file)
+        patch.setattr(JSONFileLoader, "load_file", lambda _, path: copy.copy(read(path)))
         find(patch, "http://{}:{}".format(*server.get_host_and_port()))
         try:
             S3FileSystem.clear_instance_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.polynomial.legendre import leggauss
 
@@ -43,11 +45,14 @@ def integrate_by_brute_force(dx, dy, wide=1.0, samples=25):
     return optical(dx + u, dy + v, wide).mean(axis=(-2, -1))
 
 
+@cache
 def epsf_samples(wide=1.0, m=33, oversampling=5):
     """A zone of an EPSF table: its samples sum to about 1."""
     steps = (np.arange(m) - m // 2) / oversampling
     dx, dy = np.meshgrid(steps, steps)
-    return effective(dx, dy, wide) / oversampling**2
+    samples = effective(dx, dy, wide) / oversampling**2
+    samples.setflags(write=False)
+    return samples
 
 
 def cube_samples(wide=1.0, core=(0.0, 0.0), m=101, oversampling=10):

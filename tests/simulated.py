@@ -132,7 +132,7 @@ def small_survey(folder: Path, number: int) -> tuple[Path, list[ArchivedFrame]]:
 
 
 def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) -> dict:
-    """Return the options of a run over the field, with few buckets and without retries.
+    """Return the options of a run over the field, with few buckets, without retries and report.
 
     The archive has no calibration products, so none are looked for.
     """
@@ -147,4 +147,6 @@ def run_options(catalogue: Path, archive: SimulatedArchive, output: Path | str) 
         "tap_url": archive.tap_url,
         "archive_url": archive.archive_url,
         "calibration": "frame",
+        # Each takes longer than such a run; tests/report and others ask for it.
+        "report": False,
     }

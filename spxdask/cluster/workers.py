@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import sys
@@ -89,6 +90,9 @@ class WorkerPreparation(WorkerPlugin):
             stop_profiler(worker)
         for module in FIRST_IMPORTS:
             importlib.import_module(module)
+        # It looks through all modules once, which pickling an error would make it do. A thread that
+        # asks meanwhile may get no answer, on which astropy's modules cannot be imported.
+        inspect.getmodule(inspect.currentframe())
 
 
 @contextmanager

@@ -408,7 +408,7 @@ class Exposure:
         return found[..., 0], found[..., 1]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _make_wcs(exposure: Exposure, window: Window | None) -> WCS:
     """Return the WCS of a frame, which is asked for several times and takes long to make."""
     return WCS(exposure.image_header(window))

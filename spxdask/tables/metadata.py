@@ -168,7 +168,11 @@ def make_votable_field(file: Any, column: Column, **others: Any) -> Any:
         attributes["unit"] = column.unit.removesuffix("(AB)")
     if column.name in _SYSTEMS:
         attributes["ref"] = _SYSTEMS[column.name]
-    field = Field(file, config=file._config, **attributes | others)
+    # UCDs are not looked up, as a test does it: astropy finds the list of their words by the frame
+    # of its caller, which fails while another thread looks for a module by its frame, and then asks
+    # for the list on the internet.
+    config = file._config | {"version_1_1_or_later": False}
+    field = Field(file, config=config, **attributes | others)
     field.description = column.description
     return field
 

@@ -60,8 +60,8 @@ def run_in(survey, archive, client) -> Callable[..., BatchPipeline]:
 
 @pytest.fixture(scope="session")
 def finished(run_in, tmp_path_factory) -> BatchPipeline:
-    """A full run in CSV, with its partitions kept as Parquet."""
-    return run_in(tmp_path_factory.mktemp("finished"), keep_bucket_files=True)
+    """A full run in CSV with a report, its partitions kept as Parquet."""
+    return run_in(tmp_path_factory.mktemp("finished"), keep_bucket_files=True, report=True)
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,8 @@ def in_store(make_config, machines, tmp_path_factory):
         patch.chdir(home.work)
         patch.setenv("HOME", str(home.home))
         patch.setattr(tempfile, "tempdir", str(home.temporary))
-        with BatchPipeline(make_config(f"s3://{BUCKET}/runs/first"), client=client) as pipeline:
+        config = make_config(f"s3://{BUCKET}/runs/first", report=True)
+        with BatchPipeline(config, client=client) as pipeline:
             pipeline.run_all()
     return pipeline, home, [worker.files() for worker in workers]
 

@@ -15,7 +15,7 @@ from astropy.io import votable
 from astropy.io.misc import parquet
 from astropy.table import QTable, Table
 
-from spxdask.tables.metadata import parquet_metadata
+from spxdask.tables.metadata import make_votable, parquet_metadata
 from spxdask.tables.per_image import encode_rows
 from spxdask.tables.provenance import RELEASE_DOIS, Provenance
 from spxdask.tables.schema import APERTURE_ONLY, COLUMNS, LAYOUTS, SCHEMA, WITH_PSF
@@ -34,6 +34,14 @@ def make_rows(names: tuple[str, ...]) -> dict:
     numbers = {pa.float64(): np.array([0.5, np.nan]), pa.int64(): np.array([1, 2**31])}
     text = pa.array(["a", "ü"])
     return {name: numbers.get(SCHEMA.field(name).type, text) for name in names}
+
+
+def test_the_list_of_ucds_is_not_asked_for(monkeypatch):
+    # Where astropy does not find it, it asks the internet.
+    monkeypatch.setattr(votable.ucd, "_ucd_singleton", None)
+    monkeypatch.setattr(votable.ucd, "UCDWords", lambda: pytest.fail("the list is asked for"))
+    fields = make_votable(COLUMNS, PROVENANCE, "").get_first_table().fields
+    assert [field.ucd for field in fields] == [column.ucd for column in COLUMNS]
 
 
 @pytest.fixture(params=[APERTURE_ONLY, WITH_PSF])
