@@ -49,7 +49,7 @@ _SHARES = np.array([0.58, 0.33, 0.08, 0.01])
 _WIDTHS = np.array([0.91, 1.325, 2.2, 0.0])
 # Standard deviation of the halo in pixels, the same for all detectors.
 _HALO_PIXELS = 1.2
-# Without a square's end, all light but 1e-9 of it is so near, in pixels.
+# Where light does not end, all but 1e-9 of it is so near, in pixels.
 _FARTHEST = 8.0
 # Centres of the components from that of the first one, in units of `VaryingPsf.lopsidedness`.
 _LEANS = np.array([0.0, 0.6, 2.0, 3.0])

@@ -366,7 +366,7 @@ def undisturbed(cluster, survey, archive, tmp_path_factory):
     home = tmp_path_factory.mktemp("undisturbed")
     catalogue = survey.write_catalogue(home / "sources.csv")
     options = simulated.run_options(catalogue, archive, home / "out")
-    config = BatchConfig(**options, report=False)
+    config = BatchConfig(**options)
     pipeline = BatchPipeline(config, client=cluster)
     assert pipeline.run_all().replaced_workers == 0
     assert not (home / "out" / "state" / "stacks").exists()
@@ -397,7 +397,7 @@ def test_a_run_replaces_workers_that_do_not_get_on(
 ):
     workers.register_plugin(Harm(tmp_path, POINTS))
     try:
-        pipeline = BatchPipeline(make_config(report=False), client=workers, frozen_times=SOON)
+        pipeline = BatchPipeline(make_config(), client=workers, frozen_times=SOON)
         summary = pipeline.run_all()
     finally:
         workers.unregister_worker_plugin(Harm.name)
