@@ -10,6 +10,7 @@ stamp.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -149,7 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="where a folder for the data is made")
     options = parser.parse_args()
-    psf = VaryingPsf(reach=None) if options.endless else VaryingPsf()
+    psf = VaryingPsf(reach=math.inf) if options.endless else VaryingPsf()
     with tempfile.TemporaryDirectory(dir=options.work, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         tables = []

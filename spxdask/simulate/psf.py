@@ -2,8 +2,7 @@
 
 The PSF is a sum of elongated Gaussians with different centres, which follows a Moffat profile with
 a halo, within a square. So its share in any pixel is known exactly. Its peak is at the position of
-the source.
-Positions on the detector are 0-based pixels of the full frame.
+the source. Positions on the detector are 0-based pixels of the full frame.
 """
 
 from __future__ import annotations
@@ -86,10 +85,10 @@ class VaryingPsf:
         Largest relative difference of the width in x, and in y, from their mean.
     lopsidedness : float
         Distance, in pixels, of the centre of the shoulder from that of the core.
-    reach : float or None
+    reach : float
         Distance along x, and along y, in pixels, at which the light ends before it is summed over
         pixels. The default makes an EPSF, which ends half a pixel farther, hold all light. With
-        None it does not end, and about 1e-4 of it, 3e-4 in D6, is beyond any EPSF.
+        infinity it does not end, and about 1e-4 of it, 3e-4 in D6, is beyond any EPSF.
 
     Raises
     ------
@@ -101,19 +100,19 @@ class VaryingPsf:
     variation: float = 0.06
     elongation: float = 0.06
     lopsidedness: float = 0.06
-    reach: float | None = 0.5 * (EPSF_SIZE / EPSF_OVERSAMPLING - 1.0)
+    reach: float = 0.5 * (EPSF_SIZE / EPSF_OVERSAMPLING - 1.0)
 
     def __post_init__(self) -> None:
         if len(self.fwhm_arcsec) != 6 or not min(self.fwhm_arcsec) > 0.0:
             raise ValueError(f"fwhm_arcsec must be 6 values > 0, got {self.fwhm_arcsec}")
-        if self.reach is not None and not self.reach > 0.0:
+        if not self.reach > 0.0:
             raise ValueError(f"reach must be > 0 pixels, got {self.reach}")
 
     @property
     def stamp_half_size(self) -> int:
         """Half-width in pixels of the stamp that takes all light of a source."""
         # The source is up to half a pixel from the centre of the middle one.
-        return math.ceil(_FARTHEST if self.reach is None else self.reach)
+        return math.ceil(min(self.reach, _FARTHEST))
 
     def stamps(self, detector: int, x: ArrayLike, y: ArrayLike, size: int) -> NDArray[np.float64]:
         """Integrate the PSF over the pixels of a stamp around each position.
@@ -196,8 +195,6 @@ class VaryingPsf:
         along_x = _gaussian(dx, parts.x, parts.sigma_x)
         along_y = _gaussian(dy, parts.y, parts.sigma_y)
         density = _combine(parts.share, along_x, along_y)
-        if self.reach is None:
-            return density
         has_x, has_y = np.abs(dx) <= self.reach, np.abs(dy) <= self.reach
         return density * (has_y[..., :, np.newaxis] & has_x[..., np.newaxis, :])
 
@@ -211,8 +208,7 @@ class VaryingPsf:
     ) -> NDArray[np.float64]:
         """Return the flux between each two edges, given as distances from the source."""
         parts = self._components(detector, x, y)
-        if self.reach is not None:
-            edges_x, edges_y = (np.clip(e, -self.reach, self.reach) for e in (edges_x, edges_y))
+        edges_x, edges_y = (np.clip(e, -self.reach, self.reach) for e in (edges_x, edges_y))
         along_x = np.diff(_cumulative(edges_x, parts.x, parts.sigma_x))
         along_y = np.diff(_cumulative(edges_y, parts.y, parts.sigma_y))
         return _combine(parts.share, along_x, along_y)
@@ -231,11 +227,10 @@ class VaryingPsf:
         share = np.broadcast_to(_SHARES, sigma.shape)
         peak_x, peak_y = _find_peak(_Components(share, lean_x, lean_y, sigma_x, sigma_y))
         center_x, center_y = lean_x - peak_x, lean_y - peak_y
-        if self.reach is not None:
-            ends = np.array([-self.reach, self.reach])
-            inside = np.diff(_cumulative(ends, center_x, sigma_x))[..., 0]
-            inside *= np.diff(_cumulative(ends, center_y, sigma_y))[..., 0]
-            share = share / np.sum(share * inside, axis=-1, keepdims=True)
+        ends = np.array([-self.reach, self.reach])
+        inside = np.diff(_cumulative(ends, center_x, sigma_x))[..., 0]
+        inside *= np.diff(_cumulative(ends, center_y, sigma_y))[..., 0]
+        share = share / np.sum(share * inside, axis=-1, keepdims=True)
         return _Components(share, center_x, center_y, sigma_x, sigma_y)
 
 
