@@ -7,6 +7,8 @@ flags, the commented template that ``spxdask config`` writes and the documentati
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import os
 import re
 import textwrap
@@ -913,6 +915,20 @@ def dump_yaml(value: Any, *, in_one_line: bool = False) -> str:
     str
         Mappings in their order.
     """
+    if in_one_line or not isinstance(value, dict) or not value:
+        return _dump(value, in_one_line)
+    # The writer is slow, and most options are the same each time that they are written.
+    return "".join(_dump_entry(json.dumps(entry)) for entry in value.items())
+
+
+@functools.lru_cache(1024)
+def _dump_entry(entry: str) -> str:
+    """Return an entry of a mapping as YAML, of its name and value as JSON."""
+    name, value = json.loads(entry)
+    return _dump({name: value}, in_one_line=False)
+
+
+def _dump(value: Any, in_one_line: bool) -> str:
     from ruamel.yaml import YAML
 
     writer = YAML(typ="safe", pure=True)

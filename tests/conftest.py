@@ -45,13 +45,19 @@ else:
 SHORT_PARAMETERS = 2
 NEVER_SHORT = ("tests/storage/", "tests/tables/", "tests/test_config.py")
 
-# What workers and their tasks import.
+# What workers, their tasks and compiled functions import.
 WORKER_MODULES = [
     "distributed.nanny",
-    "distributed.shuffle",
+    "distributed.shuffle._shuffle",
     "distributed.worker",
+    "numba.cpython.builtins",
+    "numba.misc.cffiimpl",
+    "numba.np.arraymath",
+    "numba.np.npyimpl",
     "spxdask.cluster.stacks",
+    "spxdask.simulate.frames",
     "spxdask.stages.light_curves",
+    "spxdask.stages.query",
     "spxdask.stages.stream",
 ]
 

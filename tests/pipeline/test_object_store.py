@@ -114,8 +114,7 @@ def machines(store, tmp_path_factory):
     with ExitStack() as stack:
         machines = [Machine(home / name) for name in ("scheduler", "one", "two")]
         head, *workers = machines
-        where = ["--host", "127.0.0.1", "--scheduler-file", str(scheduler)]
-        where += ["--dashboard-address", "127.0.0.1:0"]
+        where = ["--host", "127.0.0.1", "--scheduler-file", str(scheduler), "--no-dashboard"]
         commands = [(head, ["scheduler", *where, "--port", "0"])]
         for worker in workers:
             more = ["--no-nanny", "--nthreads", "3", "--local-directory", str(worker.scratch)]

@@ -14,11 +14,15 @@ from spxdask.errors import ConfigError, MissingExtraError, RunFolderError
 from spxdask.results import open_run
 from spxdask.results.hats import write_hats
 
-# Of the environments of .ci/run, that with the lowest versions lacks it, as it asks for newer ones.
-pytest.importorskip("lsdb", exc_type=ImportError)
-
 # Warnings of the libraries about each other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_lsdb():
+    # Of the environments of .ci/run, that with the lowest versions lacks it, as it asks for newer
+    # ones. It takes seconds to import, which all processes that collect tests would do.
+    pytest.importorskip("lsdb", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")

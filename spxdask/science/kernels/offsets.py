@@ -144,7 +144,10 @@ def measure_offsets(
         for number in range(FITS):
             first = 1 if number == 0 else 0
             if number == 0:
-                model[0] = stamps[i]
+                # One by one, as a slice takes numba seconds to compile.
+                for row in range(size):
+                    for column in range(size):
+                        model[0, row, column] = stamps[i, row, column]
             model[first:].fill(0.0)
             for k in range(first, 3):
                 at_x, at_y = x[i] + dx + STEP * (k == 1), y[i] + dy + STEP * (k == 2)

@@ -282,7 +282,8 @@ def count_values(words: np.ndarray, bracket: Bracket) -> None:
                 # There is no branch here, because the processor would often mispredict it.
                 picked[inside] = swap_word(block[k])
                 inside += uint32(picked[inside] - low) <= width
-    counts[:] = all_valid, all_before, inside
+    # One by one, as a tuple takes numba seconds to compile.
+    counts[0], counts[1], counts[2] = all_valid, all_before, inside
 
 
 @compiled_helper
@@ -344,7 +345,7 @@ def find_positive_median(
         lower_rank, upper_rank = (total - 1) // 2 - before, total // 2 - before
         if lower_rank >= 0 and upper_rank < inside:
             break
-        bounds[:] = SMALLEST, LARGEST
+        bounds[0], bounds[1] = SMALLEST, LARGEST
         counts[:] = 0
         scaled = np.empty(nx, np.uint32)
         for row in rows:
