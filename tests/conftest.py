@@ -9,6 +9,7 @@ marker fails.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -66,6 +67,7 @@ EXPENSIVE = ("cluster", "kill", "slurm", "s3", "slow")
 # The marker that a test receives because it uses a fixture.
 MARKER_OF_FIXTURE = {
     "client": "cluster",
+    "client_with_pages": "cluster",
     "in_process": "cluster",
     "workers": "cluster",
     "object_store": "s3",
@@ -91,6 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(marker)
         if not any(item.get_closest_marker(name) for name in EXPENSIVE):
             item.add_marker("quick")
+
+
+def pytest_collection_finish() -> None:
+    # Garbage collections, which take a tenth of the time, look through no modules and tests.
+    gc.freeze()
 
 
 def leave_out_parameters(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -138,9 +145,9 @@ def _clusters_take_little() -> Iterator[None]:
     modules are idle most of the time, and would look at themselves fifty times a second.
     """
     settings = {
-        "distributed.admin.system-monitor.interval": "2s",
+        "distributed.admin.system-monitor.interval": "10s",
         "distributed.admin.tick.interval": "1s",
-        "distributed.worker.memory.monitor-interval": "500ms",
+        "distributed.worker.memory.monitor-interval": "5s",
         "distributed.worker.multiprocessing-method": "forkserver",
         "distributed.worker.profile.enabled": False,
     }
@@ -167,7 +174,12 @@ def client() -> Iterator[Client]:
     """A cluster of two processes; tests share it, and must leave nothing on it."""
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=3, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+            n_workers=2,
+            threads_per_worker=3,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            # Dask's pages take a second to import.
+            scheduler_kwargs={"dashboard": False},
         ) as cluster,
         # Not the default, on which tests that say nothing of a cluster would compute.
         Client(cluster, set_as_default=False) as client,

@@ -109,6 +109,8 @@ def embedded_client(
                     cluster = start()
             except RuntimeError as error:
                 logger.debug("the worker processes did not start: %r", error)
+                if held is not None and _GUARD_ADVICE in held.text:
+                    raise
                 # A worker may have died while it started; a second failure is no accident.
                 with hold_stderr_back() as held:
                     cluster = start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import logging
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, WorkerPlugin, get_worker
+from distributed import Client, LocalCluster, Status, WorkerPlugin, get_worker
 from distributed.deploy import Cluster
 
 from spxdask.cluster.dask_internals import get_memory_limit, stop_profiler
@@ -93,6 +94,22 @@ class WorkerPreparation(WorkerPlugin):
         # It looks through all modules once, which pickling an error would make it do. A thread that
         # asks meanwhile may get no answer, on which astropy's modules cannot be imported.
         inspect.getmodule(inspect.currentframe())
+        # What modules hold is not looked through by each garbage collection from now on.
+        if worker.nanny and not gc.get_freeze_count():
+            gc.freeze()
+
+    def teardown(self, worker: Any) -> None:
+        """Let the process of a worker that is closed end at once.
+
+        Parameters
+        ----------
+        worker : distributed.Worker
+            The worker.
+        """
+        # Otherwise, Python would look through all that has been imported since, which takes a
+        # second. A worker with a nanny is alone in its process.
+        if worker.nanny and worker.status is Status.closing:
+            gc.freeze()
 
 
 @contextmanager

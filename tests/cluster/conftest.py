@@ -33,6 +33,17 @@ def in_process():
         yield client
 
 
+@pytest.fixture(scope="module")
+def client_with_pages():
+    """A client of a scheduler with Dask's pages, and without workers."""
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    with (
+        LocalCluster(n_workers=0, **options) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
 @pytest.fixture
 def write_settings(tmp_path) -> Callable[..., Path]:
     """Give a function that writes a file of a batch system with these options."""

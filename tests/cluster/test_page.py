@@ -123,8 +123,8 @@ def test_the_page_of_a_long_stage_has_a_plot_and_the_time_of_its_end():
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_links_are_relative(client, slash):
-    address = show_page(client) + slash
+def test_links_are_relative(client_with_pages, slash):
+    address = show_page(client_with_pages) + slash
     with urllib.request.urlopen(address) as answer:
         links = re.findall('href="([^"]*)"', answer.read().decode())
     assert len(links) == 2
