@@ -25,11 +25,9 @@ GROUPS = {
         "tests/run/test_status.py",
         "tests/stages/test_light_curves.py",
         "tests/stages/test_sources.py",
-        "tests/test_afternoon.py",
         "tests/test_cli.py",
-        "tests/test_demo.py",
-        "tests/test_notebook.py",
     ),
+    "demonstrations": ("tests/test_afternoon.py", "tests/test_demo.py", "tests/test_notebook.py"),
 }
 
 

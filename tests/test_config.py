@@ -603,9 +603,9 @@ PHOTOMETRY = st.fixed_dictionaries(
     # A fixed aperture has to leave room for its background; that is tested by itself.
     lambda options: {k: v for k, v in options.items() if k != "aperture_method" or v == "fwhm"}
 )
-# Those that are expanded are tested by themselves.
+# Those that are expanded are tested by themselves; - is the standard input.
 PATHS = st.text(min_size=1).filter(
-    lambda text: not set("\0$") & set(text) and "://" not in text and text[0] != "~"
+    lambda text: not set("\0$") & set(text) and "://" not in text and text[0] != "~" and text != "-"
 ) | st.sampled_from(
     [
         "null",

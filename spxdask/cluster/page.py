@@ -254,6 +254,8 @@ def ignore_taken_port() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
+        # That of the port, which Dask does not close.
+        warnings.filterwarnings("ignore", "unclosed <socket", ResourceWarning)
         yield
 
 

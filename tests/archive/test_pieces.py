@@ -684,7 +684,7 @@ def test_faults_of_a_bucket_pass(content, bucket, fault, refusals):
     serve, url = bucket
     received = receive()
     with serve([fault, Fault(), Fault(), fault]) as archive:
-        stall_timeout_s = 10.0 if fault.stall is None else 0.7
+        stall_timeout_s = 10.0 if fault.stall is None else 3.0
         options = {"endpoint": archive.url, "stall_timeout_s": stall_timeout_s}
         fetch(url, received, HEAD, refusals, **options)
         fetch(url, received, ROWS, refusals, **options)
