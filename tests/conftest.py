@@ -130,10 +130,14 @@ def _clusters_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_is_temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep calibration products out of the user's cache, in the processes of tests as well."""
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set variables for the processes of tests, and for this one."""
     with pytest.MonkeyPatch.context() as patch:
+        # Keep calibration products out of the user's cache.
         patch.setenv("SPXDASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Import the spxdask that is installed, not that of the working directory, whose loops are
+        # not compiled.
+        patch.setenv("PYTHONSAFEPATH", "1")
         yield
 
 

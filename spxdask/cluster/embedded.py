@@ -109,6 +109,7 @@ def embedded_client(
                     cluster = start()
             except RuntimeError as error:
                 logger.debug("the worker processes did not start: %r", error)
+                # Without a guard, they would fail again.
                 if held is not None and _GUARD_ADVICE in held.text:
                     raise
                 # A worker may have died while it started; a second failure is no accident.

@@ -49,7 +49,8 @@ _opening = threading.Lock()
 compiled_helper = njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compile a function that only compiled functions call; it is part of their cached code.
 
-A call from Python ends the process: what Python would call takes a fifth of the time to compile.
+It cannot be called from Python, which would end the process: what such calls need takes a fifth of
+the time to compile.
 """
 
 compiled_inline = njit(inline="always", **OPTIONS)

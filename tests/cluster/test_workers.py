@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ import dask
 from distributed import Client, LocalCluster
 
 from spxdask.cluster.session import ClusterSession
-from spxdask.cluster.workers import worker_memory_limit
+from spxdask.cluster.workers import prepare_workers, worker_memory_limit
 
 
 def test_memory_limit_outside_a_worker():
@@ -29,6 +30,15 @@ def test_memory_limit_of_a_worker():
             Client(cluster, set_as_default=False) as client,
         ):
             assert client.submit(worker_memory_limit).result() == expected
+
+
+def test_only_processes_of_workers_alone_look_through_no_modules(client, in_process):
+    prepare_workers(client)
+    assert min(client.run(gc.get_freeze_count).values()) > 0
+    # The worker of the other cluster is in the process of its user.
+    gc.unfreeze()
+    prepare_workers(in_process)
+    assert gc.get_freeze_count() == 0
 
 
 def test_local_worker_that_starts_slowly_is_not_given_up():
