@@ -906,7 +906,7 @@ def dump_yaml(value: Any, *, in_one_line: bool = False) -> str:
     Parameters
     ----------
     value : object
-        Numbers, texts, lists and mappings.
+        Numbers, texts, lists, and mappings whose keys are texts.
     in_one_line : bool
         Whether lists and mappings stand in brackets.
 
@@ -929,6 +929,7 @@ def _dump_entry(entry: str) -> str:
 
 
 def _dump(value: Any, in_one_line: bool) -> str:
+    """Return plain values as YAML, as ruamel.yaml writes them."""
     from ruamel.yaml import YAML
 
     writer = YAML(typ="safe", pure=True)

@@ -254,7 +254,7 @@ def ignore_taken_port() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*Port \d+ is already in use")
-        # That of the port, which Dask does not close.
+        # The socket for that port, which Dask does not close.
         warnings.filterwarnings("ignore", "unclosed <socket", ResourceWarning)
         yield
 

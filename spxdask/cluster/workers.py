@@ -74,7 +74,8 @@ class WorkerPreparation(WorkerPlugin):
     """Worker plugin without which threads of a worker could block each other.
 
     Its profiler is stopped where that can freeze it, and modules are imported while it has no
-    task.
+    task. Garbage collections then leave out what modules hold, if the worker is alone in its
+    process, as one with a nanny is.
     """
 
     name = "spxdask-preparation"
@@ -94,7 +95,6 @@ class WorkerPreparation(WorkerPlugin):
         # It looks through all modules once, which pickling an error would make it do. A thread that
         # asks meanwhile may get no answer, on which astropy's modules cannot be imported.
         inspect.getmodule(inspect.currentframe())
-        # What modules hold is not looked through by each garbage collection from now on.
         if worker.nanny and not gc.get_freeze_count():
             gc.freeze()
 
@@ -107,7 +107,7 @@ class WorkerPreparation(WorkerPlugin):
             The worker.
         """
         # Otherwise, Python would look through all that has been imported since, which takes a
-        # second. A worker with a nanny is alone in its process.
+        # second.
         if worker.nanny and worker.status is Status.closing:
             gc.freeze()
 

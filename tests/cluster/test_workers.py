@@ -37,8 +37,11 @@ def test_only_processes_of_workers_alone_look_through_no_modules(client, in_proc
     assert min(client.run(gc.get_freeze_count).values()) > 0
     # The worker of the other cluster is in the process of its user.
     gc.unfreeze()
-    prepare_workers(in_process)
-    assert gc.get_freeze_count() == 0
+    try:
+        prepare_workers(in_process)
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
 
 
 def test_local_worker_that_starts_slowly_is_not_given_up():
