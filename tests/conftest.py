@@ -28,13 +28,16 @@ from scheduling import put_groups_first, pytest_xdist_make_scheduler  # noqa: F4
 from spxdask import BatchConfig
 from spxdask.simulate.archive import SimulatedArchive
 
+# What is imported and collected stays; see `pytest_collection_finish`.
+gc.disable()
+
 # Workers import functions that tests send them from `tests`. Appended, so that the spxdask that is
 # installed is the one that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
 # CI repeats the same examples, so that a failure there means a change; other runs search further.
-settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("local", deadline=None)
+settings.register_profile("ci", derandomize=True, max_examples=50, deadline=None)
+settings.register_profile("local", max_examples=50, deadline=None)
 settings.register_profile("long", max_examples=20000, deadline=None)
 if os.environ.get("SPXDASK_TESTS") == "long":
     settings.load_profile("long")
@@ -43,7 +46,7 @@ else:
 
 # With SPXDASK_TESTS=short, so many parameters of each test are run, but all of these folders and
 # files, where parameters choose libraries: to see whether other versions of them have what is used.
-SHORT_PARAMETERS = 2
+SHORT_PARAMETERS = 1
 NEVER_SHORT = ("tests/storage/", "tests/tables/", "tests/test_config.py")
 
 # What workers, their tasks and compiled functions import.
@@ -98,6 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     # Garbage collections, which take a tenth of the time, look through no modules and tests.
     gc.freeze()
+    gc.enable()
 
 
 def leave_out_parameters(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
-from botocore.loaders import JSONFileLoader
-from moto.backends import get_backend
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
 
 BUCKET = "bucket"
 
@@ -20,6 +20,12 @@ BUCKET = "bucket"
 @contextmanager
 def serving() -> Iterator[S3FileSystem]:
     """Serve an empty bucket, `BUCKET`, to this process and to those that it starts."""
+    # Imported here, as most processes of pytest serve none.
+    from botocore.loaders import JSONFileLoader
+    from moto.backends import get_backend
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
     # It says each request.
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)

@@ -673,7 +673,7 @@ def round_trips(config, path):
 
 @given(PHOTOMETRY)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_photometry_round_trip(tmp_path, options):
     config = PhotometryConfig(**options)
@@ -683,7 +683,7 @@ def test_photometry_round_trip(tmp_path, options):
 
 @given(BATCH)
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_batch_round_trip(tmp_path, options):
     config = BatchConfig(**options)

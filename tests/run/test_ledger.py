@@ -108,7 +108,7 @@ DEGREES = st.floats(-360.0, 360.0)
     )
 )
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_outcomes_come_back_the_last_of_each(tmp_path_factory, outcomes):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"

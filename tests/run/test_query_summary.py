@@ -86,7 +86,7 @@ NUMBER = st.floats(-1e300, 1e300).map(lambda x: round(x, 6)) | st.sampled_from([
 @example([observation()])
 @example([])
 @settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_every_reader_reads_what_was_found(tmp_path_factory, observations):
     folder = tmp_path_factory.mktemp("summary")

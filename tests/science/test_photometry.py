@@ -190,7 +190,7 @@ def test_agrees_with_plain_reading(options):
     assert len(got.index) > 10 or options["min_usable_pixels"] in (60, 1500)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 # A pixel of no value that the circle touches, and that rounding must not put into it.
 @example(seed=3961, source_fraction=0.0, method="window", diameter=11.999999999999998)
 @given(
@@ -234,7 +234,7 @@ def sum_brightness(planes, x, y, r):
     y=st.floats(-0.5, 0.5),
     r=st.one_of(st.floats(0.01, 12.0), st.sampled_from([0.5, 1.0, 1.5, 2.0, 5.0])),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_pixel_fractions_are_exact(x, y, r):
     """Each pixel's fraction, read off an image that is 1 there, against photutils and pi r^2."""
     size = 31

@@ -137,7 +137,7 @@ backgrounds = st.one_of(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["qr2", "qr3"]),
     positions,

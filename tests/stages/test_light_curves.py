@@ -205,7 +205,7 @@ def test_table_that_lost_rows_is_refused(tmp_path, how):
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     ids=st.lists(

@@ -69,7 +69,7 @@ def assert_good_name(stem: str) -> None:
 @example("x" * 200)
 @example("x" * 201)
 @example("/" * 67)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_stem_is_a_file_name(target_id):
     assert_good_name(file_stem(target_id))
     assert file_stem(target_id) == file_stem(target_id)
@@ -83,7 +83,7 @@ def test_stem_is_a_file_name(target_id):
 @example(("39633458707826492", "39633458707826493"))
 @example(("x" * 201, "x" * 202))
 @example(("x" * 199 + "é", "x" * 199 + "è"))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_two_ids_never_share_a_name(pair):
     first, second = pair
     assume(first != second)
@@ -97,7 +97,7 @@ REFUSED = ' "*:<>?|@=é'
 @example(("a:b", "a%3Ab"))
 @example(("a b", "a+b"))
 @example((":" * 70, ":" * 71))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_refused_characters_are_in_no_name(pair):
     first, second = (file_stem(target_id, REFUSED) for target_id in pair)
     assert_good_name(first)
@@ -137,7 +137,7 @@ def test_plain_ids_are_their_own_name(target_id):
 @given(st.lists(IDS, min_size=1, max_size=5, unique=True))
 @example(["", ".", "..", "/", "\0", "\ud800", "\udc80", "é", "e\u0301", "a\n", "CON", "-rf"])
 @settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_every_id_gets_a_file_of_its_own(tmp_path_factory, ids):
     folder = tmp_path_factory.mktemp("ids")

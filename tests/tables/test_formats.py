@@ -158,7 +158,7 @@ def test_columns():
 
 
 @given(rows())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_round_trip(path, table):
     written(path, arrays(table))
     back = read_csv(path)
@@ -174,7 +174,7 @@ def test_round_trip(path, table):
 
 
 @given(rows())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_other_readers_see_the_same(path, table):
     content = written(path, arrays(table)).decode()
     parsed = list(csv.reader(io.StringIO(content, newline=""), strict=True))
@@ -206,7 +206,7 @@ def test_numbers_have_no_digit_too_many(value):
 
 
 @given(rows(max_rows=8), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_run_of_lines_is_what_rendering_the_run_gives(table, data):
     columns = arrays(table)
     lines = render_lines(columns)
@@ -223,7 +223,7 @@ def test_any_run_of_lines_is_what_rendering_the_run_gives(table, data):
 
 
 @given(rows(max_rows=8), st.integers(0, 8), st.integers(0, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_arrays_with_an_offset(table, start, length):
     columns = {
         name: pa.array(
@@ -360,7 +360,7 @@ def as_values(table: pa.Table) -> dict[str, list]:
 
 
 @given(rows(max_rows=8))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_both_formats_hold_the_same(path, table):
     columns = arrays(table)
     text, data = (encode_rows(columns, how) for how in ("csv", "parquet"))
@@ -378,7 +378,7 @@ def timed(table: dict[str, list]) -> dict[str, list]:
 
 
 @given(rows(max_rows=8).map(timed))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_lines_for_regrouping_are_the_same_from_both_formats(table):
     one, other = (lines_of(encode_rows(arrays(table), how)) for how in ("csv", "parquet"))
     assert one.schema == other.schema
@@ -450,7 +450,7 @@ def test_parquet_of_another_kind_and_damaged_parquet(two_rows):
 
 
 @given(rows(max_rows=6).map(timed))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_sorting_the_lines_of_a_light_curve(table):
     table["release"] = [f"qr{2 + len(text) % 2}" for text in table["target_id"]]
     lines = render_lines(arrays({name: table[name] for name in LIGHT_CURVE})).to_pylist()

@@ -281,7 +281,7 @@ MUTATIONS = st.lists(
 # astropy, which decompresses the flags, warns of what it does not like in any header.
 @pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning")
 @given(MUTATIONS, st.sampled_from(["IMAGE", "FLAGS", "VARIANCE", "WCS-WAVE", "any"]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_damaged_bytes_raise_frame_error_or_nothing(path, tmp_path_factory, changes, where):
     content = bytearray(path.read_bytes())
     units = {hdu.name: hdu for hdu in scan(content)}

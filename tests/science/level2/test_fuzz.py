@@ -436,7 +436,7 @@ def cards_of(group: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("group", CARDS)
 @given(st.sampled_from(LAYOUTS), st.data())
-@examples(60)
+@examples(30)
 def test_cards(bench, group, layout, data):
     cards = st.tuples(st.sampled_from(cards_of(group)), CHANGES)
     changes = data.draw(st.lists(cards, min_size=1, max_size=3))
@@ -490,7 +490,7 @@ def find_header_byte(units: dict[str, Unit], fraction: float) -> int:
     st.lists(st.tuples(FRACTIONS, KINDS, BYTES), min_size=1, max_size=4),
     st.booleans(),
 )
-@examples(80)
+@examples(40)
 def test_bytes_of_the_headers(bench, release, changes, keep_length):
     content = bytearray(put_together(bench.units[release]))
     for fraction, kind, byte in changes:
@@ -504,7 +504,7 @@ def test_bytes_of_the_headers(bench, release, changes, keep_length):
 
 
 @given(st.sampled_from(RELEASES), st.data())
-@examples(80)
+@examples(40)
 def test_files_cut_anywhere(bench, release, data):
     content = put_together(bench.units[release])
     cut = data.draw(st.integers(0, len(content) - 1))
@@ -531,7 +531,7 @@ def test_files_cut_anywhere(bench, release, data):
     ),
     st.booleans(),
 )
-@examples(80)
+@examples(40)
 def test_blocks_out_of_order(bench, release, changes, headers):
     content = put_together(bench.units[release])
     blocks = [content[i : i + BLOCK] for i in range(0, len(content), BLOCK)]
@@ -577,7 +577,7 @@ HARMLESS = st.one_of(
     st.binary(min_size=1, max_size=8),
     st.integers(0, 2 * BLOCK),
 )
-@examples(80)
+@examples(40)
 def test_parts_that_are_not_read_do_not_matter(bench, release, cards, filler, tail):
     units = copy_units(bench.units[release])
     for which, fraction, text in cards:
@@ -617,7 +617,7 @@ SPREADS = st.sampled_from((0.001, 0.03, 0.3, 0.9, 1.0))
         max_size=4,
     ),
 )
-@examples(60)
+@examples(30)
 def test_any_pixels(bench, release, changes):
     units = copy_units(bench.units[release])
     for name, words, share, seed in changes:
@@ -639,7 +639,7 @@ def test_any_pixels(bench, release, changes):
 
 @pytest.mark.parametrize("layout", ["qr3", "tiled"])
 @given(st.lists(st.tuples(FRACTIONS, BYTES), min_size=1, max_size=20), st.booleans())
-@examples(60)
+@examples(30)
 def test_bytes_of_compressed_flags(bench, layout, changes, descriptors):
     units = copy_units(bench.units[layout])
     unit = units["FLAGS"]

@@ -54,7 +54,7 @@ def test_equals_what_was_compressed(tmp_path, shape, kind):
     np.testing.assert_array_equal(got, image)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 80))))
 def test_equals_anything(tmp_path_factory, image):
     mapped, hdu = compress(tmp_path_factory.mktemp("rice") / "flags.fits", image)
