@@ -174,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         return _run_command(arguments)
+    except BrokenPipeError:
+        # Of a parser's help or version, where output is not buffered.
+        return EXIT_DONE
     finally:
         # Here, as Python reports it as an error at its end that it cannot write what is left.
         _print("", end="")

@@ -110,18 +110,20 @@ def test_verbose_tells_each_stage_and_each_frame(run, frames):
     assert f"extract {frames[1][0].exposure.filename}: done" in err
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["config"]])
-def test_a_reader_that_stops_is_no_error(arguments):
-    process = subprocess.Popen(
+def test_a_reader_that_stops_is_no_error(arguments, unbuffered):
+    with subprocess.Popen(
         [sys.executable, "-m", "spxdask", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == (b"", 0)
-    process.stderr.close()
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_catalogue_is_told_before_dask_is_imported(tmp_path):
     (tmp_path / "bad.csv").write_text("targetid,ra,dec\n1,abc,2\n")
     code = (

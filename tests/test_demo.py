@@ -83,6 +83,7 @@ def test_demo_recovers_what_was_injected(tmp_path, capsys, monkeypatch):
         assert robust_scatter(pulls) < 1.4
 
 
+@pytest.mark.slow
 def test_all_visits_together_see_each_channel():
     sky = _make_sky()
     chosen = sky.sky.take(np.array([sky.bright, sky.emission, sky.variable, sky.constant]))

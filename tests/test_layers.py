@@ -131,6 +131,7 @@ def test_science_needs_neither_files_of_options_nor_stores_nor_dask():
     assert {name.split(".")[1] for name in loaded} == {"science", "errors"}
 
 
+@pytest.mark.slow
 def test_lower_rooms_do_without_dask():
     """All in one process, as each takes more than a second to import."""
     modules = [module for room in WITHOUT_DASK for module in list_modules(room)]

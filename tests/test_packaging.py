@@ -10,6 +10,8 @@ from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Packages whose types are part of the interface of a declared dependency.
@@ -42,6 +44,7 @@ def imported_packages() -> set[str]:
     return names - set(sys.stdlib_module_names) - {"spxdask"}
 
 
+@pytest.mark.slow
 def test_every_import_is_of_a_declared_dependency():
     extras = PROJECT["optional-dependencies"]
     names = set(extras) - {"dev", "test"}

@@ -201,6 +201,7 @@ def _replace_data(path: Path, extension: str, change) -> None:
         hdus[extension].data = change(hdus[extension].data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "spoil", "words"),
     [

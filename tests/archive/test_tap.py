@@ -86,6 +86,7 @@ def test_sync_is_tried_again(frames, fault):
         assert [path for _, path, _ in tap_requests(archive)] == ["sync"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "fault"),
     [

@@ -149,6 +149,7 @@ def test_a_source_at_the_limit():
         assert is_empty(SQUARE, 10.0 - beyond, 0.0) == empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dense",
     [

@@ -155,6 +155,7 @@ def positions(seed, n, size=SIZE):
     return rng.uniform(0, size, n), rng.uniform(0, size, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -219,6 +219,7 @@ def test_error_votable_tells_the_reason():
     assert (info.name, info.value, info.content) == ("QUERY_STATUS", "ERROR", "LIMIT is < 5.")
 
 
+@pytest.mark.slow
 def test_many_planes_are_searched_quickly():
     n_planes = 20_000
     random = np.random.default_rng(3)

@@ -122,6 +122,7 @@ def test_both_layouts_give_the_same_numbers(frames, catalogue):
     np.testing.assert_allclose(columns[0]["wavelength"], columns[1]["wavelength"], atol=0.01)
 
 
+@pytest.mark.slow
 def test_many_other_sources_change_nothing(frames, catalogue, tmp_path):
     sky, (frame, _) = frames
     rng = np.random.default_rng(8)

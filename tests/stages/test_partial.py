@@ -174,6 +174,7 @@ def assert_done(outcomes):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_table_from_fewer_bytes(setting, reader, other):
     sources = find_on_frame(setting)[:2]
     options = setting.options(sources)

@@ -205,6 +205,7 @@ def test_not_fits(content):
         scan(content)
 
 
+@pytest.mark.slow
 def test_truncation_at_any_block(path, tmp_path):
     content = path.read_bytes()
     units = scan(content)
@@ -279,6 +280,7 @@ MUTATIONS = st.lists(
 
 
 # astropy, which decompresses the flags, warns of what it does not like in any header.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning")
 @given(MUTATIONS, st.sampled_from(["IMAGE", "FLAGS", "VARIANCE", "WCS-WAVE", "any"]))
 @settings(max_examples=60, deadline=None)

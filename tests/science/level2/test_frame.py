@@ -169,6 +169,7 @@ print(json.dumps({name: len(dispatcher.signatures) for name, dispatcher in compi
 """
 
 
+@pytest.mark.slow
 def test_frames_of_every_kind_need_one_compilation(scene):
     command = [sys.executable, "-c", COUNT_SIGNATURES, *map(str, scene[1].values())]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
@@ -176,6 +177,7 @@ def test_frames_of_every_kind_need_one_compilation(scene):
     assert max(found.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["qr2", "qr3"])
 @pytest.mark.parametrize("detector", range(1, 7))
 def test_wavelengths_are_astropys(folder, detector, release):
@@ -222,6 +224,7 @@ def test_wavelengths_on_the_outer_half_pixels(folder):
         assert abs(one - other).max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", CUT_OUTS.values(), ids=CUT_OUTS)
 @pytest.mark.parametrize(
     ("ra", "dec"), [(10.0, 40.0), (0.0, 0.0), (359.99, -5.0), (50.0, 90.0), (5.0, -89.0)]
