@@ -1,8 +1,8 @@
-"""How tests are shared out under ``pytest -n 4``.
+"""How tests are shared out under ``pytest -n 3``.
 
 Tests that start clusters, kill processes or submit jobs would disturb each other's timing. They
 are in groups, each run one by one by one process of pytest-xdist; the rest is shared out file by
-file. Four processes keep two cores busy, as tests of jobs mostly wait for Slurm. Markers are not
+file. Three processes keep two cores busy, as tests of jobs mostly wait for Slurm. Markers are not
 known where xdist shares tests out, and `--dist loadgroup` of pytest-xdist 3.8 has no effect with
 pytest 9.2, so the files are named here.
 """

@@ -110,6 +110,7 @@ def test_verbose_tells_each_stage_and_each_frame(run, frames):
     assert f"extract {frames[1][0].exposure.filename}: done" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["config"]])
 def test_a_reader_that_stops_is_no_error(arguments, unbuffered):

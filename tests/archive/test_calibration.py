@@ -103,6 +103,7 @@ def obtain(where: ProductSource, **options) -> CalibrationSet:
     return obtain_calibration(where, **(defaults | options))
 
 
+@pytest.mark.slow
 def test_the_server_lists_the_newest_of_each_family_and_band(small):
     with SimulatedArchive([], products=small) as archive:
         assert find_tokens(source(archive.archive_url)) == NEWEST
@@ -155,6 +156,7 @@ def test_a_later_date_counts_only_within_a_version(small, tmp_path):
         assert find_tokens(source(archive.archive_url))[EPSF, "D3"] == "cal-epsf-v10-2026-001"
 
 
+@pytest.mark.slow
 def test_pins_are_taken_in_place_of_the_newest(products, cache):
     pins = {SPECTRAL_WCS: ["cal-wcs-v4-2025-254"]}
     with SimulatedArchive([], products=products) as archive:

@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_pictures_are_named_after_the_source_or_as_asked_for(folder, capsys):
     assert main(["plot", "star 1", "--output", "out"]) == 0
     assert capsys.readouterr().out == "star 1.png\n"

@@ -314,6 +314,7 @@ def test_unflagged_invalid_variances_are_counted():
     assert set(got.columns) == set(MEASURED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "origin, options",
     [

@@ -416,6 +416,7 @@ def test_a_source_alone(path, ra, dec, polygon):
     assert n_queries == 1
 
 
+@pytest.mark.slow
 def test_many_sources_are_few_queries(path):
     rng = np.random.default_rng(3)
     ra, dec = rng.uniform(0, 360, 100_000), np.rad2deg(np.arcsin(rng.uniform(-1, 1, 100_000)))

@@ -323,6 +323,7 @@ def locale_path(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", LOCALES, ids=lambda variables: variables.get("LC_ALL"))
 def test_names_are_utf8_in_every_locale(tmp_path, locale_path, variables):
     ran = subprocess.run(

@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,7 @@ def test_stem_is_a_file_name(target_id):
     assert file_stem(target_id) == file_stem(target_id)
 
 
+@pytest.mark.slow
 @given(st.tuples(IDS, IDS) | near_pairs())
 @example(("a/b", "a%2Fb"))
 @example(("a%2Fb", "a%252Fb"))

@@ -359,6 +359,7 @@ def as_values(table: pa.Table) -> dict[str, list]:
     return found
 
 
+@pytest.mark.slow
 @given(rows(max_rows=8))
 @settings(max_examples=40, deadline=None)
 def test_both_formats_hold_the_same(path, table):
@@ -377,6 +378,7 @@ def timed(table: dict[str, list]) -> dict[str, list]:
     return table | {"mjd": [0.0 if math.isnan(v) else v for v in table["mjd"]]}
 
 
+@pytest.mark.slow
 @given(rows(max_rows=8).map(timed))
 @settings(max_examples=40, deadline=None)
 def test_lines_for_regrouping_are_the_same_from_both_formats(table):

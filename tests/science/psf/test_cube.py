@@ -69,6 +69,7 @@ def test_samples_at_the_edges_of_a_pixel_have_half_weights():
     assert abs(stamps[0, 5, 5] - truth) < 0.1 * abs(shifted - truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", [(-0.05, -0.05), (-0.03, 0.01), (0.0, -0.11), (0.07, 0.03)])
 def test_the_core_is_moved_onto_the_source(core):
     model = one_zone(core=np.subtract(core, PEAK))
