@@ -430,7 +430,9 @@ def interrupted_twice(request, home, survey):
 def interrupt(times: int, moment: str, home: Path, survey: list, folder: Path) -> Ended:
     output = folder / "out"
     with stalling(moment, survey, folder) as (archive, environment, reached):
-        arguments = run_command(home, archive, output)
+        # One worker at the later moment: there, more of them would do the same.
+        n_workers = "2" if moment == "download" else "1"
+        arguments = run_command(home, archive, output, "--max-extract-workers", n_workers)
         with Command(*arguments, log=folder / "run", **environment) as command:
             reached()
             # Another run is refused before the interrupt, which only the command receives.
