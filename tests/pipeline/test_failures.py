@@ -103,7 +103,7 @@ def test_many_faults_of_the_archive_change_no_result(
     with SimulatedArchive(frames, faults=faults) as archive:
         config = make_config(
             max_retries=5,
-            stall_timeout=0.3,
+            stall_timeout=3.0,
             keep_images=keep_images,
             tap_url=archive.tap_url,
             archive_url=archive.archive_url,
