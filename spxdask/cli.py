@@ -174,9 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         return _run_command(arguments)
-    except BrokenPipeError:
-        # Of a parser's help or version, where output is not buffered.
-        return EXIT_DONE
     finally:
         # Here, as Python reports it as an error at its end that it cannot write what is left.
         _print("", end="")
@@ -296,6 +293,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"spxdask: {message}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # Nobody has to read it; without a buffer, Python says so here.
+        with suppress(BrokenPipeError):
+            super()._print_message(message, file)
 
 
 def _parser() -> argparse.ArgumentParser:
