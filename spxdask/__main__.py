@@ -1,10 +1,23 @@
 """``python -m spxdask``, and the command ``spxdask``."""
 
 import gc
+import io
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from spxdask.cli import main
+
+
+class _Messages(io.FileIO):
+    """Standard error, which nobody has to read: no run ends because a message was not written."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            # Its reader or its terminal has ended, such as that of "2>&1 | tee log" by the same
+            # Ctrl-C, or its disk is full. There is nowhere left to say so.
+            return len(content)
 
 
 def run() -> NoReturn:
@@ -12,6 +25,9 @@ def run() -> NoReturn:
     # Most objects are of modules, and stay. To look through them many times while they are made,
     # and once more at the end, would take a fifth of the time of a short command.
     gc.set_threshold(50_000)
+    if sys.stderr is not None:
+        messages = io.BufferedWriter(_Messages(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(messages, sys.stderr.encoding, line_buffering=True)
     status = main()
     gc.freeze()
     sys.exit(status)

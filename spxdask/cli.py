@@ -711,8 +711,8 @@ def _report(options: argparse.Namespace) -> int:
 
     output = expand_path(options.output_dir or BATCH_OPTIONS["output_dir"].default)
     for sentence in make_report(output)["verdict"]:
-        print(f"{sentence['level']:<11} {sentence['text']}")
-    print(f"{'report':<11} {RunFolder(output).root.path_to(REPORT_NAMES[0])}")
+        _print(f"{sentence['level']:<11} {sentence['text']}")
+    _print(f"{'report':<11} {RunFolder(output).root.path_to(REPORT_NAMES[0])}")
     return EXIT_DONE
 
 

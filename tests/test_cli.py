@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -122,6 +123,37 @@ def test_a_reader_that_stops_is_no_error(arguments, unbuffered):
     ) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["no reader", "full disk"])
+def test_a_message_that_cannot_be_written_changes_no_status(target, tmp_path):
+    command = [sys.executable, "-m", "spxdask", "run", "--catalog", str(tmp_path / "none.csv")]
+    if target == "full disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no /dev/full")
+        with open("/dev/full", "wb") as full:
+            assert subprocess.run(command, stderr=full).returncode == 2
+    else:
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            process.stderr.close()
+            assert process.wait() == 2
+
+
+@pytest.mark.slow
+def test_an_interrupt_may_end_the_reader_of_messages_first(run, tmp_path):
+    assert run("query", *FIELD, "--output", "o")[0] == 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "spxdask", "status", str(tmp_path / "o"), "--watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline()
+        # As with "2>&1 | tee log", where tee gets the interrupt, too.
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait() == 0
 
 
 @pytest.mark.slow
