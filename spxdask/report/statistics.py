@@ -61,8 +61,8 @@ def isolate(rows: Rows) -> Rows:
     with np.errstate(invalid="ignore"):
         kept = rows["is_good"] & (rows["flux_error"] > 0) & np.isfinite(rows["wavelength"])
         share = np.abs(rows["neighbour_flux"] / rows["flux"])
-        # NaN in tables without PSF photometry, which say nothing of neighbours.
-        kept &= ~(share > MAX_NEIGHBOUR_SHARE)
+        # Tables without PSF photometry say nothing of neighbours.
+        kept &= (share <= MAX_NEIGHBOUR_SHARE) | ~np.isfinite(rows["aperture_correction"])
         kept &= ~(rows["psf_fraction"] < MIN_PSF_FRACTION)
         kept &= ~(rows["bad_fraction"] > MAX_BAD_FRACTION)
     return {name: values[kept] for name, values in rows.items()}
@@ -89,7 +89,7 @@ def measure_total(rows: Rows, measure: str) -> tuple[np.ndarray, np.ndarray]:
     factor = rows["aperture_correction"].astype(np.float64)
     has_psf = bool(np.isfinite(factor).any())
     factor = factor if has_psf else np.ones(len(factor))
-    neighbours = np.nan_to_num(rows["neighbour_flux"].astype(np.float64))
+    neighbours = rows["neighbour_flux"].astype(np.float64) if has_psf else 0.0
     return (rows["flux"] - neighbours) * factor, rows["flux_error"] * factor
 
 

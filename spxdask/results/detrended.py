@@ -29,7 +29,7 @@ MEANINGS = {
     "bjd_tdb": ROW_MEANINGS["bjd_tdb"],
     "band": ROW_MEANINGS["band"],
     "wavelength": ROW_MEANINGS["wavelength"],
-    "ratio": Meaning("", "flux over smooth_flux", "arith.ratio;phot.flux.density"),
+    "ratio": Meaning("", "flux over smooth_flux", "phot.flux.density;arith.ratio"),
     "ratio_error": Meaning("", "error of ratio, that of smooth_flux included", "stat.error"),
     "flux": Meaning("uJy", "", ROW_MEANINGS["flux"].ucd),
     "flux_error": Meaning("uJy", "error of flux", ROW_MEANINGS["flux_error"].ucd),

@@ -246,7 +246,7 @@ def _read_sorted(run: Run) -> Iterator[pa.Table]:
         )
 
 
-_SUMMARY_READS = ("psf_flux", "psf_flux_error", "aperture_correction")
+_SUMMARY_READS = ("psf_flux", "psf_flux_error", "aperture_correction", "neighbour_flux")
 _SUMMARY = tuple(name for name in SOURCE_MEANINGS if name not in ("id", "ra", "dec"))
 
 

@@ -29,6 +29,7 @@ COLUMNS_READ = (
     "aperture_correction",
     "psf_flux",
     "psf_flux_error",
+    "neighbour_flux",
 )
 # Parts of the light curves in memory at once; more threads than cores wait for an object store.
 PARTS_AT_ONCE = 4
@@ -148,7 +149,7 @@ def summarise_part(rows: pa.Table, channels: Channels) -> pa.Table:
     return pa.table(found)
 
 
-_WITH_PSF = ("psf_flux", "psf_flux_error", "aperture_correction")
+_WITH_PSF = ("psf_flux", "psf_flux_error", "aperture_correction", "neighbour_flux")
 _EMPTY = pa.table(
     {
         "target_id": pa.array([], pa.large_string()),

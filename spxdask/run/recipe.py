@@ -168,7 +168,8 @@ STEPS = (
     StepDefinition(name="solid_angle", version=1, read_options=_read_solid_angle),
     StepDefinition(name="wavelength", version=1, read_options=_read_wavelength),
     StepDefinition(name="flux_scale", version=1, read_options=_read_flux_scale),
-    StepDefinition(name="psf", version=1, read_options=_read_psf),
+    # 2: sources that cannot be told apart have no neighbour_flux.
+    StepDefinition(name="psf", version=2, read_options=_read_psf),
 )
 
 

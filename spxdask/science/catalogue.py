@@ -100,7 +100,7 @@ class Catalogue:
     @cached_property
     def sky(self) -> SourceSky:
         """Where its sources are, to compare with footprints of frames."""
-        return SourceSky(self.ra, self.dec)
+        return SourceSky(self.ra, self.dec, self.largest_shift_deg)
 
     @property
     def motions(self) -> dict[str, np.ndarray]:

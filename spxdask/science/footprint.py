@@ -129,9 +129,12 @@ class SourceSky:
     ----------
     ra, dec : (n,) float array
         ICRS, deg; at least one source.
+    shift_deg : float
+        How far a source may be from its position, deg.
     """
 
-    def __init__(self, ra: np.ndarray, dec: np.ndarray) -> None:
+    def __init__(self, ra: np.ndarray, dec: np.ndarray, shift_deg: float = 0.0) -> None:
+        self._tolerance_deg = FOOTPRINT_TOLERANCE_DEG + shift_deg
         self._vectors = unit_vectors(ra, dec)
         self._levels = [_Cells.sort(self._vectors, ra, dec, size) for size in CELL_SIZES_DEG]
 
@@ -147,8 +150,8 @@ class SourceSky:
         -------
         (n,) bool array
             True for a frame if every source is outside of its polygon by more than
-            `FOOTPRINT_TOLERANCE_DEG`. False where the footprint is not known, and where it is
-            no convex polygon of a frame's size and a source is in its bounding circle.
+            `FOOTPRINT_TOLERANCE_DEG` and its shift. False where the footprint is not known, and
+            where it is no convex polygon of a frame's size and a source is in its bounding circle.
         """
         is_empty = np.zeros(len(footprints), bool)
         lengths = np.array([0 if f is None else len(f) for f in footprints])
@@ -164,7 +167,7 @@ class SourceSky:
         is_empty = np.zeros(len(frames.radius), bool)
         left = np.flatnonzero(frames.radius <= np.deg2rad(MAX_FRAME_RADIUS_DEG))
         for cells in self._levels:
-            has_source, may_have = cells.examine(frames.take(left))
+            has_source, may_have = cells.examine(frames.take(left), np.deg2rad(self._tolerance_deg))
             is_empty[left[~may_have]] = True
             left = left[may_have & ~has_source]
         return is_empty
@@ -175,8 +178,9 @@ class SourceSky:
         Returns
         -------
         list of Circle
-            At most `MAX_GROUPS`, each no wider than its sources and `FOOTPRINT_TOLERANCE_DEG`
-            demand, in the order of the sky. The same for the same positions.
+            At most `MAX_GROUPS`, each no wider than its sources, their shift and
+            `FOOTPRINT_TOLERANCE_DEG` demand, in the order of the sky. The same for the same
+            positions.
         """
         cells = self._levels[0]
         best: tuple[float, list[Circle]] | None = None
@@ -185,7 +189,7 @@ class SourceSky:
             if groups is None:
                 continue
             leaders = cells.vectors[np.unique(groups, return_index=True)[1]]
-            circles = _enclose(self._vectors, groups[cells.cell_of], leaders)
+            circles = _enclose(self._vectors, groups[cells.cell_of], leaders, self._tolerance_deg)
             radii = np.deg2rad([circle.radius + HALF_FRAME_DEG for circle in circles])
             area = 2 * np.pi * np.rad2deg(1.0) ** 2 * (1 - np.cos(radii))
             cost = float((GROUP_COST_DEG2 + area).sum())
@@ -280,9 +284,11 @@ class _Cells:
 
         return cKDTree(self.vectors)
 
-    def examine(self, frames: _Polygons) -> tuple[np.ndarray, np.ndarray]:
-        """Return which frames have a source for certain, and which may have one."""
-        tolerance = np.deg2rad(FOOTPRINT_TOLERANCE_DEG)
+    def examine(self, frames: _Polygons, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return which frames have a source for certain, and which may have one.
+
+        One that is outside of a frame by less than `tolerance` radians counts.
+        """
         nearest = _to_angle(self._tree.query(frames.centre)[0])
         has_source = nearest <= frames.inner + tolerance
         reach = frames.radius + tolerance + self.slop.max()
@@ -325,8 +331,10 @@ class _Cells:
         return groups
 
 
-def _enclose(vectors: np.ndarray, groups: np.ndarray, leaders: np.ndarray) -> list[Circle]:
-    """Return a circle about the sources of each group, the smallest of three attempts."""
+def _enclose(
+    vectors: np.ndarray, groups: np.ndarray, leaders: np.ndarray, margin_deg: float
+) -> list[Circle]:
+    """Return a circle about the sources of each group and a margin, the smallest of three."""
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(len(leaders)))
     circles = []
@@ -345,7 +353,7 @@ def _enclose(vectors: np.ndarray, groups: np.ndarray, leaders: np.ndarray) -> li
             Circle(
                 float(np.rad2deg(np.arctan2(y, x)) % 360.0),
                 float(np.rad2deg(np.arctan2(z, np.hypot(x, y)))),
-                float(np.rad2deg(radii[best])) + FOOTPRINT_TOLERANCE_DEG,
+                float(np.rad2deg(radii[best])) + margin_deg,
             )
         )
     return circles

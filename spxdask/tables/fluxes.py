@@ -52,8 +52,10 @@ def choose_flux(columns: Mapping[str, Any], choice: FluxChoice = "total") -> Flu
         A table of spxdask, or columns of one by name; values without a unit are in uJy.
     choice : {"total", "psf", "corrected", "aperture"}
         ``total`` is ``psf_flux`` in the rows that have it, and ``flux`` x
-        ``aperture_correction`` in the others; in tables without PSF photometry, which know no
-        total flux, ``flux``. The other three are one of these in all rows.
+        ``aperture_correction`` in others with a ``neighbour_flux``: without one, as of a source
+        that cannot be told from its neighbour, the aperture holds an unknown share of both. In
+        tables without PSF photometry, which know no total flux, it is ``flux``. The other three
+        are one of these in all rows.
 
     Returns
     -------
@@ -93,9 +95,12 @@ def choose_flux(columns: Mapping[str, Any], choice: FluxChoice = "total") -> Flu
     is_psf = np.isfinite(value) & np.isfinite(psf_error)
     if choice == "psf" or is_psf.all():
         return Flux(value=value, error=psf_error, name=PSF_NAME, is_total=True, is_psf=is_psf)
+    is_apart = np.ones(len(flux), bool)
+    if "neighbour_flux" in names:
+        is_apart = np.isfinite(_read(columns["neighbour_flux"]))
     return Flux(
-        value=np.where(is_psf, value, corrected.value),
-        error=np.where(is_psf, psf_error, corrected.error),
+        value=np.where(is_psf, value, np.where(is_apart, corrected.value, np.nan)),
+        error=np.where(is_psf, psf_error, np.where(is_apart, corrected.error, np.nan)),
         name=f"{PSF_NAME}, else {CORRECTED_NAME}" if is_psf.any() else CORRECTED_NAME,
         is_total=True,
         is_psf=is_psf,

@@ -72,6 +72,11 @@ def test_the_total_flux_is_that_of_the_psf_where_there_is_one(rng):
     np.testing.assert_array_equal(aperture.value, columns["flux"])
     assert not aperture.is_total
     assert np.isnan(choose_flux(columns, "psf").value[:10]).all()
+    # Without a neighbour_flux, the aperture may hold the light of a source beside it.
+    unknown = np.where(np.arange(30) < 4, np.nan, 0.0)
+    total = choose_flux(columns | {"neighbour_flux": unknown})
+    np.testing.assert_array_equal(np.isnan(total.value), np.arange(30) < 4)
+    np.testing.assert_array_equal(np.isnan(total.error), np.arange(30) < 4)
     with pytest.raises(ConfigError, match="one of total, psf, corrected, aperture"):
         choose_flux(columns, "magic")
 

@@ -108,6 +108,20 @@ def test_a_frame_of_unknown_footprint_may_hold_a_source():
     assert sky.find_empty([]).tolist() == []
 
 
+@pytest.mark.parametrize(("pmra", "is_empty"), [(9000.0, False), (0.0, True)])
+def test_a_source_that_moves_onto_a_frame_is_not_lost(pmra, is_empty):
+    """0.1 deg beside the square of 2016.0, which it reaches in 2056."""
+    catalogue = Catalogue.from_arrays(
+        pa.array(["a"], pa.large_string()),
+        np.array([12.1]),
+        np.array([0.0]),
+        {"pmra": np.array([pmra]), "pmdec": np.zeros(1)},
+    )
+    assert catalogue.sky.find_empty([pack(SQUARE)]).tolist() == [is_empty]
+    [circle] = catalogue.sky.cover()
+    assert circle.radius == pytest.approx(FOOTPRINT_TOLERANCE_DEG + pmra * 50 / 3.6e6)
+
+
 # On the frame or not
 
 

@@ -200,6 +200,8 @@ def measure_psf_fluxes(
                 empty[reason] = int(where.sum())
             for column in (flux, flux_error, chi2):
                 column[where] = np.nan
+        # Of such a pair, only the sum is determined.
+        neighbours[is_close] = np.nan
     shares = shares[:n]
     return PsfPhotometry(
         flux=flux * solid_angle,
