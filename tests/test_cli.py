@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -138,6 +139,21 @@ def test_a_message_that_cannot_be_written_changes_no_status(target, tmp_path):
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             process.stderr.close()
             assert process.wait() == 2
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_takes_the_number_of_a_closed_stream(tmp_path):
+    code = (
+        "import os; from spxdask import __main__; "
+        "__main__.main = lambda: os.path.sameopenfile(2, os.open(os.devnull, os.O_RDONLY)); "
+        "__main__.run()"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} 2>&-"
+    # True, as an exit status.
+    assert subprocess.run(command, shell=True).returncode == 1
+    command = f"exec {shlex.quote(sys.executable)} -m spxdask run --catalog none.csv 2>&-"
+    ended = subprocess.run(command, shell=True, stdout=subprocess.PIPE, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, b"")
 
 
 @pytest.mark.slow
