@@ -243,7 +243,7 @@ class LightCurve:
             the last row; from first to last (MJD or Time).
         flux : {"total", "psf", "corrected", "aperture"}
             Which flux; ``total`` is ``psf_flux`` where a row has it, else ``flux`` x
-            ``aperture_correction``.
+            ``aperture_correction`` if its neighbours are known.
 
         Returns
         -------

@@ -25,6 +25,9 @@ ZONES = 180
 ZONE_STEP_DEG = 400.0
 # Catalogues and frames are at most so many years apart.
 MOST_YEARS = 50.0
+# Seven times what the fastest star moves in them. A motion that is none of a star is not to extend
+# the search for frames to the whole sky.
+MOST_SHIFT_DEG = 1.0
 # A notebook shows so many sources.
 ROWS_SHOWN = 10
 # What a source may have besides a position.
@@ -100,7 +103,7 @@ class Catalogue:
     @cached_property
     def sky(self) -> SourceSky:
         """Where its sources are, to compare with footprints of frames."""
-        return SourceSky(self.ra, self.dec, self.largest_shift_deg)
+        return SourceSky(self.ra, self.dec, min(self.largest_shift_deg, MOST_SHIFT_DEG))
 
     @property
     def motions(self) -> dict[str, np.ndarray]:

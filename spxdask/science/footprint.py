@@ -334,7 +334,7 @@ class _Cells:
 def _enclose(
     vectors: np.ndarray, groups: np.ndarray, leaders: np.ndarray, margin_deg: float
 ) -> list[Circle]:
-    """Return a circle about the sources of each group and a margin, the smallest of three."""
+    """Return a circle about the sources of each group, the smallest of three attempts."""
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(len(leaders)))
     circles = []
