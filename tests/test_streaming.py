@@ -37,7 +37,7 @@ def workers():
             dashboard_address="127.0.0.1:0",
             silence_logs=50,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
 

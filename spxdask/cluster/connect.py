@@ -40,7 +40,8 @@ def connect(scheduler: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Client:
         address = scheduler
         if "://" not in scheduler and os.path.isfile(scheduler):
             address = str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
-        return Client(address, timeout=timeout_s)
+        # What its user computes elsewhere must not move to it.
+        return Client(address, timeout=timeout_s, set_as_default=False)
     except (OSError, ValueError, TypeError, KeyError, TimeoutError) as error:
         raise InputError(
             f"no Dask scheduler at {scheduler!r}, which is neither the address of one nor its "

@@ -123,7 +123,11 @@ def embedded_client(
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-    with cluster, Client(cluster) as client, keep_local_workers(cluster):
+    with (
+        cluster,
+        Client(cluster, set_as_default=False) as client,
+        keep_local_workers(cluster),
+    ):
         yield client
 
 

@@ -51,7 +51,7 @@ def test_another_version_on_a_worker_is_an_error(survey, tmp_path):
     with (
         SimulatedArchive(survey[1]) as archive,
         start_cluster(1) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         client.register_plugin(OtherVersion())
         pipeline = BatchPipeline(config(survey, archive, tmp_path), client=client)
@@ -64,7 +64,7 @@ def test_a_worker_that_joins_later_is_checked_by_its_tasks(survey, tmp_path):
     with (
         SimulatedArchive(survey[1]) as archive,
         start_cluster(0) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         client.register_plugin(OtherVersion())
         # Adds a worker when there is a task.
@@ -87,7 +87,7 @@ def test_a_worker_without_spxdask_is_an_error():
 
 
 def test_a_worker_that_dies_while_versions_are_compared_is_tolerated():
-    with start_cluster(1) as cluster, Client(cluster) as client:
+    with start_cluster(1) as cluster, Client(cluster, set_as_default=False) as client:
         process = psutil.Process(next(iter(client.run(os.getpid).values())))
         process.send_signal(signal.SIGKILL)
         check_versions(client)
@@ -134,7 +134,7 @@ def test_a_client_that_lost_its_connection_goes_on_where_it_was(survey, tmp_path
     n_frames = len(survey[1])
     with SimulatedArchive(survey[1]) as archive, start_cluster(1) as cluster:
         options = config(survey, archive, tmp_path, max_download_workers=1)
-        with Client(cluster) as first:
+        with Client(cluster, set_as_default=False) as first:
 
             def disconnect() -> None:
                 is_disconnected = threading.Event()
@@ -152,7 +152,7 @@ def test_a_client_that_lost_its_connection_goes_on_where_it_was(survey, tmp_path
                 pipeline.run_all()
             before = read_status(options.output_dir)
             assert 3 <= before.measured < n_frames
-        with Client(cluster) as second:
+        with Client(cluster, set_as_default=False) as second:
             summary = BatchPipeline(options, client=second).run_all()
         assert not summary.failed
         assert summary.stages["extract"].reused == before.measured

@@ -13,7 +13,7 @@ import warnings
 
 import dask
 import pytest
-from distributed import LocalCluster, WorkerPlugin, wait
+from distributed import LocalCluster, WorkerPlugin
 
 from spxdask.cluster.embedded import embedded_client
 from spxdask.cluster.held_stderr import hold_stderr_back
@@ -78,9 +78,7 @@ def test_a_worker_that_dies_again_and_again_is_restarted_each_time(tmp_path):
         client.submit(os.getpid).result()
         [pid] = client.run(os.getpid).values()
         os.kill(pid, signal.SIGKILL)
-        later = client.submit(abs, -1)
-        wait(later, timeout=60)
-        assert later.result() == 1
+        assert client.submit(abs, -1).result(timeout=60) == 1
         assert deaths.read_text() == ""
 
 

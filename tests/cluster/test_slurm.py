@@ -200,7 +200,8 @@ def test_jobs_are_as_many_as_there_is_work_for(jobs):
         assert queued() == []
         # A run has few tasks at a time, and short ones, which for Dask's default settings is
         # work for one job.
-        tasks = as_completed(client.submit(time.sleep, 0.02, pure=False) for _ in range(2))
+        tasks = as_completed(loop=client.loop)
+        tasks.update(client.submit(time.sleep, 0.02, pure=False) for _ in range(2))
         for n, _ in enumerate(tasks):
             if count_planned_workers(client.cluster) == 2 or n == 500:
                 break

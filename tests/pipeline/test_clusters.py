@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import warnings
 
+import dask
 import pytest
 from distributed import Client
 from outputs import output_of, read_files
@@ -28,6 +29,7 @@ def process_state() -> tuple:
         logging.getLogger("spxdask").handlers[:],
         warnings.filters[:],
         dict(os.environ),
+        dask.config.get("scheduler", None),
     )
 
 
@@ -53,6 +55,8 @@ def test_run_batch_on_an_embedded_cluster(make_config):
         again.run_extract(skip_existing=False)
         again.run_all()
         assert again.dashboard_link == link is not None
+        # What is computed beside the run does not move to its cluster.
+        assert dask.config.get("scheduler", None) is None
     assert again.dashboard_link is None
     assert read_files(output_of(pipeline).lightcurves) == before
 
@@ -67,7 +71,13 @@ def test_scheduler_address(make_config, client):
 
 @pytest.mark.cluster
 def test_cluster_of_threads(make_config):
-    with Client(processes=False, dashboard_address=":0", n_workers=1, threads_per_worker=2) as own:
+    with Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=2,
+        dashboard_address="127.0.0.1:0",
+        set_as_default=False,
+    ) as own:
         summary = BatchPipeline(make_config(bands=["D6"]), client=own).run_all()
     assert summary.stages["extract"].done == 1
 

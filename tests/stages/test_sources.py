@@ -85,7 +85,11 @@ def run(survey, archive, tmp_path_factory) -> Iterator[Callable[[str], tuple[Pat
     """Return a function that makes a run, and gives its folder and the number of HTTP requests."""
     catalogue = survey.write_catalogue(tmp_path_factory.mktemp("catalogue") / "sources.csv")
     with Client(
-        processes=False, n_workers=1, threads_per_worker=3, dashboard_address="127.0.0.1:0"
+        processes=False,
+        n_workers=1,
+        threads_per_worker=3,
+        dashboard_address="127.0.0.1:0",
+        set_as_default=False,
     ) as client:
 
         def run(url: str, **more) -> tuple[Path, int]:

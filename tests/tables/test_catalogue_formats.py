@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 
+import dask
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
@@ -263,7 +264,8 @@ def make_objects() -> dict[str, object]:
 def test_objects(kind):
     value = make_objects()[kind]
     assert is_catalogue(value)
-    assert give(value) == EXPECTED
+    with dask.config.set(scheduler="synchronous"):
+        assert give(value) == EXPECTED
 
 
 @pytest.mark.parametrize(

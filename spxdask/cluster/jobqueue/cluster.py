@@ -93,7 +93,7 @@ def jobqueue_client(
     """
     settings = read_settings(path)
     cluster = _start_cluster(settings)
-    with cluster, Client(cluster) as client:
+    with cluster, Client(cluster, set_as_default=False) as client:
         watchdog = JobWatchdog(
             settings,
             cluster,
