@@ -176,7 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_command(arguments)
     finally:
         # Here, as Python reports it as an error at its end that it cannot write what is left.
-        _print("", end="")
+        try:
+            _print("", end="")
+        except SpxdaskError as error:
+            print(f"spxdask: {error}", file=sys.stderr)
+            sys.exit(EXIT_FAILED)
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
@@ -212,9 +216,12 @@ def _print(text: object, end: str = "\n") -> bool:
     """Print to standard output; return whether anyone reads it, which nobody has to."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        # What is left to be written must not be an error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise SpxdaskError(f"standard output cannot be written: {error.strerror}") from error
     return True
 
 

@@ -154,6 +154,8 @@ def _scheme(value: Any) -> str:
     """Return the scheme of a URL that names something, "" for anything else."""
     try:
         parts = urlsplit(value if isinstance(value, str) else "")
+        # Raises where the port is no port.
+        _ = parts.port
     except ValueError:
         return ""
     named = parts.path.strip("/") if parts.scheme == "file" else parts.netloc

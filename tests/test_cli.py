@@ -126,6 +126,21 @@ def test_a_reader_that_stops_is_no_error(arguments, unbuffered):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+def test_output_on_a_full_disk_is_one_sentence():
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "spxdask", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "spxdask: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.slow
 def test_a_message_that_nobody_reads_changes_no_status(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

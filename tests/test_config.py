@@ -260,6 +260,7 @@ NO_STORES = ["nowhere://bucket", "http://host/x", "https://host/x", "s3://", "s3
         ("max_retries", [-1, 101, *NOT_INTEGERS], "an integer >= 0 and <= 100"),
         ("stall_timeout", [3601, *POSITIVE], "a number > 0 and <= 3600"),
         ("tap_url", ["", "irsa", "ftp://x", "http://", "http://[", None, 3], "http or https URL"),
+        ("tap_url", ["http://host:70000/TAP", "http://host:x/TAP"], "http or https URL"),
         ("tap_url", ["s3://bucket/TAP", "file:///TAP"], "http or https URL"),
         (
             "archive_url",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pydoc
+import struct
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Security
+from distributed import comm as comms
 
 from spxdask import __version__
 from spxdask.errors import ClusterError, InputError
@@ -40,13 +45,41 @@ def connect(scheduler: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Client:
         address = scheduler
         if "://" not in scheduler and os.path.isfile(scheduler):
             address = str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+        _require_answer(address, timeout_s)
         # What its user computes elsewhere must not move to it.
         return Client(address, timeout=timeout_s, set_as_default=False)
-    except (OSError, ValueError, TypeError, KeyError, TimeoutError) as error:
+    # What another server answers may fail in any way.
+    except Exception as error:
+        reason = str(error) or f"no answer in {timeout_s:g} s"
+        if isinstance(error, MemoryError | struct.error):
+            reason = "what answers is no server of Dask"
         raise InputError(
             f"no Dask scheduler at {scheduler!r}, which is neither the address of one nor its "
-            f"scheduler file: {error or type(error).__name__}"
+            f"scheduler file: {reason}"
         ) from error
+
+
+def _require_answer(address: str, timeout_s: float) -> None:
+    """Raise an error of any kind unless a server of Dask answers in time.
+
+    A client waits without end for one that takes its connection and is silent.
+    """
+    answered: Future[None] = Future()
+
+    async def ask() -> None:
+        options = Security().get_connection_args("client")
+        comm = await asyncio.wait_for(comms.connect(address, timeout_s, **options), timeout_s + 1)
+        await comm.close()
+
+    def run() -> None:
+        try:
+            answered.set_result(asyncio.run(ask()))
+        except Exception as error:
+            answered.set_exception(error)
+
+    # This thread may have an event loop, as in a notebook; and a Ctrl-C ends the wait.
+    threading.Thread(target=run, name="spxdask-connect", daemon=True).start()
+    answered.result()
 
 
 def check_versions(client: Client) -> int:

@@ -39,6 +39,8 @@ def find_missing(
     ids: pa.Array,
     observations: Observations | None,
     statuses: Mapping[str, str],
+    *,
+    is_aggregated: bool = True,
 ) -> pa.Table:
     """Return the sources of a catalogue that have no row.
 
@@ -52,6 +54,8 @@ def find_missing(
         The frames of the query, None if they are not known.
     statuses : mapping of str to str
         What became of each frame, by file name.
+    is_aggregated : bool
+        Whether the light curves have all rows that were measured.
 
     Returns
     -------
@@ -75,7 +79,12 @@ def find_missing(
                 if status in counts:
                     counts[status][near] += 1
     reasons = [
-        _explain(*numbers, n_unknown=n_unknown, is_known=observations is not None)
+        _explain(
+            *numbers,
+            n_unknown=n_unknown,
+            is_known=observations is not None,
+            is_aggregated=is_aggregated,
+        )
         for numbers in zip(*(counts[name].tolist() for name in counts), strict=True)
     ]
     return pa.table(
@@ -90,7 +99,13 @@ def find_missing(
 
 
 def _explain(
-    n_frames: int, n_measured: int, n_failed: int, *, n_unknown: int, is_known: bool
+    n_frames: int,
+    n_measured: int,
+    n_failed: int,
+    *,
+    n_unknown: int,
+    is_known: bool,
+    is_aggregated: bool,
 ) -> str:
     """Return why a source has no row, from the numbers of its frames."""
     if not is_known:
@@ -99,6 +114,8 @@ def _explain(
         if n_unknown:
             return f"not known: {format_count(n_unknown, 'frame')} of the query without a footprint"
         return "on no frame of the query"
+    if n_measured and not is_aggregated:
+        return "not known: the light curves are not up to date, resume the run"
     if n_measured:
         others = f", {n_failed:,} failed" if n_failed else ""
         return (

@@ -357,7 +357,8 @@ class Run:
                 self._frame_table.column(n).to_pylist() for n in ("filename", "status")
             )
             statuses = dict(zip(names, states, strict=True))
-        found = find_missing(catalogue, ids, observations, statuses)
+        is_aggregated = load_aggregation(self.folder.state) is not None
+        found = find_missing(catalogue, ids, observations, statuses, is_aggregated=is_aggregated)
         skipped = list(read_skipped_rows(self.folder.root))
         rows = [
             {

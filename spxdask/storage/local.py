@@ -55,7 +55,10 @@ class LocalStore(Store):
         """See `Store.contains`."""
         if "://" in path:
             return False
-        folder, resolved = self.local_path.resolve(), Path(_encode_path(path)).resolve()
+        # Not Path.resolve, which raises where a link leads to itself.
+        folder, resolved = (
+            Path(os.path.realpath(name)) for name in (self._folder, _encode_path(path))
+        )
         return folder == resolved or folder in resolved.parents
 
     def make(self) -> None:

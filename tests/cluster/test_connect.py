@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -108,6 +110,27 @@ def test_a_file_that_is_not_a_scheduler_file(tmp_path, content):
     with pytest.raises(InputError, match="no Dask scheduler at") as raised:
         connect(str(file))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("banner", [b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", b"220 mail\r\n", b""])
+def test_the_port_of_another_server(banner):
+    """Of a server that speaks first, and of one that waits, as that of Dask's pages."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "tcp://{}:{}".format(*server.getsockname())
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(banner)
+                while connection.recv(1000):
+                    pass
+
+        with ThreadPoolExecutor(1) as other:
+            answering = other.submit(answer)
+            reason = "what answers is no server of Dask" if banner else "no answer in 0.5 s"
+            with pytest.raises(InputError, match=f"no Dask scheduler at .*: {reason}"):
+                connect(address, timeout_s=0.5)
+            answering.result()
 
 
 def test_one_cluster_at_a_time(survey, tmp_path, client):

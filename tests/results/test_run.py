@@ -16,6 +16,7 @@ from simulated import AWKWARD_IDS
 
 import spxdask
 from spxdask.errors import ConfigError, NoSuchSourceError, RunFolderError
+from spxdask.run.aggregation import discard_aggregation
 from spxdask.science.channels import PUBLISHED_CHANNELS
 from spxdask.simulate.products import make_products
 from spxdask.tables.schema import COLUMNS, WITH_PSF
@@ -200,6 +201,18 @@ def test_missing_sources_are_named_with_the_reason(tmp_path):
     assert reasons["on a failed frame"] == "1 frame failed"
     assert reasons["not yet"] == "1 frame not measured yet"
     assert reasons["b"] == "skipped row 7 of the catalogue: no dec"
+
+
+def test_light_curves_that_are_not_complete_are_no_reason(tmp_path):
+    """As where the run was killed while it wrote them."""
+    positions = {"written": CENTER, "missing": CENTER, "on no frame": (CENTER[0] + 180, CENTER[1])}
+    run = make_run(tmp_path, make_curves(["written"]), positions=positions)
+    discard_aggregation(run.state)
+    missing = spxdask.open_run(tmp_path).missing_sources
+    assert list(missing["reason"]) == [
+        "not known: the light curves are not up to date, resume the run",
+        "on no frame of the query",
+    ]
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):

@@ -148,6 +148,14 @@ def test_a_folder_is_found_through_links(tmp_path):
     assert not LocalStore(tmp_path / "out").contains(f"s3:/{tmp_path}/out/a.csv")
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    store = LocalStore(tmp_path / "loop")
+    assert not store.contains(f"{tmp_path}/a.csv")
+    with pytest.raises(OSError, match="exists"):
+        store.make()
+
+
 def test_a_file_that_goes_while_others_are_listed(tmp_path, monkeypatch):
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text(name)

@@ -72,6 +72,8 @@ def test_headers_and_quoting(tmp_path, text, encoding):
         ("targetid,ra,dec\na,inf,1\n", "ra is not within"),
         ("targetid,ra,dec\n" + "".join(f"s{i},1,91\n" for i in range(9)), "and 4 more"),
         ("targetid,ra,dec\na,1\n", "not readable as CSV"),
+        (f"targetid,ra,dec,{'x' * 140_000}\na,1,2,3\n", "not readable as CSV: field larger"),
+        (f"targetid,ra,dec\n{'x' * 140_000},1,2\nb,1\n", "not readable as CSV: field larger"),
     ],
 )
 def test_bad_catalogues_say_where(tmp_path, text, says):

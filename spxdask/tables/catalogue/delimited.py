@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -227,7 +227,7 @@ class DelimitedTable(RawTable):
                     first, is_within = number, True
                 yield line
 
-        for cells in csv.reader(lines(), delimiter=self._delimiter):
+        for cells in _parse(lines(), self._delimiter):
             is_within = False
             yield first, cells
 
@@ -453,7 +453,16 @@ def _refuse_rows_in_header(header: str, line: int) -> None:
 
 
 def _split(text: str, delimiter: str) -> list[str]:
-    return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    return next(_parse(io.StringIO(text, newline=""), delimiter), [])
+
+
+def _parse(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """Yield the cells of each row."""
+    try:
+        yield from csv.reader(lines, delimiter=delimiter)
+    except csv.Error as error:
+        # Such as a value of over 100,000 characters.
+        raise CatalogueError(f"not readable as CSV: {error}") from error
 
 
 def _decode(text: bytes) -> str:
