@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from spxdask.archive.calibration import CalibrationSet, obtain_calibration
+from spxdask.archive.calibration import (
+    CalibrationSet,
+    Product,
+    obtain_calibration,
+    open_in_cache,
+)
 from spxdask.archive.observation import Observation
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.config import BatchConfig
-from spxdask.errors import InputError
+from spxdask.errors import ArchiveError, InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import StageReport
 from spxdask.science.families import EPSF
+from spxdask.stages.context import announce_outages
 from spxdask.storage import local_path
 
-__all__ = ["prepare_calibration"]
+__all__ = ["await_products", "prepare_calibration"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +100,52 @@ def prepare_calibration(
     if report is not None:
         report.products, report.missing_products = found.tokens, dict(found.missing)
     return found
+
+
+def await_products(
+    calibration: CalibrationSet,
+    kinds: Iterable[tuple[str, bool]],
+    policy: OutagePolicy,
+    on_wait: Callable[[str | None], None],
+) -> None:
+    """Fetch the products that frames are measured with, and wait out an outage of their archive.
+
+    Without them, each frame would fail. A product that cannot be had for another reason is left to
+    the frames that need it.
+
+    Parameters
+    ----------
+    calibration : CalibrationSet
+        The products of the run.
+    kinds : iterable of (str, bool)
+        Band of the frames, and whether they are early ones; see `CalibrationSet.choose`.
+    policy : OutagePolicy
+        How long to wait.
+    on_wait : callable
+        Called with the reason when it waits for the archive, with None when it goes on.
+
+    Raises
+    ------
+    ArchiveError
+        If the archive does not answer for too long.
+    InputError
+        If the cache cannot be written.
+    DiskFullError
+        If there is no room for the products.
+    """
+    products = {p for kind in kinds for p in calibration.choose(*kind).values()}
+    for product in sorted(products, key=lambda product: product.filename):
+
+        def fetch(is_first: bool, product: Product = product) -> None:
+            source = calibration.source
+            if source is not None and not is_first:
+                # One attempt at a time where the archive did not answer before.
+                source = replace(source, retry=replace(source.retry, max_retries=0))
+            open_in_cache(product, source)
+
+        try:
+            wait_out(fetch, policy, announce_outages(on_wait))
+        except ArchiveError as error:
+            if error.blame == "archive":
+                raise
+            logger.debug("a product cannot be had: %s", error)

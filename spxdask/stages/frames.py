@@ -52,7 +52,7 @@ from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.compiled import is_cached
 from spxdask.stages import download, extract, stream
-from spxdask.stages.calibration import prepare_calibration
+from spxdask.stages.calibration import await_products, prepare_calibration
 from spxdask.stages.reading import ReadOption, make_row_rule
 from spxdask.stages.recheck import recheck_frames
 
@@ -278,9 +278,12 @@ class FrameRun:
             If the cluster is gone.
         RunFolderError
             If another run has taken over the folder.
+        ArchiveError
+            If the archive does not answer for too long.
         """
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
+            self._await_products(states)
             self._announce_measurements()
             if serial and not is_cached():
                 self.progress.note("compiling, once on this machine: half a minute or so")
@@ -315,6 +318,20 @@ class FrameRun:
         """Bring the table of frames in the folder up to date."""
         sources = None if self.config.fetches_empty_frames else self.catalogue
         save_frame_table(self.folder.state, self.observations, self.folder.ledger, sources)
+
+    def _await_products(self, states: bytearray) -> None:
+        """Have the products of the frames that are to be measured on this machine."""
+        kinds = {
+            (observation.band, observation.is_early)
+            for observation, state in zip(iterate(self._bag), states, strict=True)
+            if state in MEASURING
+        }
+
+        def wait(reason: str | None) -> None:
+            self.folder.set_waiting(reason)
+            self.progress.wait(reason)
+
+        await_products(self.calibration, kinds, self.outage_policy, wait)
 
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""

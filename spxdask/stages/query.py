@@ -32,6 +32,7 @@ from spxdask.run.query_summary import Field
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.footprint import Circle, pack_footprint
+from spxdask.stages.context import announce_outages
 from spxdask.text import format_count
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,6 @@ def find_patiently(
     list of Observation
         As `find_observations` returns them.
     """
-    is_waiting = False
 
     def ask(is_first: bool) -> list[Observation]:
         # Without retries where the archive did not answer before.
@@ -97,16 +97,7 @@ def find_patiently(
                 error.blame = "access"
             raise
 
-    def report(reason: str | None) -> None:
-        nonlocal is_waiting
-        if reason is None:
-            logger.warning("the archive answers again")
-        elif not is_waiting:
-            logger.warning(reason)
-        is_waiting = reason is not None
-        on_wait(reason)
-
-    return wait_out(ask, policy, report)
+    return wait_out(ask, policy, announce_outages(on_wait))
 
 
 def find_observations(

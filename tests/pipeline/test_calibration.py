@@ -24,16 +24,17 @@ from outputs import output_of, read_per_image
 
 from spxdask import BatchConfig, BatchPipeline, PhotometryConfig
 from spxdask.archive.observation import Observation, frame_url
+from spxdask.archive.outage import OutagePolicy
 from spxdask.errors import FrameError, InputError, RunFolderError
 from spxdask.run.folder import RunFolder
 from spxdask.run.plan import MeasurementInputs, table_name
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.level2.frame import open_frame
-from spxdask.simulate.archive import ArchivedFrame, SimulatedArchive
+from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import CALIBRATED_SCENE, Exposure, Planes, make_planes, write_frame
 from spxdask.simulate.products import ArchivedProduct, make_products
-from spxdask.stages.calibration import prepare_calibration
+from spxdask.stages.calibration import await_products, prepare_calibration
 from spxdask.stages.extract import ExtractOptions, extract, measure_catalogue
 from spxdask.tables.schema import APERTURE_ONLY, WITH_PSF
 
@@ -228,6 +229,37 @@ def test_a_family_that_is_missing_is_said_once(calibrated, make_config, caplog):
     # Without PSF fluxes nobody needs it.
     config = make_config(photometry=PhotometryConfig(psf="none"))
     assert "epsf" not in prepare(config, calibrated.observations).tokens
+
+
+def test_products_that_are_gone_from_the_cache_are_waited_for(
+    calibrated, make_config, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("SPXDASK_CACHE", str(tmp_path / "cache"))
+    epsf = next(p for p in calibrated.products if p.family == "epsf")
+    policy = OutagePolicy(patience_s=60, first_pause_s=0.01, longest_pause_s=0.01)
+    waits = []
+    with SimulatedArchive(calibrated.archived, products=calibrated.products) as archive:
+        config = make_config(
+            tap_url=archive.tap_url, archive_url=archive.archive_url, max_retries=0
+        )
+        found = prepare(config, calibrated.observations)
+        n_requests = len(archive.requests)
+        await_products(found, [("D3", True), ("D3", False)], policy, waits.append)
+        assert (len(archive.requests), waits) == (n_requests, [])
+        for path in (tmp_path / "cache" / "products").glob("*epsf*"):
+            path.unlink()
+        archive.add_faults(epsf.uri, [Fault(status=503)] * 3)
+        with caplog.at_level(logging.WARNING, logger="spxdask"):
+            await_products(found, [("D3", True)], policy, waits.append)
+        assert [wait is None for wait in waits] == [False] * 3 + [True]
+        assert "503" in waits[0]
+        assert [r.getMessage() for r in caplog.records] == [waits[0], "the archive answers again"]
+        # No patience would help where it is not there.
+        for path in (tmp_path / "cache" / "products").glob("*epsf*"):
+            path.unlink()
+        archive.add_faults(epsf.uri, [Fault(status=404)] * 9)
+        await_products(found, [("D3", True)], policy, waits.append)
+        assert len(waits) == 4
 
 
 def test_a_changed_product_measures_frames_of_its_detector_again(calibrated, make_config, tmp_path):
