@@ -384,7 +384,8 @@ def _add_command(commands: Any, name: str) -> None:
             "-o",
             "--file",
             metavar="FILE",
-            help="picture to write, of the kind that its ending names; default: ID.png",
+            help="picture to write, of the kind that its ending names; default: ID.png, or "
+            "ID-light-curve.png",
         )
     elif name == "status":
         _add_folder(command)
@@ -687,7 +688,8 @@ def _plot(options: argparse.Namespace) -> int:
     light_curve = run[options.target_id]
     draw = light_curve.plot_light_curve if options.light_curve else light_curve.plot_spectrum
     axes = draw()
-    path = expand_path(options.file or f"{file_stem(options.target_id)}.png", "--file")
+    kind = "-light-curve" if options.light_curve else ""
+    path = expand_path(options.file or f"{file_stem(options.target_id)}{kind}.png", "--file")
     try:
         axes.figure.savefig(path, bbox_inches="tight", dpi=150)
     except (OSError, ValueError) as error:

@@ -192,6 +192,7 @@ def run_demo(output: str, *, visits: Sequence[int] = range(len(VISIT_ORDER))) ->
     print(f"\nspectra     {folder_path / 'spectra.png'}")
     print(f"checks      {folder_path / 'checks.png'}")
     print(f"in Python   spxdask.open_run({folder.path!r})")
+    print("\nThe simulated archive has ended: this run can be read, but not measured again.")
     return summary
 
 

@@ -143,7 +143,7 @@ class LightCurve:
         psf_chi2: float | None = None,
         bad_fraction: float | None = None,
         snr: float | None = None,
-        bands: Iterable[str] | None = None,
+        bands: Iterable[str | int] | str | int | None = None,
         mjd_range: Epoch | None = None,
     ) -> LightCurve:
         """Return the light curve without rows that are not fit for science.
@@ -160,8 +160,8 @@ class LightCurve:
         snr : float, optional
             Lowest total flux in units of its error; by default, any. Such a cut biases faint
             fluxes.
-        bands : iterable of str, optional
-            Detectors, such as ``["D1", "D2"]``; default: all.
+        bands : str, int, or iterable of them, optional
+            Detectors by name or number, such as ``["D1", "D2"]`` or ``1``; default: all.
         mjd_range : (float or Time, float or Time), optional
             First and last day, MJD.
 
@@ -186,11 +186,15 @@ class LightCurve:
             flux = self.flux()
             good &= flux.value >= snr * flux.error
         if bands is not None:
-            names = [bands] if isinstance(bands, str) else list(bands)
-            for name in names:
+            given = [bands] if isinstance(bands, str | int) else list(bands)
+            numbers = []
+            for band in given:
+                name = str(band).upper()
+                name = name if name.startswith("D") else f"D{name}"
                 if name not in BANDS:
-                    raise ConfigError(option="bands", value=name, rule="some of D1 to D6")
-            good &= np.isin(self.band, [BANDS.index(name) for name in names])
+                    raise ConfigError(option="bands", value=band, rule="some of D1 to D6")
+                numbers.append(BANDS.index(name))
+            good &= np.isin(self.band, numbers)
         if mjd_range is not None:
             good &= self._find_epoch(mjd_range)
         return self._take(self._rows.filter(pa.array(good)), is_cut=True)

@@ -310,7 +310,7 @@ class RunFolder:
         if not exists:
             raise RunFolderError(
                 f"{self.path} is not the output folder of a run: start with `spxdask run` or "
-                "`spxdask query`, or name the folder with --output"
+                "`spxdask query`, or name the folder of one"
             )
         saved = BatchConfig.from_yaml(LiteralPath(self.state.path_to(CONFIG_NAME)))
         was = RunFolder(LiteralPath(saved.output_dir))

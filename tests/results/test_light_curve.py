@@ -56,6 +56,9 @@ def test_cuts_are_by_name_and_the_default_is_that_of_the_package(rng):
         lc.good(flags=["BLOM"])
     with pytest.raises(ConfigError, match="bands must be some of D1 to D6"):
         lc.good(bands=["D7"])
+    band = lc["band"][0]
+    for same in (band, band.lower(), int(band[1]), [int(band[1])]):
+        assert len(lc.good(flags=(), bands=same)) == len(lc.good(flags=(), bands=[band])) > 0
 
 
 def test_the_total_flux_is_that_of_the_psf_where_there_is_one(rng):

@@ -31,7 +31,8 @@ def test_pictures_are_named_after_the_source_or_as_asked_for(folder, capsys):
     spectrum = (folder / "star 1.png").read_bytes()
     assert spectrum.startswith(b"\x89PNG")
     assert main(["plot", "star 1", "--output", "out", "--light-curve"]) == 0
-    assert (folder / "star 1.png").read_bytes() != spectrum
+    assert (folder / "star 1-light-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "star 1.png").read_bytes() == spectrum
 
 
 @pytest.mark.parametrize(
