@@ -210,6 +210,10 @@ class Run:
         if catalogue is not None and _find(catalogue.target_id, target_id) is not None:
             reason = f"source {target_id!r} has no row: `missing_sources` of the run says why"
             return NoSuchSourceError(reason, source=target_id)
+        for row in read_skipped_rows(self.folder.root):
+            if row["target_id"] == target_id:
+                reason = f"source {target_id!r} was skipped: {row['reason']} in the catalogue"
+                return NoSuchSourceError(reason, source=target_id)
         near = _find_near(self.ids if catalogue is None else catalogue.target_id, target_id)
         hint = f": did you mean {near!r}?" if near else ""
         return NoSuchSourceError(

@@ -193,7 +193,10 @@ def test_missing_sources_are_named_with_the_reason(tmp_path):
         pending=(2,),
     )
     run.root.put("skipped_rows.csv", b"row,line,reason,target_id,ra,dec\n7,8,no dec,b,1.5,\n")
-    missing = spxdask.open_run(tmp_path).missing_sources
+    found = spxdask.open_run(tmp_path)
+    with pytest.raises(NoSuchSourceError, match="'b' was skipped: no dec in the catalogue"):
+        found["b"]
+    missing = found.missing_sources
     reasons = dict(zip(missing["id"], missing["reason"], strict=True))
     assert list(reasons) == [*list(positions)[1:], "b"]
     assert reasons["on no frame"] == "on no frame of the query"
