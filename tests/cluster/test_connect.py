@@ -9,10 +9,11 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import dask
 import psutil
 import pytest
 import simulated
-from distributed import Client, LocalCluster, WorkerPlugin
+from distributed import Client, LocalCluster, WorkerPlugin, default_client
 
 import spxdask
 from spxdask import BatchConfig, BatchPipeline
@@ -131,6 +132,15 @@ def test_the_port_of_another_server(banner):
             with pytest.raises(InputError, match=f"no Dask scheduler at .*: {reason}"):
                 connect(address, timeout_s=0.5)
             answering.result()
+
+
+def test_a_mistyped_address_leaves_no_client():
+    """One that is left would take over what is computed later, until it is collected."""
+    with pytest.raises(InputError, match="unknown address scheme"):
+        connect("not-an-address://x")
+    assert dask.config.get("scheduler", None) is None
+    with pytest.raises(ValueError, match="No clients found"):
+        default_client()
 
 
 def test_one_cluster_at_a_time(survey, tmp_path, client):
