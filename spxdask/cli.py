@@ -628,7 +628,7 @@ def _pipeline(config: BatchConfig, options: argparse.Namespace) -> BatchPipeline
 def _run(options: argparse.Namespace) -> int:
     config = _configuration(options, saved=options.retry_failed)
     if options.dry_run:
-        return _print_estimate(config)
+        return _print_estimate(config, options)
     pipeline = _pipeline(config, options)
     return _print_summary(
         pipeline.run_all(retry_failed=options.retry_failed, recheck=options.recheck)
@@ -648,11 +648,16 @@ def _print_summary(summary: RunSummary) -> int:
     return EXIT_FAILED if summary.failed or not summary.n_measured else EXIT_DONE
 
 
-def _print_estimate(config: BatchConfig) -> int:
+def _print_estimate(config: BatchConfig, options: argparse.Namespace) -> int:
     from spxdask.run.folder import RunFolder
     from spxdask.run.sources import RunSources
     from spxdask.stages.estimate import estimate_run
 
+    if options.jobqueue is not None:
+        from spxdask.cluster.jobqueue.settings import read_settings
+
+        # What a run would refuse is refused here, too.
+        read_settings(options.jobqueue)
     estimate = estimate_run(config, RunSources(config, RunFolder(config.output_dir)))
     _print(wrap_report(str(estimate)))
     return EXIT_DONE if estimate.has_sources else EXIT_FAILED
@@ -663,7 +668,7 @@ def _stage(options: argparse.Namespace) -> int:
 
     config = _configuration(options, saved=options.command != "query")
     if options.command == "query" and options.dry_run:
-        return _print_estimate(config)
+        return _print_estimate(config, options)
     pipeline = _pipeline(config, options)
     if options.command == "extract":
         pipeline.run_extract(skip_existing=not options.all)

@@ -80,6 +80,17 @@ def test_dry_run_tells_what_would_be_fetched_and_changes_nothing(run, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "option", ["--calibration", "--contaminants-path", "--jobqueue"], ids=lambda o: o.strip("-")
+)
+def test_a_dry_run_refuses_what_a_run_refuses(run, tmp_path, option):
+    arguments = [*FIELD, option, str(tmp_path / "nowhere")]
+    status, _, err = run("run", *arguments, "--dry-run", scheduler=False)
+    assert status == 2
+    assert str(tmp_path / "nowhere") in err
+    assert not run.archive.requests
+
+
 def test_a_catalogue_elsewhere_is_refused_before_the_download(run, tmp_path):
     simulated.write_catalogue(tmp_path / "far.csv", ["a"], [90.0], [-66.0])
     status, out, _ = run("run", "--catalog", "far.csv", *FIELD[2:], "--output", "far")

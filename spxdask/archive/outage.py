@@ -1,10 +1,11 @@
 """Times in which the archive does not answer: how long to wait, and what a failure means.
 
-All of it is pure: the time comes from a clock that is passed in.
+The time comes from a clock that is passed in.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -13,6 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, Generic, Literal, TypeVar
 
 from spxdask.errors import ArchiveError
+
+logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -180,6 +183,33 @@ def wait_out(
             if outage is not None:
                 announce(None)
             return answer
+
+
+def announce_outages(on_wait: Callable[[str | None], None]) -> Callable[[str | None], None]:
+    """Return what tells the user of an outage, for `wait_out`.
+
+    Parameters
+    ----------
+    on_wait : callable
+        Called with each reason to wait, and with None when the archive answers again.
+
+    Returns
+    -------
+    callable
+        Calls `on_wait`, and logs the beginning and the end.
+    """
+    is_waiting = False
+
+    def announce(reason: str | None) -> None:
+        nonlocal is_waiting
+        if reason is None:
+            logger.warning("the archive answers again")
+        elif not is_waiting:
+            logger.warning(reason)
+        is_waiting = reason is not None
+        on_wait(reason)
+
+    return announce
 
 
 @dataclass(frozen=True, kw_only=True)

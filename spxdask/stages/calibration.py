@@ -13,17 +13,16 @@ from spxdask.archive.calibration import (
     open_in_cache,
 )
 from spxdask.archive.observation import Observation
-from spxdask.archive.outage import OutagePolicy, wait_out
+from spxdask.archive.outage import OutagePolicy, announce_outages, wait_out
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
 from spxdask.run.folder import RunFolder
 from spxdask.run.summary import StageReport
 from spxdask.science.families import EPSF
-from spxdask.stages.context import announce_outages
 from spxdask.storage import local_path
 
-__all__ = ["await_products", "prepare_calibration"]
+__all__ = ["await_products", "prepare_calibration", "require_products_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +75,7 @@ def prepare_calibration(
         releases.add(observation.release)
     if not bands:
         return recorded or CalibrationSet(source=source)
-    if config.calibration != "archive":
-        tree = local_path(config.calibration)
-        if tree is not None and not tree.is_dir():
-            raise InputError(f"calibration: there is no folder {tree}")
+    require_products_folder(config)
     skipped = {EPSF} if config.photometry.psf == "none" else set()
     found = obtain_calibration(
         source,
@@ -100,6 +96,21 @@ def prepare_calibration(
     if report is not None:
         report.products, report.missing_products = found.tokens, dict(found.missing)
     return found
+
+
+def require_products_folder(config: BatchConfig) -> None:
+    """Raise InputError where calibration is a folder on disk that is not there.
+
+    Parameters
+    ----------
+    config : BatchConfig
+        The run.
+    """
+    if config.calibration in ("archive", "frame"):
+        return
+    tree = local_path(config.calibration)
+    if tree is not None and not tree.is_dir():
+        raise InputError(f"calibration: there is no folder {tree}")
 
 
 def await_products(

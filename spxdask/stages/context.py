@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from spxdask.cluster.page import ProgressPublisher
@@ -13,7 +13,7 @@ from spxdask.run.folder import RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import StageReport, describe_stage
 
-__all__ = ["PAGE_NAME", "announce_outages", "open_stages"]
+__all__ = ["PAGE_NAME", "open_stages"]
 
 PAGE_NAME = "progress.html"
 
@@ -65,30 +65,3 @@ def open_stages(
     for report in reports:
         report.seconds = time.monotonic() - started
         logger.info("%s", describe_stage(report))
-
-
-def announce_outages(on_wait: Callable[[str | None], None]) -> Callable[[str | None], None]:
-    """Return what tells the user of an outage, for `spxdask.archive.outage.wait_out`.
-
-    Parameters
-    ----------
-    on_wait : callable
-        Called with each reason to wait, and with None when the archive answers again.
-
-    Returns
-    -------
-    callable
-        Calls `on_wait`, and logs the beginning and the end.
-    """
-    is_waiting = False
-
-    def announce(reason: str | None) -> None:
-        nonlocal is_waiting
-        if reason is None:
-            logger.warning("the archive answers again")
-        elif not is_waiting:
-            logger.warning(reason)
-        is_waiting = reason is not None
-        on_wait(reason)
-
-    return announce

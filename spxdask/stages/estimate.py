@@ -15,6 +15,7 @@ from spxdask.run.calibration import load_calibration, survey_products
 from spxdask.run.folder import CONFIG_NAME, RunFolder
 from spxdask.run.sources import RunSources
 from spxdask.run.summary import NO_SOURCES, describe_calibration
+from spxdask.stages.calibration import require_products_folder
 from spxdask.stages.query import (
     TYPICAL_FRAME_BYTES,
     check_count,
@@ -163,6 +164,9 @@ def estimate_run(
         If there are more frames than ``max_images``.
     """
     catalogue = sources.read()
+    # What a run would refuse is refused here, too.
+    sources.read_contaminants()
+    require_products_folder(config)
     folder = RunFolder(config.output_dir)
     found = find_patiently(
         config,

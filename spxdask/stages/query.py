@@ -21,7 +21,7 @@ from spxdask.archive.observation import (
     parse_filename,
     parse_release,
 )
-from spxdask.archive.outage import OutagePolicy, wait_out
+from spxdask.archive.outage import OutagePolicy, announce_outages, wait_out
 from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import QueryRejectedError, TapOptions, run_adql
 from spxdask.config import RELEASES, BatchConfig
@@ -32,7 +32,6 @@ from spxdask.run.query_summary import Field
 from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.footprint import Circle, pack_footprint
-from spxdask.stages.context import announce_outages
 from spxdask.text import format_count
 
 logger = logging.getLogger(__name__)
