@@ -327,11 +327,19 @@ class FrameRun:
             if state in MEASURING
         }
 
+        is_waiting = False
+
         def wait(reason: str | None) -> None:
+            nonlocal is_waiting
+            is_waiting = reason is not None
             self.folder.set_waiting(reason)
             self.progress.wait(reason)
 
-        await_products(self.calibration, kinds, self.outage_policy, wait)
+        try:
+            await_products(self.calibration, kinds, self.outage_policy, wait)
+        finally:
+            if is_waiting:
+                wait(None)
 
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""
