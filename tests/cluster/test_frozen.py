@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import dask
@@ -298,17 +299,24 @@ def block(dask_worker) -> bytes:
     return stacks
 
 
+def disarm(client: Client) -> None:
+    """Have the workers keep no stacks, so that they have just been started for a watch."""
+    # There are none to keep where no run has used the workers.
+    with suppress(ValueError):
+        client.unregister_worker_plugin(StackKeeper.name)
+    # The scheduler is told so by the next heartbeats.
+    while any(METRIC in w["metrics"] for w in client.scheduler_info(-1)["workers"].values()):
+        time.sleep(0.01)
+
+
 def test_an_event_loop_that_does_not_run_leaves_the_stacks(workers):
     keep_stacks(workers, 0.1, 0.3, is_shared=True)
     assert len(workers.run(block)) == 2
     # They are gone when it runs again.
     while any(workers.run(get_stacks).values()):
         time.sleep(0.01)
-    workers.unregister_worker_plugin(StackKeeper.name)
+    disarm(workers)
     assert not any(METRIC in w["metrics"] for w in workers.run(get_metrics).values())
-    # The scheduler knows it, too: to later tests, the workers have just been started.
-    while any(METRIC in w["metrics"] for w in workers.scheduler_info(-1)["workers"].values()):
-        time.sleep(0.01)
 
 
 async def get_metrics(dask_worker) -> dict:
@@ -324,6 +332,7 @@ def test_a_worker_in_the_process_of_the_client_is_left_alone(in_process):
 
 def test_a_stopped_worker_that_goes_on_is_kept(workers):
     now_s, saved = 0.0, []
+    disarm(workers)
     times = FrozenTimes(silent_s=60, poll_interval_s=1000)
     watch = FrozenWatch(workers, times, lambda *text: saved.append(text), clock=lambda: now_s)
     address, pid = next(iter(workers.run(os.getpid).items()))

@@ -69,17 +69,18 @@ def test_messages_of_workers_are_shown_from_the_users_level_on(client, listen, l
     assert texts == [f"{name.upper()} spxdask.somewhere {name} a b 7" for name in shown]
 
 
-def fetch_from_nowhere(n_retries, delay_s):
+def fetch_from_nowhere(port, n_retries, delay_s):
+    """Fetch from a server that is not there, of each test another: similar messages are few."""
     received = ReceivedFile(memoryview(bytearray(10)))
     retry = RetryPolicy(max_retries=n_retries, first_delay_s=delay_s, longest_delay_s=delay_s)
-    url = "http://127.0.0.1:9/frame.fits"
+    url = f"http://127.0.0.1:{port}/frame.fits"
     with pytest.raises(ArchiveError):
         fetch_file(url, received, lambda received: None, retry=retry, stall_timeout_s=5.0)
 
 
 def test_a_retry_is_seen_while_it_is_waited_for(client, listen):
     listener = listen(logging.INFO)
-    task = client.submit(fetch_from_nowhere, 1, 6.0, pure=False)
+    task = client.submit(fetch_from_nowhere, 9, 1, 6.0, pure=False)
     listener.wait_for("trying again in ")
     assert not task.done()
     [text] = [text for text in listener.texts if "trying again" in text]
@@ -91,7 +92,7 @@ def test_a_retry_is_seen_while_it_is_waited_for(client, listen):
 def test_many_retries_are_few_lines(client, listen):
     listener = listen(logging.INFO)
     started = time.monotonic()
-    tasks = client.map(fetch_from_nowhere, [20] * 12, [0.001] * 12, pure=False)
+    tasks = client.map(fetch_from_nowhere, [7] * 12, [20] * 12, [0.001] * 12, pure=False)
     client.submit(say, "over").result()
     client.gather(tasks)
     listener.wait_for("over")
