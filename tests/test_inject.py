@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -70,6 +71,12 @@ def folder(survey, tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("run") / "a", survey)
 
 
+@pytest.fixture
+def copied(folder, tmp_path) -> str:
+    """A copy of the folder, in which other injections may be made."""
+    return shutil.copytree(folder.path, str(tmp_path / "copy"))
+
+
 @pytest.fixture(scope="module")
 def report(folder):
     return run_injection(folder.path, per_frame=150, magnitudes=(13.0, 19.0))
@@ -113,8 +120,8 @@ def test_the_same_again_changes_no_other_file(folder, report):
     pd.testing.assert_frame_equal(again.rows, report.rows)
 
 
-def test_frames_are_spread_over_bands_and_independent_of_one_another(folder, report):
-    rows = run_injection(folder.path, frames=2, per_frame=150, magnitudes=(13.0, 19.0)).rows
+def test_frames_are_spread_over_bands_and_independent_of_one_another(copied, report):
+    rows = run_injection(copied, frames=2, per_frame=150, magnitudes=(13.0, 19.0)).rows
     assert sorted(rows.groupby("filename")["band"].first()) == ["D3", "D4"]
     for name, of_frame in rows.groupby("filename"):
         same = report.rows[report.rows["filename"] == name]
@@ -189,8 +196,8 @@ def test_wrong_arguments_are_named(folder, options):
     assert error.value.option == next(iter(options))
 
 
-def test_command_line(folder, capsys, tmp_path):
-    arguments = ["inject", "--output", folder.path, "--frames", "1", "--per-frame", "10"]
+def test_command_line(copied, capsys, tmp_path):
+    arguments = ["inject", "--output", copied, "--frames", "1", "--per-frame", "10"]
     assert main([*arguments, "--magnitudes", "14", "18", "--seed", "3"]) == 0
     assert "10 artificial sources on 1 frame" in capsys.readouterr().out
     assert main(["inject", "--output", str(tmp_path / "none")]) == 2
