@@ -413,7 +413,20 @@ def test_motions_that_cannot_be_used_do_no_harm(tmp_path, caplog):
     assert found.parallax is None
     np.testing.assert_array_equal(found.pmdec, [np.nan, -5.0])
     assert "pmra is not used" in caplog.text
-    assert "1 values of pmdec" in caplog.text
+    assert "pmdec: 1 value without a number" in caplog.text
+
+
+def test_motions_of_no_star_are_kept_with_a_warning(tmp_path, caplog):
+    """As where epochs are Julian dates, or motions are in arcsec a century."""
+    text = "id,ra,dec,pmra,pmdec,ref_epoch\na,1,2,10358,3,2457389\nb,3,4,-12000,1,2016\n"
+    with caplog.at_level(logging.WARNING, logger="spxdask"):
+        found = read_catalogue(write(tmp_path, text))
+    np.testing.assert_array_equal(found.pmra, [10358, -12000])
+    said = [message.partition(": ")[2] for message in caplog.messages]
+    assert [text.partition(",")[0] for text in said] == [
+        "pmra: 1 value not within -10500 to 10500 mas/yr",
+        "ref_epoch: 1 value not within 1800 to 2100 yr",
+    ]
 
 
 def test_a_pipe_is_read_once(tmp_path):

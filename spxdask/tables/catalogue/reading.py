@@ -25,6 +25,7 @@ from spxdask.tables.catalogue.raw import RawTable
 from spxdask.tables.catalogue.rows import FLOAT_CAUSE, Rows, SkippedRow, ids_as_text
 from spxdask.tables.catalogue.units import find_factor, parse_angle_unit
 from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
+from spxdask.text import format_count
 
 __all__ = ["CatalogueReader", "encode_catalogue", "read_catalogue"]
 
@@ -33,6 +34,13 @@ logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
 # Units of the motions in a Catalogue.
 MOTION_UNITS = {"pmra": "mas/yr", "pmdec": "mas/yr", "parallax": "mas", "ref_epoch": "yr"}
+# The fastest is Barnard's star, with 10,393 mas/yr; the nearest is Proxima Centauri, with 769 mas.
+MOTIONS_OF_STARS = {
+    "pmra": (-10_500, 10_500),
+    "pmdec": (-10_500, 10_500),
+    "parallax": (-800, 800),
+    "ref_epoch": (1800, 2100),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +339,17 @@ def _read_motion(
         return None
     n_wrong = int(found.is_wrong.sum())
     if n_wrong:
-        warnings.append(f"{n_wrong:,} values of {name} are not numbers, and taken as missing")
+        count = format_count(n_wrong, "value")
+        warnings.append(f"{name}: {count} without a number, taken as missing")
     values = found.values if factor == 1.0 else found.values * factor
+    low, high = MOTIONS_OF_STARS[name]
+    n_odd = int(((values < low) | (values > high)).sum())
+    if n_odd:
+        count = format_count(n_odd, "value")
+        warnings.append(
+            f"{name}: {count} not within {low:g} to {high:g} {MOTION_UNITS[name]}, as those of "
+            "stars are: is the unit another?"
+        )
     return None if np.isnan(values).all() else values
 
 
