@@ -45,10 +45,14 @@ MAX_VALUE_CHARACTERS = 100
 
 def _shorten(value: Any) -> str:
     """Return a value as Python writes it, without its middle if it is long."""
+    kind = f"a value of type {type(value).__name__}"
     try:
         text = repr(value)
     except Exception:  # Such as an integer of more digits than Python converts.
-        return f"a value of type {type(value).__name__}"
+        return kind
+    if "\n" in text:
+        # Tables write their rows.
+        return kind
     if len(text) <= MAX_VALUE_CHARACTERS:
         return text
     return f"{text[: MAX_VALUE_CHARACTERS * 2 // 3]}...{text[-MAX_VALUE_CHARACTERS // 3 + 3 :]}"

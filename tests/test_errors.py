@@ -6,6 +6,7 @@ import pickle
 import threading
 
 import pytest
+from astropy.table import Table
 
 from spxdask import errors
 from spxdask.errors import ArchiveError, CatalogueError, ConfigError, SpxdaskError
@@ -47,6 +48,8 @@ def test_a_value_may_be_long_or_without_text():
     assert len(str(ConfigError(option="x", value="a" * 10_000, rule="short"))) < 150
     assert str(ConfigError(option="x", value=10**5000, rule="small")).endswith("type int")
     assert str(ConfigError(option="x", value=Mute(), rule="a text")).endswith("type Mute")
+    table = Table({"ra": [1.0, 2.0]})
+    assert str(ConfigError(option="x", value=table, rule="a path")).endswith("type Table")
 
 
 def test_the_sentence_begins_with_the_path():
