@@ -413,7 +413,7 @@ def test_motions_that_cannot_be_used_do_no_harm(tmp_path, caplog):
     assert found.parallax is None
     np.testing.assert_array_equal(found.pmdec, [np.nan, -5.0])
     assert "pmra is not used" in caplog.text
-    assert "pmdec: 1 value without a number" in caplog.text
+    assert "pmdec is no number in 1 of the rows" in caplog.text
 
 
 def test_motions_of_no_star_are_kept_with_a_warning(tmp_path, caplog):
@@ -422,11 +422,9 @@ def test_motions_of_no_star_are_kept_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="spxdask"):
         found = read_catalogue(write(tmp_path, text))
     np.testing.assert_array_equal(found.pmra, [10358, -12000])
-    said = [message.partition(": ")[2] for message in caplog.messages]
-    assert [text.partition(",")[0] for text in said] == [
-        "pmra: 1 value not within -10500 to 10500 mas/yr",
-        "ref_epoch: 1 value not within 1800 to 2100 yr",
-    ]
+    assert "pmra is not within -10500 to 10500 mas/yr, as that of stars is, in 1 of" in caplog.text
+    assert "ref_epoch is not within 1800 to 2100 yr" in caplog.text
+    assert len(caplog.records) == 2
 
 
 def test_a_pipe_is_read_once(tmp_path):

@@ -25,7 +25,6 @@ from spxdask.tables.catalogue.raw import RawTable
 from spxdask.tables.catalogue.rows import FLOAT_CAUSE, Rows, SkippedRow, ids_as_text
 from spxdask.tables.catalogue.units import find_factor, parse_angle_unit
 from spxdask.tables.parquet import PARQUET_MARK, encode_parquet
-from spxdask.text import format_count
 
 __all__ = ["CatalogueReader", "encode_catalogue", "read_catalogue"]
 
@@ -339,16 +338,14 @@ def _read_motion(
         return None
     n_wrong = int(found.is_wrong.sum())
     if n_wrong:
-        count = format_count(n_wrong, "value")
-        warnings.append(f"{name}: {count} without a number, taken as missing")
+        warnings.append(f"{name} is no number in {n_wrong:,} of the rows, and taken as missing")
     values = found.values if factor == 1.0 else found.values * factor
     low, high = MOTIONS_OF_STARS[name]
     n_odd = int(((values < low) | (values > high)).sum())
     if n_odd:
-        count = format_count(n_odd, "value")
         warnings.append(
-            f"{name}: {count} not within {low:g} to {high:g} {MOTION_UNITS[name]}, as those of "
-            "stars are: is the unit another?"
+            f"{name} is not within {low:g} to {high:g} {MOTION_UNITS[name]}, as that of stars is, "
+            f"in {n_odd:,} of the rows: is the unit another?"
         )
     return None if np.isnan(values).all() else values
 
