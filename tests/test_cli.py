@@ -81,13 +81,14 @@ def test_dry_run_tells_what_would_be_fetched_and_changes_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["--calibration", "--contaminants-path", "--jobqueue"], ids=lambda o: o.strip("-")
+    "option", ["--calibration", "--contaminants", "--jobqueue"], ids=lambda o: o.strip("-")
 )
 def test_a_dry_run_refuses_what_a_run_refuses(run, tmp_path, option):
     arguments = [*FIELD, option, str(tmp_path / "nowhere")]
     status, _, err = run("run", *arguments, "--dry-run", scheduler=False)
     assert status == 2
     assert str(tmp_path / "nowhere") in err
+    assert "unrecognized" not in err
     assert not run.archive.requests
 
 
