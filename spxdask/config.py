@@ -51,6 +51,7 @@ __all__ = [
     "name_file",
     "option_rows",
     "read_options",
+    "sort_bands",
     "template",
     "to_yaml",
 ]
@@ -255,8 +256,24 @@ def _reads_as_number(text: str) -> bool:
     return True
 
 
-def _sort_bands(value: Any) -> Any:
-    """Return bands, by name or number, as names in upper case, sorted, without duplicates."""
+def sort_bands(value: Any) -> Any:
+    """Return bands, by name or number, as names in upper case, sorted, without duplicates.
+
+    Parameters
+    ----------
+    value : str, int, or tuple or set of them
+        Several in a text are separated by spaces, commas or semicolons.
+
+    Returns
+    -------
+    tuple of str
+        They may be names of no band. Values of other types are returned unchanged.
+
+    Raises
+    ------
+    ValueError
+        If a band is neither text nor an integer.
+    """
     if isinstance(value, str):
         value = tuple(re.split(r"[,;\s]+", value.strip()))
     elif type(value) is int:
@@ -499,7 +516,7 @@ class BatchConfig(CheckedOptions):
             metavar="BAND",
             nargs="+",
         ),
-        BeforeValidator(_sort_bands),
+        BeforeValidator(sort_bands),
     ] = None
     mjd_range: Annotated[
         tuple[_Mjd, _Mjd] | None,

@@ -76,6 +76,7 @@ MARKER_OF_FIXTURE = {
     "object_store": "s3",
     "s3": "s3",
     "slurm": "slurm",
+    "thread_client": "cluster",
 }
 # The marker that the tests of a module receive because it imports a name.
 MARKER_OF_IMPORT = {"LocalCluster": "cluster", "serving": "s3"}
@@ -192,6 +193,19 @@ def client() -> Iterator[Client]:
         # Not the default, on which tests that say nothing of a cluster would compute.
         Client(cluster, set_as_default=False) as client,
     ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def thread_client() -> Iterator[Client]:
+    """A cluster of one worker, whose threads are those of this process."""
+    with Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=3,
+        dashboard_address="127.0.0.1:0",
+        set_as_default=False,
+    ) as client:
         yield client
 
 

@@ -136,7 +136,7 @@ def _format_time(when: float, reference: float | None) -> str:
 def wait_out(
     request: Callable[[bool], Answer],
     policy: OutagePolicy,
-    announce: Callable[[str | None], None],
+    on_wait: Callable[[str | None], None],
     *,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
@@ -149,8 +149,9 @@ def wait_out(
         Makes the request; is told whether it is the first time.
     policy : OutagePolicy
         Patience and pauses.
-    announce : callable
-        Receives the state of an outage after each failure, and None at its end.
+    on_wait : callable
+        Called with the state of an outage after each failure, and with None when it waits no
+        more.
     clock, sleep : callable
         Return the time, s since the epoch, and pass some, s.
 
@@ -165,51 +166,30 @@ def wait_out(
         If the archive refuses the request, or does not answer for too long.
     """
     outage: Outage | None = None
-    while True:
-        try:
-            answer = request(outage is None)
-        except ArchiveError as error:
-            if error.blame != "archive" or policy.patience_s == 0:
-                raise
-            if outage is None:
-                outage = Outage(policy, error.reason, clock())
+    try:
+        while True:
+            try:
+                answer = request(outage is None)
+            except ArchiveError as error:
+                if error.blame != "archive" or policy.patience_s == 0:
+                    raise
+                if outage is None:
+                    outage = Outage(policy, error.reason, clock())
+                    # As it is now: it changes with each attempt.
+                    logger.warning(str(outage))
+                else:
+                    outage.postpone(error.reason, clock())
+                if outage.is_over_patience:
+                    raise outage.as_error(error.path) from error
+                on_wait(str(outage))
+                sleep(max(outage.next_at - clock(), 0.0))
             else:
-                outage.postpone(error.reason, clock())
-            if outage.is_over_patience:
-                raise outage.as_error(error.path) from error
-            announce(str(outage))
-            sleep(max(outage.next_at - clock(), 0.0))
-        else:
-            if outage is not None:
-                announce(None)
-            return answer
-
-
-def announce_outages(on_wait: Callable[[str | None], None]) -> Callable[[str | None], None]:
-    """Return what tells the user of an outage, for `wait_out`.
-
-    Parameters
-    ----------
-    on_wait : callable
-        Called with each reason to wait, and with None when the archive answers again.
-
-    Returns
-    -------
-    callable
-        Calls `on_wait`, and logs the beginning and the end.
-    """
-    is_waiting = False
-
-    def announce(reason: str | None) -> None:
-        nonlocal is_waiting
-        if reason is None:
-            logger.warning("the archive answers again")
-        elif not is_waiting:
-            logger.warning(reason)
-        is_waiting = reason is not None
-        on_wait(reason)
-
-    return announce
+                if outage is not None:
+                    logger.warning("the archive answers again")
+                return answer
+    finally:
+        if outage is not None:
+            on_wait(None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from spxdask.config import sort_bands
 from spxdask.errors import ConfigError
 from spxdask.results import conversions, plots
 from spxdask.results.detrended import Detrended, detrend
@@ -186,15 +187,12 @@ class LightCurve:
             flux = self.flux()
             good &= flux.value >= snr * flux.error
         if bands is not None:
-            given = [bands] if isinstance(bands, str | int) else list(bands)
-            numbers = []
-            for band in given:
-                name = str(band).upper()
-                name = name if name.startswith("D") else f"D{name}"
+            given = [bands] if isinstance(bands, str | int) else bands
+            names = sort_bands(" ".join(map(str, given)))
+            for name in names:
                 if name not in BANDS:
-                    raise ConfigError(option="bands", value=band, rule="some of D1 to D6")
-                numbers.append(BANDS.index(name))
-            good &= np.isin(self.band, numbers)
+                    raise ConfigError(option="bands", value=name, rule="some of D1 to D6")
+            good &= np.isin(self.band, [BANDS.index(name) for name in names])
         if mjd_range is not None:
             good &= self._find_epoch(mjd_range)
         return self._take(self._rows.filter(pa.array(good)), is_cut=True)

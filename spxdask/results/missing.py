@@ -40,7 +40,7 @@ def find_missing(
     observations: Observations | None,
     statuses: Mapping[str, str],
     *,
-    is_aggregated: bool = True,
+    is_aggregated: bool,
 ) -> pa.Table:
     """Return the sources of a catalogue that have no row.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,11 +10,12 @@ from dataclasses import replace
 from spxdask.archive.calibration import (
     CalibrationSet,
     Product,
+    ProductSource,
     obtain_calibration,
     open_in_cache,
 )
 from spxdask.archive.observation import Observation
-from spxdask.archive.outage import OutagePolicy, announce_outages, wait_out
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.config import BatchConfig
 from spxdask.errors import ArchiveError, InputError
 from spxdask.run.calibration import load_calibration, make_product_source, save_calibration
@@ -22,7 +24,7 @@ from spxdask.run.summary import StageReport
 from spxdask.science.families import EPSF
 from spxdask.storage import local_path
 
-__all__ = ["await_products", "prepare_calibration", "require_products_folder"]
+__all__ = ["fetch_products", "prepare_calibration", "require_products_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def require_products_folder(config: BatchConfig) -> None:
         raise InputError(f"calibration: there is no folder {tree}")
 
 
-def await_products(
+def fetch_products(
     calibration: CalibrationSet,
     kinds: Iterable[tuple[str, bool]],
     policy: OutagePolicy,
@@ -146,17 +148,16 @@ def await_products(
     """
     products = {p for kind in kinds for p in calibration.choose(*kind).values()}
     for product in sorted(products, key=lambda product: product.filename):
-
-        def fetch(is_first: bool, product: Product = product) -> None:
-            source = calibration.source
-            if source is not None and not is_first:
-                # One attempt at a time where the archive did not answer before.
-                source = replace(source, retry=replace(source.retry, max_retries=0))
-            open_in_cache(product, source)
-
         try:
-            wait_out(fetch, policy, announce_outages(on_wait))
+            wait_out(functools.partial(_fetch, product, calibration.source), policy, on_wait)
         except ArchiveError as error:
             if error.blame == "archive":
                 raise
             logger.debug("a product cannot be had: %s", error)
+
+
+def _fetch(product: Product, source: ProductSource | None, is_first: bool) -> None:
+    """Have a product in the cache; ask only once where the archive did not answer before."""
+    if source is not None and not is_first:
+        source = replace(source, retry=replace(source.retry, max_retries=0))
+    open_in_cache(product, source)

@@ -52,7 +52,7 @@ from spxdask.run.summary import StageReport
 from spxdask.science.catalogue import Catalogue
 from spxdask.science.compiled import is_cached
 from spxdask.stages import download, extract, stream
-from spxdask.stages.calibration import await_products, prepare_calibration
+from spxdask.stages.calibration import fetch_products, prepare_calibration
 from spxdask.stages.reading import ReadOption, make_row_rule
 from spxdask.stages.recheck import recheck_frames
 
@@ -283,7 +283,7 @@ class FrameRun:
         """
         folder, config = self.folder, self.config
         if any(state in states for state in MEASURING):
-            self._await_products(states)
+            self._fetch_products(states)
             self._announce_measurements()
             if serial and not is_cached():
                 self.progress.note("compiling, once on this machine: half a minute or so")
@@ -319,27 +319,14 @@ class FrameRun:
         sources = None if self.config.fetches_empty_frames else self.catalogue
         save_frame_table(self.folder.state, self.observations, self.folder.ledger, sources)
 
-    def _await_products(self, states: bytearray) -> None:
-        """Have the products of the frames that are to be measured on this machine."""
+    def _fetch_products(self, states: bytearray) -> None:
+        """Have on this machine the products for the frames that are to be measured."""
         kinds = {
             (observation.band, observation.is_early)
             for observation, state in zip(iterate(self._bag), states, strict=True)
             if state in MEASURING
         }
-
-        is_waiting = False
-
-        def wait(reason: str | None) -> None:
-            nonlocal is_waiting
-            is_waiting = reason is not None
-            self.folder.set_waiting(reason)
-            self.progress.wait(reason)
-
-        try:
-            await_products(self.calibration, kinds, self.outage_policy, wait)
-        finally:
-            if is_waiting:
-                wait(None)
+        fetch_products(self.calibration, kinds, self.outage_policy, self._show_wait)
 
     def _announce_measurements(self) -> None:
         """Prepare the folder for tables that will replace those it has."""
@@ -412,18 +399,21 @@ class FrameRun:
         outage = queue.outage if queue is not None and queue.is_announced else None
         if outage is not None:
             reason = str(outage)
-            self.folder.set_waiting(reason)
-            self.progress.wait(reason)
+            self._show_wait(reason)
             if not waiting:
                 logger.warning(reason)
                 # It may last, and what is done is safe.
                 self.folder.ledger.flush()
         elif waiting:
-            self.folder.set_waiting(None)
-            self.progress.wait(None)
+            self._show_wait(None)
             if queue is not None:
                 logger.warning("the archive answers again")
         return outage is not None
+
+    def _show_wait(self, reason: str | None) -> None:
+        """Show why the run waits, or with None that it does not, in its progress and status."""
+        self.folder.set_waiting(reason)
+        self.progress.wait(reason)
 
     def _find_fetched(self) -> Job | None:
         """Return a frame that the archive served in this run or an earlier one."""

@@ -21,7 +21,7 @@ from spxdask.archive.observation import (
     parse_filename,
     parse_release,
 )
-from spxdask.archive.outage import OutagePolicy, announce_outages, wait_out
+from spxdask.archive.outage import OutagePolicy, wait_out
 from spxdask.archive.retry import RetryPolicy
 from spxdask.archive.tap import QueryRejectedError, TapOptions, run_adql
 from spxdask.config import RELEASES, BatchConfig
@@ -96,7 +96,7 @@ def find_patiently(
                 error.blame = "access"
             raise
 
-    return wait_out(ask, policy, announce_outages(on_wait))
+    return wait_out(ask, policy, on_wait)
 
 
 def find_observations(

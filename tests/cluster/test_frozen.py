@@ -304,9 +304,13 @@ def disarm(client: Client) -> None:
     # There are none to keep where no run has used the workers.
     with suppress(ValueError):
         client.unregister_worker_plugin(StackKeeper.name)
-    # The scheduler is told so by the next heartbeats.
+    # The scheduler learns it by heartbeats.
     while any(METRIC in w["metrics"] for w in client.scheduler_info(-1)["workers"].values()):
-        time.sleep(0.01)
+        client.run(send_heartbeat)
+
+
+async def send_heartbeat(dask_worker) -> None:
+    await dask_worker.heartbeat()
 
 
 def test_an_event_loop_that_does_not_run_leaves_the_stacks(workers):

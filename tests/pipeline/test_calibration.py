@@ -34,7 +34,7 @@ from spxdask.science.level2.frame import open_frame
 from spxdask.simulate.archive import ArchivedFrame, Fault, SimulatedArchive
 from spxdask.simulate.frames import CALIBRATED_SCENE, Exposure, Planes, make_planes, write_frame
 from spxdask.simulate.products import ArchivedProduct, make_products
-from spxdask.stages.calibration import await_products, prepare_calibration
+from spxdask.stages.calibration import fetch_products, prepare_calibration
 from spxdask.stages.extract import ExtractOptions, extract, measure_catalogue
 from spxdask.tables.schema import APERTURE_ONLY, WITH_PSF
 
@@ -244,13 +244,13 @@ def test_products_that_are_gone_from_the_cache_are_waited_for(
         )
         found = prepare(config, calibrated.observations)
         n_requests = len(archive.requests)
-        await_products(found, [("D3", True), ("D3", False)], policy, waits.append)
+        fetch_products(found, [("D3", True), ("D3", False)], policy, waits.append)
         assert (len(archive.requests), waits) == (n_requests, [])
         for path in (tmp_path / "cache" / "products").glob("*epsf*"):
             path.unlink()
         archive.add_faults(epsf.uri, [Fault(status=503)] * 3)
         with caplog.at_level(logging.WARNING, logger="spxdask"):
-            await_products(found, [("D3", True)], policy, waits.append)
+            fetch_products(found, [("D3", True)], policy, waits.append)
         assert [wait is None for wait in waits] == [False] * 3 + [True]
         assert "503" in waits[0]
         assert [r.getMessage() for r in caplog.records] == [waits[0], "the archive answers again"]
@@ -258,7 +258,7 @@ def test_products_that_are_gone_from_the_cache_are_waited_for(
         for path in (tmp_path / "cache" / "products").glob("*epsf*"):
             path.unlink()
         archive.add_faults(epsf.uri, [Fault(status=404)] * 9)
-        await_products(found, [("D3", True)], policy, waits.append)
+        fetch_products(found, [("D3", True)], policy, waits.append)
         assert len(waits) == 4
 
 

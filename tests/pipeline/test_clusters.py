@@ -69,16 +69,8 @@ def test_scheduler_address(make_config, client):
     assert client.submit(sum, [1, 2]).result() == 3
 
 
-@pytest.mark.cluster
-def test_cluster_of_threads(make_config):
-    with Client(
-        processes=False,
-        n_workers=1,
-        threads_per_worker=2,
-        dashboard_address="127.0.0.1:0",
-        set_as_default=False,
-    ) as own:
-        summary = BatchPipeline(make_config(bands=["D6"]), client=own).run_all()
+def test_cluster_of_threads(make_config, thread_client):
+    summary = BatchPipeline(make_config(bands=["D6"]), client=thread_client).run_all()
     assert summary.stages["extract"].done == 1
 
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,6 @@ import fsspec
 import pytest
 import simulated
 from botocore import UNSIGNED
-from distributed import Client
 from fsspec.asyn import sync
 from objectstore import BUCKET
 from outputs import read_files
@@ -81,28 +80,21 @@ def make_mirror(folder: Path, frames, prefix: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(survey, archive, tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, int]]]:
+def run(survey, archive, thread_client, tmp_path_factory) -> Callable[[str], tuple[Path, int]]:
     """Return a function that makes a run, and gives its folder and the number of HTTP requests."""
     catalogue = survey.write_catalogue(tmp_path_factory.mktemp("catalogue") / "sources.csv")
-    with Client(
-        processes=False,
-        n_workers=1,
-        threads_per_worker=3,
-        dashboard_address="127.0.0.1:0",
-        set_as_default=False,
-    ) as client:
 
-        def run(url: str, **more) -> tuple[Path, int]:
-            output = tmp_path_factory.mktemp("run")
-            options = simulated.run_options(catalogue, archive, output) | {"archive_url": url}
-            options |= more
-            n_requests = len(archive.requests)
-            summary = BatchPipeline(BatchConfig(**options), client=client).run_all()
-            assert summary.failed == {}
-            assert summary.stages["download"].done == len(survey.frames)
-            return output, len(archive.requests) - n_requests
+    def run(url: str, **more) -> tuple[Path, int]:
+        output = tmp_path_factory.mktemp("run")
+        options = simulated.run_options(catalogue, archive, output) | {"archive_url": url}
+        options |= more
+        n_requests = len(archive.requests)
+        summary = BatchPipeline(BatchConfig(**options), client=thread_client).run_all()
+        assert summary.failed == {}
+        assert summary.stages["download"].done == len(survey.frames)
+        return output, len(archive.requests) - n_requests
 
-        yield run
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
 # Units of the motions in a Catalogue.
 MOTION_UNITS = {"pmra": "mas/yr", "pmdec": "mas/yr", "parallax": "mas", "ref_epoch": "yr"}
-# The fastest is Barnard's star, with 10,393 mas/yr; the nearest is Proxima Centauri, with 769 mas.
+# Those of all stars are within these: the fastest is Barnard's star, with 10,393 mas/yr, and the
+# nearest Proxima Centauri, with 769 mas.
 MOTIONS_OF_STARS = {
     "pmra": (-10_500, 10_500),
     "pmdec": (-10_500, 10_500),
@@ -344,8 +345,8 @@ def _read_motion(
     n_odd = int(((values < low) | (values > high)).sum())
     if n_odd:
         warnings.append(
-            f"{name} is not within {low:g} to {high:g} {MOTION_UNITS[name]}, as that of stars is, "
-            f"in {n_odd:,} of the rows: is the unit another?"
+            f"{name} is not within {low:g} to {high:g} {MOTION_UNITS[name]} in {n_odd:,} of the "
+            "rows: is its unit another?"
         )
     return None if np.isnan(values).all() else values
 
